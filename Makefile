@@ -1,0 +1,51 @@
+# Every target makes its own virtual environment in .venv and installs what it needs, once.
+# A changed pyproject.toml installs again. PYTHON chooses the interpreter the environment is made with.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check
+SUITE := $(RUN) -m pytest
+
+.PHONY: help demo test test-slow lint bench clean
+
+help:
+	@echo 'make demo       the main job: convert, quantize, sample, compare; prints a table'
+	@echo 'make test       every test not marked slow'
+	@echo 'make test-slow  the slow ones'
+	@echo 'make lint       ruff: rules, import order'
+	@echo 'make bench      time full precision against quantized layers at the "tiny" shapes'
+	@echo 'make clean      remove .venv and what tests and the demo left behind'
+
+$(VENV)/pyvenv.cfg:
+	$(PYTHON) -m venv $(VENV)
+
+# What running needs.
+$(VENV)/.installed: pyproject.toml | $(VENV)/pyvenv.cfg
+	$(INSTALL) --editable .
+	@touch $@
+
+# What testing needs: also PyTorch and diffusers (the reference the models are compared with) and libtpu
+# (compiles for TPU slices, needs no TPU).
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/pyvenv.cfg
+	$(INSTALL) --editable '.[test,torch,tpu]'
+	@touch $@ $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(RUN) -m experiments.demo
+
+test: $(VENV)/.installed-test
+	$(SUITE) -m 'not slow'
+
+test-slow: $(VENV)/.installed-test
+	$(SUITE) -m slow
+
+lint: $(VENV)/.installed-test
+	$(RUN) -m ruff check .
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/qvdjax bench --suite tiny
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo-output
+	find qvdjax models conversion experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +

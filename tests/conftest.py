@@ -1,0 +1,42 @@
+"""Settings for the whole suite: eight virtual CPU devices, reproducible property tests, GPU tests skipped
+with the reason shown where there is no GPU."""
+
+import os
+
+# Read by jax when it is first imported, so before anything else here. `JAX_PLATFORMS=cuda pytest -m gpu`
+# runs the GPU tests on a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    flags = (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8")
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+# Compiling for a TPU slice without a TPU: ask no metadata server, and let several test runs share libtpu.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# Plots need no display, and nothing in the suite may reach for the network.
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import pytest
+
+# No deadline: the first example of a property compiles. Derandomized: a red suite is red for everybody;
+# HYPOTHESIS_PROFILE=explore looks for new examples.
+_health = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
+hypothesis.settings.register_profile(
+    "steady", deadline=None, derandomize=True, suppress_health_check=_health
+)
+hypothesis.settings.register_profile("explore", deadline=None, suppress_health_check=_health)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu`, saying why, where jax has no GPU."""
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_tests:
+        return
+    import jax
+
+    if jax.default_backend() != "gpu":
+        skip = pytest.mark.skip(reason=f"needs a GPU; jax runs on {jax.default_backend()} here")
+        for item in gpu_tests:
+            item.add_marker(skip)
