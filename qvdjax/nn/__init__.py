@@ -1,0 +1,15 @@
+"""Layers with one interface in float, simulated and integer execution, and the protocol models are written to."""
+
+from qvdjax.nn.attention import Attention, attention, quantized_attention
+from qvdjax.nn.conv import Conv, QuantizedConv
+from qvdjax.nn.linear import Linear, QuantizedLinear
+from qvdjax.nn.norm import LayerNorm, RMSNorm, at_least_float32
+from qvdjax.nn.protocol import Stack, VideoModel, stacked
+from qvdjax.nn.scheme import EXECUTIONS, AttentionScheme, Execution, LayerScheme, Role
+from qvdjax.nn.variables import Codes, Param, Scale, Statistic
+
+__all__ = [
+    "EXECUTIONS", "Attention", "AttentionScheme", "Codes", "Conv", "Execution", "LayerNorm", "LayerScheme", "Linear",
+    "Param", "QuantizedConv", "QuantizedLinear", "RMSNorm", "Role", "Scale", "Stack", "Statistic", "VideoModel",
+    "attention", "at_least_float32", "quantized_attention", "stacked",
+]

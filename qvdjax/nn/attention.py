@@ -1,0 +1,133 @@
+"""Scaled dot-product attention: float, and with quantized products in simulated or integer execution."""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from qvdjax.nn.norm import at_least_float32
+from qvdjax.nn.scheme import AttentionScheme, Execution
+from qvdjax.numerics import Grid, QTensor, Quantizer, quantize
+
+Implementation = Literal["xla", "cudnn"]
+
+# Scores of more elements than this are made one block of queries after the other (1 GiB of float32).
+MAXIMUM_SCORES = 2**28
+
+
+class Attention(nnx.Module):
+    """softmax(q k^T / sqrt(head_dim)) v without mask; holds no parameters, only how the products are computed."""
+
+    def __init__(self):
+        self.role = "attention"
+        self.scheme, self.execution, self.implementation = AttentionScheme(), "simulate", None
+
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """query [batch, queries, heads, head_dim], key and value [batch, keys, heads, head_dim] -> like query."""
+        scheme = self.scheme
+        if scheme.qk_bits is None and scheme.pv_bits is None:
+            return attention(query, key, value, implementation=self.implementation)
+        return quantized_attention(query, key, value, scheme=scheme, execution=self.execution)
+
+
+def attention(query, key, value, *, implementation: Implementation | None = None) -> jax.Array:
+    """Float attention; shapes as in `Attention`. Scores and softmax are at least float32 in "xla".
+
+    `implementation` None takes cuDNN's flash attention for half-precision arrays on a GPU and "xla" elsewhere.
+    """
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    if implementation is None:
+        implementation = "cudnn" if half and jax.default_backend() == "gpu" else "xla"
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    if implementation != "xla":
+        raise ValueError(f"unknown implementation {implementation!r}: use 'xla' or 'cudnn'")
+
+    def attend(query):
+        scores = _scores(query, key, jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=_wide(query)))
+        probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        return jnp.einsum("bhqk,bkhd->bqhd", probabilities, value).astype(query.dtype)
+
+    return _by_query_blocks(attend, query, key.shape[1])
+
+
+def _wide(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _scores(query, key, product):
+    return product * (1 / math.sqrt(query.shape[-1]))
+
+
+def _by_query_blocks(attend, query, keys: int):
+    """Apply `attend` to all queries at once, or block after block where the scores would be too large."""
+    batch, queries, heads, _ = query.shape
+    if batch * heads * queries * keys <= MAXIMUM_SCORES:
+        return attend(query)
+    block = max(128, MAXIMUM_SCORES // (batch * heads * keys) // 128 * 128)
+    blocks = -(-queries // block)
+    padded = jnp.pad(query, ((0, 0), (0, blocks * block - queries), (0, 0), (0, 0)))
+    out = jax.lax.map(attend, rearrange(padded, "b (blocks q) h d -> blocks b q h d", blocks=blocks))
+    return rearrange(out, "blocks b q h d -> b (blocks q) h d")[:, :queries]
+
+
+def quantized_attention(query, key, value, *, scheme: AttentionScheme, execution: Execution) -> jax.Array:
+    """Attention whose products are quantized as `scheme` says; shapes as in `Attention`.
+
+    Integer and simulated execution use the same codes: the first multiplies int8 into int32.
+    """
+    dtype = query.dtype
+    query, key, value = (rearrange(at_least_float32(a), "b t h d -> b h t d") for a in (query, key, value))
+    if scheme.smooth_key:
+        key = key - key.mean(axis=-2, keepdims=True)  # adds one constant to all scores of a query
+    if scheme.qk_bits is not None:
+        tokens = Quantizer(scheme.qk_bits, granularity="token")
+        key = quantize(key, tokens, jnp.int8)
+    if scheme.pv_bits is not None:
+        # One range a channel: the contraction of the second product runs over tokens, so these come last.
+        value = quantize(rearrange(value, "b h t d -> b h d t"), Quantizer(scheme.pv_bits), jnp.int8)
+
+    def attend(block):  # [batch, queries, heads, head_dim]
+        q = rearrange(block, "b t h d -> b h t d")
+        if scheme.qk_bits is not None:
+            product = _batched(quantize(q, tokens, jnp.int8), key, execution)
+        else:
+            product = _einsum_transposed(q, key)
+        scores = _scores(q, key, product)
+        unnormalised = jnp.exp(scores - scores.max(axis=-1, keepdims=True))  # [b, h, q, k] in (0, 1]
+        out, total = _weigh(unnormalised, value, scheme.pv_bits, execution)
+        return rearrange(out / total, "b h t d -> b t h d").astype(dtype)
+
+    return _by_query_blocks(attend, rearrange(query, "b h t d -> b t h d"), key.shape[-2])
+
+
+def _weigh(probabilities, value, bits, execution):
+    """sum_k p_k v_k and sum_k p_k. Quantized probabilities are summed as quantized, so that a row still averages."""
+    if bits is None:
+        return jnp.einsum("bhqk,bhkd->bhqd", probabilities, value), probabilities.sum(axis=-1, keepdims=True)
+    grid = Grid(bits, symmetric=False)
+    scale = jnp.full((1, 1, 1, 1), 1 / (2**bits - 1), probabilities.dtype)
+    zero_point = jnp.full_like(scale, grid.low)  # probability 0 is the lowest code
+    codes = grid.encode(probabilities, scale, zero_point).astype(jnp.int8)
+    quantized = QTensor(codes, scale, zero_point, bits)
+    return _batched(quantized, value, execution), quantized.dequantize().sum(axis=-1, keepdims=True)
+
+
+def _einsum_transposed(a, b):
+    return jnp.einsum("bhqd,bhkd->bhqk", a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _batched(a: QTensor, b: QTensor, execution: Execution) -> jax.Array:
+    """a [batch, heads, m, n] times b [batch, heads, k, n], b symmetric -> float [batch, heads, m, k]."""
+    if execution == "simulate":
+        return _einsum_transposed(a.dequantize(), b.dequantize())
+    contraction = (((3,), (3,)), ((0, 1), (0, 1)))
+    total = jax.lax.dot_general(a.codes, b.codes, contraction, preferred_element_type=jnp.int32)  # [b, h, m, k]
+    if a.zero_point is not None:
+        b_sum = b.codes.astype(jnp.int32).sum(axis=-1)  # [batch, heads, k]
+        total = total - a.zero_point.astype(jnp.int32) * b_sum[:, :, None, :]
+    b_scale = rearrange(b.scale, "b h k 1 -> b h 1 k")
+    return total.astype(a.scale.dtype) * a.scale * b_scale

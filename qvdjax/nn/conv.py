@@ -1,0 +1,153 @@
+"""Convolutions on channels-last arrays with PyTorch's weight orientation: float, and quantized."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from qvdjax.nn.scheme import Execution, LayerScheme, Role
+from qvdjax.nn.variables import Codes, Param, Scale, Statistic
+from qvdjax.numerics import QTensor, encode, fake_quantize
+
+Padding = tuple[tuple[int, int], ...]
+
+
+class Conv(nnx.Module):
+    """Convolution over one, two or three axes.
+
+    Padding is always explicit: JAX's "SAME" pads an even input of a strided convolution on one side only, PyTorch
+    on both.
+
+    Attributes:
+        weight: [out, in, *kernel]. bias: [out], or None.
+        stride, padding: One entry a spatial axis.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, kernel: tuple[int, ...], *, role: Role, axes: tuple, key: jax.Array,
+        stride: tuple[int, ...] | None = None, padding: Padding | None = None, dtype=jnp.float32, bias: bool = True,
+    ):  # fmt: skip
+        shape = (out_features, in_features, *kernel)
+        bound = math.sqrt(1 / (in_features * math.prod(kernel)))
+        self.weight = Param(bound * jax.random.normal(key, shape, dtype), axes=(*axes, *[None] * len(kernel)))
+        self.bias = Param(jnp.zeros((out_features,), dtype), axes=axes[:1]) if bias else None
+        self.stride, self.padding = stride or (1,) * len(kernel), padding or ((0, 0),) * len(kernel)
+        self.kernel, self.role, self.axes, self.scheme = kernel, role, axes, LayerScheme()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [batch, *space, in] -> [batch, *space', out], in x's type."""
+        weight = self.weight[...].astype(x.dtype)
+        if self.stride == self.kernel and not any(map(any, self.padding)):
+            y = _patches_times(x, weight, self.kernel)
+        else:
+            y = convolve(x, weight, self.stride, self.padding)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def _patches_times(x, weight, kernel):
+    """A convolution whose stride is its kernel is one product over patches."""
+    space = len(kernel)
+    grid = [size // k for size, k in zip(x.shape[1:-1], kernel, strict=True)]
+    split = [n for pair in zip(grid, kernel, strict=True) for n in pair]
+    x = x.reshape(x.shape[0], *split, x.shape[-1])  # batch (g0 k0 g1 k1 ...) in
+    order = (0, *range(1, 2 * space, 2), 2 * space + 1, *range(2, 2 * space + 1, 2))
+    patches = x.transpose(order).reshape(x.shape[0], *grid, -1)  # batch g0 g1 ... (in k0 k1 ...)
+    flat = rearrange(weight, "out ... -> out (...)")
+    return jax.lax.dot_general(patches, flat, (((patches.ndim - 1,), (1,)), ((), ())))
+
+
+def convolve(x, weight, stride, padding, **options) -> jax.Array:
+    """x [batch, *space, in] with weight [out, in, *kernel] -> [batch, *space', out]."""
+    space = "DHW"[3 - len(stride) :]
+    layout = (f"N{space}C", f"OI{space}", f"N{space}C")
+    return jax.lax.conv_general_dilated(x, weight, stride, padding, dimension_numbers=layout, **options)
+
+
+class QuantizedConv(nnx.Module):
+    """A Conv with a quantized weight (one range an output channel or the tensor) and one range an input sample.
+
+    A product here sums over positions too, so activations can have no finer range than "tensor" (dynamic: one a
+    sample; static: one in all). Integer execution is for one and two axes away from GPUs; int8 convolution over three
+    axes is slower than bf16 on TPU and unreliable on GPU, so there the same integers are multiplied as floats.
+
+    Attributes:
+        codes: [out, in * kernel] integers. weight_scale, weight_zero_point: [out or 1, 1] float32.
+        input_scale, input_zero_point: [1, 1] float32 of a static activation quantizer, else None.
+    """
+
+    def __init__(
+        self, *, weight: QTensor, bias, kernel, stride, padding, role: Role, axes: tuple, scheme: LayerScheme,
+        execution: Execution, input_scale=None, input_zero_point=None, weight_sqnr_db=None,
+    ):  # fmt: skip
+        scale_axes = (axes[0] if scheme.weight.granularity != "tensor" else None, None)
+        self.codes = Codes(weight.codes, axes=axes, bits=weight.bits)
+        self.weight_scale = Scale(weight.scale, axes=scale_axes)
+        self.weight_zero_point = None if weight.zero_point is None else Scale(weight.zero_point, axes=scale_axes)
+        self.bias = None if bias is None else Param(bias, axes=axes[:1])
+        self.input_scale = None if input_scale is None else Scale(input_scale, axes=(None, None))
+        self.input_zero_point = None if input_zero_point is None else Scale(input_zero_point, axes=(None, None))
+        self.weight_sqnr_db = None if weight_sqnr_db is None else Statistic(weight_sqnr_db, axes=())
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+        self.role, self.axes, self.scheme, self.execution = role, axes, scheme, execution
+
+    @property
+    def qweight(self) -> QTensor:
+        """The weight as a QTensor [out, in * kernel]."""
+        zero_point = None if self.weight_zero_point is None else self.weight_zero_point[...]
+        return QTensor(self.codes[...], self.weight_scale[...], zero_point, self.scheme.weight.bits)
+
+    def _unflatten(self, rows):
+        """[out, in * kernel] -> [out, in, *kernel]."""
+        return rows.reshape(rows.shape[0], -1, *self.kernel)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [batch, *space, in] -> [batch, *space', out], in x's type."""
+        dtype, activation = x.dtype, self.scheme.activation
+        if activation is None:
+            y = convolve(x, self._unflatten(self.qweight.dequantize()).astype(dtype), self.stride, self.padding)
+        else:
+            rows = rearrange(x, "b ... c -> b (...) c")
+            scale, zero_point = self._input_range(rows)
+            integer = self.execution == "integer" and len(self.kernel) < 3 and jax.default_backend() != "gpu"
+            y = (self._integer if integer else self._simulated)(x, rows, scale, zero_point)
+        return y.astype(dtype) if self.bias is None else (y + self.bias[...].astype(y.dtype)).astype(dtype)
+
+    def _input_range(self, rows):
+        """Scale and zero point, each [batch or 1, 1, 1]."""
+        if self.input_scale is None:
+            return self.scheme.activation.scale_of(rows)
+        zero_point = None if self.input_zero_point is None else self.input_zero_point[...][None]
+        return self.input_scale[...][None], zero_point
+
+    def _simulated(self, x, rows, scale, zero_point):
+        x = fake_quantize(rows, self.scheme.activation.grid, scale, zero_point).reshape(x.shape)
+        weight = self._unflatten(self.qweight.dequantize())
+        return convolve(x, weight, self.stride, self.padding, precision=jax.lax.Precision.HIGHEST)
+
+    def _integer(self, x, rows, scale, zero_point):
+        """int8 codes, padded with the code of zero, into int32; zero points are taken off exactly."""
+        weight = self.qweight
+        codes = encode(rows, self.scheme.activation.grid, scale, zero_point, jnp.int8).codes.reshape(x.shape)
+        into_int32 = {"preferred_element_type": jnp.int32}
+        no_padding = ((0, 0),) * len(self.kernel)
+        spread = lambda a: a.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731  [batch or 1, 1, 1] -> per sample
+        fill = jnp.zeros((1,) * x.ndim, jnp.int8) if zero_point is None else spread(zero_point).astype(jnp.int8)
+        codes = self._pad(codes, fill)
+        total = convolve(codes, self._unflatten(weight.codes.astype(jnp.int8)), self.stride, no_padding, **into_int32)
+        weight_zero = 0 if weight.zero_point is None else weight.zero_point[..., 0].astype(jnp.int32)  # [out or 1]
+        if zero_point is not None:
+            rows_sum = weight.codes.astype(jnp.int32).sum(axis=-1) - weight.codes.shape[-1] * weight_zero  # [out]
+            total = total - spread(zero_point).astype(jnp.int32) * rows_sum
+        if weight.zero_point is not None:
+            ones = jnp.ones((1, x.shape[-1], *self.kernel), jnp.int8)
+            total = total - weight_zero * convolve(codes, ones, self.stride, no_padding, **into_int32)
+        return total.astype(scale.dtype) * spread(scale) * weight.scale[..., 0]
+
+    def _pad(self, codes, fill):
+        """Pad the spatial axes of codes [batch, *space, in] with `fill` [batch or 1, 1, ...]."""
+        for axis, (before, after) in enumerate(self.padding, start=1):
+            edge = lambda n, a=axis: jnp.broadcast_to(fill, (*codes.shape[:a], n, *codes.shape[a + 1 :]))  # noqa: E731
+            codes = jnp.concatenate([edge(before), codes, edge(after)], axis=axis)
+        return codes

@@ -1,0 +1,42 @@
+"""Embeddings that several families share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def timestep_sinusoid(timestep: jax.Array, width: int, *, period: float = 10000.0) -> jax.Array:
+    """[...] -> [..., width]: cosines, then sines, of timestep * period**(-j / (width / 2)), at least float32.
+
+    As diffusers' get_timestep_embedding with flip_sin_to_cos and no frequency shift (models/embeddings.py).
+    """
+    dtype = jnp.promote_types(timestep.dtype, jnp.float32)
+    half = width // 2
+    frequencies = jnp.asarray(period ** -(np.arange(half) / half), dtype)
+    angles = timestep[..., None].astype(dtype) * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def axial_rope(sizes: tuple[int, ...], widths: tuple[int, ...], *, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines [tokens, sum(widths) / 2] in float64 for a grid of tokens, last axis fastest.
+
+    Each grid axis owns a block of `widths` features of the head; the blocks lie side by side in grid order.
+    """
+    angles = []
+    for axis, (size, width) in enumerate(zip(sizes, widths, strict=True)):
+        frequencies = theta ** -(np.arange(0, width, 2) / width)
+        along = np.arange(size)[:, None] * frequencies  # [size, width / 2]
+        shape = [1] * len(sizes) + [width // 2]
+        shape[axis] = size
+        angles.append(np.broadcast_to(along.reshape(shape), (*sizes, width // 2)))
+    angle = np.concatenate(angles, axis=-1).reshape(-1, sum(widths) // 2)  # [tokens, sum(widths) / 2]
+    return np.cos(angle), np.sin(angle)
+
+
+def rotate_adjacent_pairs(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
+    """Rotate features (0, 1), (2, 3), ... of x [batch, tokens, heads, head_dim] by tables [tokens, head_dim / 2]."""
+    wide = x.astype(jnp.promote_types(x.dtype, cosines.dtype))
+    first, second = wide[..., 0::2], wide[..., 1::2]
+    cosines, sines = cosines[:, None, :], sines[:, None, :]  # [tokens, 1, head_dim / 2]
+    turned = jnp.stack([first * cosines - second * sines, first * sines + second * cosines], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)  # (head_dim / 2, 2) -> head_dim

@@ -1,0 +1,117 @@
+"""Linear layers: float, and quantized with simulated or integer execution."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qvdjax.kernels import quantized_matmul
+from qvdjax.nn.scheme import Execution, LayerScheme, Role
+from qvdjax.nn.variables import Codes, Param, Scale, Statistic
+from qvdjax.numerics import QTensor, encode, fake_quantize, fake_quantize_dynamic
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b.
+
+    Weights are [out, in], PyTorch's orientation: both operands of the product contract their last axis, which XLA
+    needs on GPU for int8 and which does no harm on TPU.
+
+    Attributes:
+        weight: [out, in]. bias: [out], or None.
+        role: What the layer does in its model; recipes match it.
+        scheme: Why the layer is float, once a recipe has looked at it.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, role: Role, axes: tuple, key: jax.Array, dtype=jnp.float32,
+        bias: bool = True, keep_float32: bool = False, zero: bool = False,
+    ):  # fmt: skip
+        """Fan-in initialisation. `axes` names the weight's two axes; `zero` starts at zero; `keep_float32` says
+        that loading with a narrower dtype leaves the layer in float32."""
+        initializer = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0)
+        shape = (out_features, in_features)
+        weight = jnp.zeros(shape, dtype) if zero else initializer(key, shape, dtype)
+        self.weight = Param(weight, axes=axes, keep_float32=keep_float32)
+        self.bias = Param(jnp.zeros((out_features,), dtype), axes=axes[:1], keep_float32=keep_float32) if bias else None
+        self.role, self.axes, self.scheme = role, axes, LayerScheme()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., in] -> [..., out], in x's type."""
+        y = jax.lax.dot_general(x, self.weight[...].astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class QuantizedLinear(nnx.Module):
+    """A Linear whose weight, input or both are quantized.
+
+    Integer execution multiplies int8 codes into int32 and applies scales afterwards; simulated execution multiplies the
+    dequantized floats. Where only one side is quantized there is no integer product to make: both multiply floats.
+
+    Attributes:
+        codes: [out, in] integers, or None when the weight stays float and `weight` [out, in] holds it.
+        weight_scale, weight_zero_point: [out or 1, groups] float32; no zero point when symmetric.
+        input_scale, input_zero_point: [1, 1] float32 of a static activation quantizer, else None.
+        transform: What the input passes through first, or None.
+        weight_sqnr_db: [] signal-to-quantization-noise ratio of the weight, recorded when quantizing.
+    """
+
+    def __init__(
+        self, *, weight: QTensor | jax.Array, bias: jax.Array | None, role: Role, axes: tuple, scheme: LayerScheme,
+        execution: Execution, input_scale=None, input_zero_point=None, transform: nnx.Module | None = None,
+        weight_sqnr_db=None,
+    ):  # fmt: skip
+        if isinstance(weight, QTensor):
+            scale_axes = (axes[0] if scheme.weight.granularity != "tensor" else None, None)
+            self.weight, self.codes = None, Codes(weight.codes, axes=axes, bits=weight.bits)
+            self.weight_scale = Scale(weight.scale, axes=scale_axes)
+            zero_point = weight.zero_point
+            self.weight_zero_point = None if zero_point is None else Scale(zero_point, axes=scale_axes)
+        else:
+            self.weight, self.codes = Param(weight, axes=axes), None
+            self.weight_scale = self.weight_zero_point = None
+        self.bias = None if bias is None else Param(bias, axes=axes[:1])
+        self.input_scale = None if input_scale is None else Scale(input_scale, axes=(None, None))
+        self.input_zero_point = None if input_zero_point is None else Scale(input_zero_point, axes=(None, None))
+        self.transform = transform
+        self.weight_sqnr_db = None if weight_sqnr_db is None else Statistic(weight_sqnr_db, axes=())
+        self.role, self.axes, self.scheme, self.execution = role, axes, scheme, execution
+
+    @property
+    def qweight(self) -> QTensor:
+        """The weight as a QTensor [out, in]."""
+        zero_point = None if self.weight_zero_point is None else self.weight_zero_point[...]
+        return QTensor(self.codes[...], self.weight_scale[...], zero_point, self.scheme.weight.bits)
+
+    def _input_range(self, x):
+        if self.input_scale is None:
+            return self.scheme.activation.scale_of(x)
+        return self.input_scale[...], None if self.input_zero_point is None else self.input_zero_point[...]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., tokens, in] -> [..., tokens, out], in x's type. A vector a sample may come as [batch, in]."""
+        dtype, activation = x.dtype, self.scheme.activation
+        if self.transform is not None:
+            x = self.transform(x)
+        if activation is None:
+            y = _contract(x.astype(dtype), self._float_weight(dtype))
+        elif self.codes is None or self.execution == "simulate":
+            y = self._simulated(x)
+        else:
+            y = quantized_matmul(encode(x, activation.grid, *self._input_range(x), jnp.int8), self.qweight)
+        return y.astype(dtype) if self.bias is None else (y + self.bias[...].astype(y.dtype)).astype(dtype)
+
+    def _simulated(self, x: jax.Array) -> jax.Array:
+        """The same integers, multiplied as floats; gradients pass straight through the rounding."""
+        activation = self.scheme.activation
+        if self.input_scale is None:
+            x = fake_quantize_dynamic(x, activation)
+        else:
+            x = fake_quantize(x, activation.grid, *self._input_range(x))
+        return _contract(x, self._float_weight(x.dtype), jax.lax.Precision.HIGHEST)
+
+    def _float_weight(self, dtype) -> jax.Array:
+        return (self.weight[...] if self.codes is None else self.qweight.dequantize()).astype(dtype)
+
+
+def _contract(x: jax.Array, weight: jax.Array, precision=None) -> jax.Array:
+    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=precision)

@@ -1,0 +1,100 @@
+"""The model protocol: embed, then stacks of blocks over one stream, then head.
+
+Scan, remat, capture of block inputs, calibration and reconstruction know a model by this and nothing else.
+"""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from qvdjax.nn.variables import dotted
+
+
+class Stack(nnx.Module):
+    """Neighbouring blocks of equal structure.
+
+    Attributes:
+        block: One block whose arrays carry a leading axis of `count` layers; a lone block of its own kind has no
+            such axis and `count` None.
+        prefix: Name of the group in diffusers ("blocks"); for a lone block its whole name ("mid_block").
+        start: Number of the first block.
+    """
+
+    def __init__(self, block: nnx.Module, *, prefix: str, start: int = 0, count: int | None = None):
+        self.block, self.prefix, self.start, self.count = block, prefix, start, count
+
+    def __call__(self, stream: Any, conditioning: Any, *, remat: bool = False, collect: type | None = None):
+        """Apply the blocks one after the other.
+
+        Returns:
+            The stream, and the state of all Variables of kind `collect` after the run (None without).
+        """
+
+        def body(stream, block):
+            stream = block(stream, conditioning)
+            return stream, None if collect is None else nnx.state(block, collect)
+
+        step = jax.checkpoint(body) if remat else body
+        return step(stream, self.block) if self.count is None else jax.lax.scan(step, stream, self.block)
+
+    def names(self, path: tuple) -> list[str]:
+        """Diffusers' names, one a block, of what lies at `path` inside the block."""
+        if self.count is None:
+            return [f"{self.prefix}.{dotted(path)}"]
+        return [f"{self.prefix}.{self.start + i}.{dotted(path)}" for i in range(self.count)]
+
+
+class VideoModel(nnx.Module):
+    """A denoiser of video latents.
+
+    Attributes:
+        config: Frozen dataclass with `to_dict()`, the fields of diffusers' `config.json`.
+        stacks: The blocks, in order.
+
+    The attribute path of every Variable is its name in diffusers, the stack's `names` standing for
+    `stacks.<number>.block`. Subclasses write `embed` and `head`.
+    """
+
+    config: Any
+    stacks: nnx.List
+
+    def embed(self, latents, timestep, context, **conditions):
+        """Latents and conditions -> (stream, conditioning): what the blocks change, and what they only read."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to embed")
+
+    def head(self, stream, conditioning):
+        """The last stream -> latents."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to finish")
+
+    def __call__(self, latents, timestep, context, *, remat: bool = False, **conditions) -> jax.Array:
+        """Predict.
+
+        Args:
+            latents: (batch, frames, height, width, channels).
+            timestep: (batch,), in the checkpoint's own units (0 to 1000).
+            context: (batch, tokens, dim) text embeddings.
+            remat: Recompute each block's inside in the backward pass.
+            conditions: Further inputs under diffusers' names.
+
+        Returns:
+            The prediction, in the layout of the latents.
+        """
+        return self.run(latents, timestep, context, remat=remat, **conditions)[0]
+
+    def run(self, latents, timestep, context, *, remat: bool = False, collect: type | None = None, **conditions):
+        """As calling the model, and beside the prediction the `collect` Variables of each stack as blocks left them.
+
+        A Variable that a block writes inside a scan is lost unless it is returned; this returns it.
+        """
+        stream, conditioning = self.embed(latents, timestep, context, **conditions)
+        collected = []
+        for stack in self.stacks:
+            stream, state = stack(stream, conditioning, remat=remat, collect=collect)
+            collected.append(state)
+        return self.head(stream, conditioning), collected
+
+
+def stacked(make, count: int, key: jax.Array) -> nnx.Module:
+    """`count` blocks made by `make(key)`, their arrays stacked on a leading axis."""
+    return jax.vmap(make)(jax.random.split(key, count))

@@ -1,0 +1,71 @@
+"""What a layer becomes: the decision that a recipe takes for each layer, as data."""
+
+import dataclasses
+from typing import Literal
+
+from qvdjax.numerics import Quantizer
+
+Execution = Literal["simulate", "integer"]
+EXECUTIONS = ("simulate", "integer")
+
+Role = Literal[
+    "embedder", "time", "modulation", "temporal_feature", "query", "key", "value", "attention", "attention_output",
+    "feed_forward_in", "feed_forward_out", "convolution", "head",
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerScheme:
+    """How one layer is quantized; nothing at all for a layer that stays float.
+
+    Attributes:
+        weight: Quantizer of the weight, None for a float weight.
+        activation: Quantizer of the layer's input, None for a float input.
+        transforms: Names of what the input passes through before it is quantized (see `qvdjax.nn.transforms`); the
+            weight has been changed to make up for it.
+        reason: Why, in words, for the table that users read.
+    """
+
+    weight: Quantizer | None = None
+    activation: Quantizer | None = None
+    transforms: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything about the layer is quantized."""
+        return self.weight is not None or self.activation is not None
+
+    def to_dict(self) -> dict:
+        """Plain fields, for a config file."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> "LayerScheme":
+        """Inverse of `to_dict`; raises TypeError or ValueError on unknown fields or values."""
+        quantizers = {
+            name: None if fields.get(name) is None else Quantizer(**fields[name]) for name in ("weight", "activation")
+        }
+        return cls(**{**fields, **quantizers, "transforms": tuple(fields.get("transforms", ()))})
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionScheme:
+    """How the two products of an attention are quantized, and nothing of its projections.
+
+    Attributes:
+        qk_bits: Bits of queries and keys (one symmetric range a token and head), None for float.
+        pv_bits: Bits of probabilities (unsigned range [0, 1], one a row) and values (one range a channel), None for float.
+        smooth_key: Subtract the mean key over tokens first, which leaves the softmax unchanged and takes away
+            the channel offsets that waste the range (SageAttention, arXiv 2410.02367 section 3.1).
+        reason: Why, in words.
+    """
+
+    qk_bits: int | None = None
+    pv_bits: int | None = None
+    smooth_key: bool = True
+    reason: str = ""
+
+    def to_dict(self) -> dict:
+        """Plain fields, for a config file."""
+        return dataclasses.asdict(self)

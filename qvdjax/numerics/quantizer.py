@@ -1,0 +1,110 @@
+"""What a quantizer is: bits, grid, granularity, and how its range is chosen."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from qvdjax.numerics.grid import Grid
+
+Granularity = Literal["tensor", "channel", "token", "group"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """A uniform quantizer of the last axes of an array.
+
+    Arrays are read as [..., rows, width]: weights are [..., out, in], activations [..., tokens, channels], and
+    `width` is always the axis that a product contracts. Leading axes (layers of a stack, batch) never share a range.
+
+    Attributes:
+        bits: 2 to 8.
+        symmetric: No zero point.
+        granularity: One range for the last two axes ("tensor"), for each row ("channel" for the output channels
+            of a weight, "token" for activations: the same thing under the name that fits), or for each
+            `group_size` neighbours within a row ("group").
+        group_size: Width of a group; must divide the width of every array it meets.
+        dynamic: Activations only: the range is taken from each input (True) or from calibration (False).
+        range_method: "minmax" covers every value; "search" shrinks the range to the one with the smallest
+            `range_norm` error (QVD's released calibration uses the 2.4 norm).
+        range_norm: Exponent of the searched error.
+    """
+
+    bits: int
+    symmetric: bool = True
+    granularity: Granularity = "channel"
+    group_size: int | None = None
+    dynamic: bool = False
+    range_method: Literal["minmax", "search"] = "minmax"
+    range_norm: float = 2.4
+
+    def __post_init__(self):
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError("group_size belongs to granularity 'group', and only to it")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size must be positive, not {self.group_size}")
+        if self.granularity not in ("tensor", "channel", "token", "group"):
+            raise ValueError(f"unknown granularity {self.granularity!r}")
+        if self.range_method not in ("minmax", "search"):
+            raise ValueError(f"unknown range_method {self.range_method!r}")
+        _ = self.grid
+
+    @property
+    def grid(self) -> Grid:
+        """The integer grid."""
+        return Grid(self.bits, self.symmetric)
+
+    def to_dict(self) -> dict:
+        """Plain fields, for a config file."""
+        return dataclasses.asdict(self)
+
+    def split_groups(self, x: jax.Array) -> jax.Array:
+        """[..., rows, width] -> [..., rows, groups, group_size] (one group where there are none).
+
+        Raises:
+            ValueError: The width is no multiple of `group_size`.
+        """
+        size = self.group_size or x.shape[-1]
+        if x.shape[-1] % size:
+            raise ValueError(f"width {x.shape[-1]} is no multiple of the group size {size}")
+        return rearrange(x, "... (groups size) -> ... groups size", size=size)
+
+    def range_of(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Smallest and largest value for each range: x [..., rows, width] -> two [..., rows or 1, groups]."""
+        low, high = (f(self.split_groups(x), axis=-1) for f in (jnp.min, jnp.max))  # [..., rows, groups]
+        if self.granularity == "tensor":
+            low, high = low.min(axis=-2, keepdims=True), high.max(axis=-2, keepdims=True)  # [..., 1, groups]
+        return low, high
+
+    def scale_of(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Scale and zero point for x [..., rows, width]: each [..., rows or 1, groups], zero point None if symmetric."""
+        low, high = self.range_of(x)
+        if self.range_method == "search":
+            low, high = self._search(x, low, high)
+        return self.grid.from_range(low, high)
+
+    def _search(self, x: jax.Array, low: jax.Array, high: jax.Array, candidates: int = 80) -> tuple:
+        """The best of `candidates` even shrinkings of [low, high] from 1/candidates to 1, for each range on its own.
+
+        80 candidates is the step of the released QVD search; the full range is always among them.
+        """
+        grid, groups = self.grid, self.split_groups(x)
+
+        def error(ratio):
+            scale, zero_point = grid.from_range(low * ratio, high * ratio)
+            scale_, zero_ = (None if a is None else a[..., None] for a in (scale, zero_point))
+            real = grid.decode(grid.encode(groups, scale_, zero_), scale_, zero_)
+            total = (jnp.abs(real - groups) ** self.range_norm).sum(axis=-1)  # [..., rows, groups]
+            return total.sum(axis=-2, keepdims=True) if self.granularity == "tensor" else total
+
+        def keep_better(best, ratio):
+            best_error, best_ratio = best
+            new = error(ratio)
+            return (jnp.minimum(new, best_error), jnp.where(new < best_error, ratio, best_ratio)), None
+
+        ratios = jnp.arange(candidates - 1, 0, -1, dtype=low.dtype) / candidates
+        start = (error(jnp.ones((), low.dtype)), jnp.ones_like(low))
+        (_, ratio), _ = jax.lax.scan(keep_better, start, ratios)
+        return low * ratio, high * ratio
