@@ -1,0 +1,268 @@
+"""Wan 2.1 text-to-video (diffusers' WanTransformer3DModel), and Wan 2.2's per-token timesteps.
+
+Read in diffusers 0.42 `models/transformers/transformer_wan.py` and Wan-Video/Wan2.1 `wan/modules/model.py`.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from qvdjax.errors import UserError
+from qvdjax.nn import (
+    Attention, Conv, LayerNorm, Linear, Param, RMSNorm, Stack, VideoModel, at_least_float32, stacked,
+)  # fmt: skip
+from qvdjax.nn.embeddings import axial_rope, rotate_adjacent_pairs, timestep_sinusoid
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig:
+    """Fields of `config.json`; the defaults are diffusers'."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    qk_norm: str | None = "rms_norm_across_heads"
+    eps: float = 1e-6
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
+    rope_max_seq_len: int = 1024
+    pos_embed_seq_len: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        object.__setattr__(self, "out_channels", self.out_channels or self.in_channels)
+        if self.image_dim is not None or self.added_kv_proj_dim is not None:
+            raise UserError(
+                "this Wan checkpoint is image-to-video (image_dim, added_kv_proj_dim), which is not supported yet",
+                remedy="use a text-to-video checkpoint",
+            )
+        if self.qk_norm != "rms_norm_across_heads":
+            raise UserError(f"unknown qk_norm {self.qk_norm!r}", remedy="Wan models have 'rms_norm_across_heads'")
+
+    @property
+    def width(self) -> int:
+        """Features of a token."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def rope_widths(self) -> tuple[int, int, int]:
+        """Features of a head that turn with frame, row and column."""
+        side = 2 * (self.attention_head_dim // 6)
+        return self.attention_head_dim - 2 * side, side, side
+
+    def to_dict(self) -> dict:
+        """The fields as `config.json` holds them."""
+        return {"_class_name": "WanTransformer3DModel", **dataclasses.asdict(self), "patch_size": [*self.patch_size]}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["time_embedding", "modulation", "context", "cosines", "sines"],
+    meta_fields=["grid"],
+)
+@dataclasses.dataclass(frozen=True)
+class WanConditioning:
+    """What the blocks and the head read.
+
+    Attributes:
+        time_embedding: (batch, tokens or 1, width), for the head.
+        modulation: (batch, tokens or 1, 6, width), float32.
+        context: (batch, text tokens, width).
+        cosines, sines: (tokens, head_dim / 2) rotary tables.
+        grid: Patches along frames, height and width.
+    """
+
+    time_embedding: jax.Array
+    modulation: jax.Array
+    context: jax.Array
+    cosines: jax.Array
+    sines: jax.Array
+    grid: tuple[int, int, int]
+
+
+def modulate(normalised, scale, shift, dtype):
+    """Scale and shift in float32, then back to the type of the stream."""
+    return (normalised * (1 + scale) + shift).astype(dtype)
+
+
+class WanAttention(nnx.Module):
+    """Self-attention over video tokens, or cross-attention to the text."""
+
+    def __init__(self, config: WanConfig, *, key: jax.Array, dtype):
+        keys = jax.random.split(key, 4)
+        width, across = config.width, {"axes": ("heads", "embed"), "dtype": dtype}
+        self.to_q = Linear(width, width, role="query", key=keys[0], **across)
+        self.to_k = Linear(width, width, role="key", key=keys[1], **across)
+        self.to_v = Linear(width, width, role="value", key=keys[2], **across)
+        back = {"axes": ("embed", "heads"), "dtype": dtype}
+        self.to_out = nnx.Dict({"0": Linear(width, width, role="attention_output", key=keys[3], **back)})
+        self.norm_q = RMSNorm(width, epsilon=config.eps, dtype=dtype)
+        self.norm_k = RMSNorm(width, epsilon=config.eps, dtype=dtype)
+        self.attention = Attention()
+        self.heads = config.num_attention_heads
+
+    def __call__(self, x: jax.Array, context: jax.Array, rope: tuple | None = None) -> jax.Array:
+        """x (batch, tokens, width) attends to context (batch, keys, width); `rope` turns both by (cosines, sines)."""
+        query, key, value = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context)), self.to_v(context)
+        query, key, value = (rearrange(a, "b t (h d) -> b t h d", h=self.heads) for a in (query, key, value))
+        if rope is not None:
+            query, key = rotate_adjacent_pairs(query, *rope), rotate_adjacent_pairs(key, *rope)
+        return self.to_out["0"](rearrange(self.attention(query, key, value), "b t h d -> b t (h d)"))
+
+
+class FeedForward(nnx.Module):
+    """Linear, tanh-approximated GELU, Linear, under diffusers' names."""
+
+    def __init__(self, width: int, hidden: int, *, key: jax.Array, dtype):
+        up, down = jax.random.split(key)
+        wide = Linear(width, hidden, role="feed_forward_in", axes=("mlp", "embed"), key=up, dtype=dtype)
+        narrow = Linear(hidden, width, role="feed_forward_out", axes=("embed", "mlp"), key=down, dtype=dtype)
+        self.net = nnx.Dict({"0": nnx.Dict({"proj": wide}), "2": narrow})
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, tokens, width) -> the same."""
+        return self.net["2"](jax.nn.gelu(self.net["0"]["proj"](x), approximate=True))
+
+
+class WanBlock(nnx.Module):
+    """Modulated self-attention, cross-attention to the text without a gate, modulated feed-forward."""
+
+    def __init__(self, config: WanConfig, *, key: jax.Array, dtype):
+        keys = jax.random.split(key, 4)
+        norm = functools.partial(LayerNorm, config.width, epsilon=config.eps)
+        self.norm1, self.norm3 = norm(affine=False), norm(affine=False)
+        self.norm2 = norm(affine=True, dtype=dtype) if config.cross_attn_norm else None
+        self.attn1 = WanAttention(config, key=keys[0], dtype=dtype)
+        self.attn2 = WanAttention(config, key=keys[1], dtype=dtype)
+        self.ffn = FeedForward(config.width, config.ffn_dim, key=keys[2], dtype=dtype)
+        table = jax.random.normal(keys[3], (1, 6, config.width), dtype) / config.width**0.5
+        self.scale_shift_table = Param(table, axes=(None, None, "embed"), keep_float32=True)
+
+    def __call__(self, x: jax.Array, conditioning: WanConditioning) -> jax.Array:
+        """x (batch, tokens, width) -> the same. Norms, modulation and gates are float32 islands."""
+        table = at_least_float32(self.scale_shift_table[...]) + conditioning.modulation  # (b, tokens or 1, 6, width)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (table[..., i, :] for i in range(6))
+
+        normalised = modulate(self.norm1(x), scale, shift, x.dtype)
+        attended = self.attn1(normalised, normalised, (conditioning.cosines, conditioning.sines))
+        x = (at_least_float32(x) + attended * gate).astype(x.dtype)
+
+        normalised = x if self.norm2 is None else self.norm2(x).astype(x.dtype)
+        x = x + self.attn2(normalised, conditioning.context)
+
+        normalised = modulate(self.norm3(x), ffn_scale, ffn_shift, x.dtype)
+        return (at_least_float32(x) + self.ffn(normalised) * ffn_gate).astype(x.dtype)
+
+
+class ConditionEmbedder(nnx.Module):
+    """Timestep -> embedding and modulation; text embeddings -> context."""
+
+    def __init__(self, config: WanConfig, *, key: jax.Array, dtype):
+        keys = jax.random.split(key, 5)
+        width = config.width
+        time = {"role": "time", "axes": ("embed", None), "dtype": dtype, "keep_float32": True}
+        text = {"role": "embedder", "axes": ("embed", None), "dtype": dtype}
+        self.time_embedder = nnx.Dict({
+            "linear_1": Linear(config.freq_dim, width, key=keys[0], **time),
+            "linear_2": Linear(width, width, key=keys[1], **time),
+        })  # fmt: skip
+        self.time_proj = Linear(width, 6 * width, role="modulation", axes=("mlp", "embed"), key=keys[2], dtype=dtype)
+        self.text_embedder = nnx.Dict({
+            "linear_1": Linear(config.text_dim, width, key=keys[3], **text),
+            "linear_2": Linear(width, width, key=keys[4], **text),
+        })  # fmt: skip
+        self.frequencies = config.freq_dim
+
+    def __call__(self, timestep, context, dtype):
+        """(batch,) or (batch, tokens), (batch, text tokens, text_dim) -> time embedding, modulation, context."""
+        first, second = self.time_embedder["linear_1"], self.time_embedder["linear_2"]
+        wide = jnp.promote_types(first.weight[...].dtype, jnp.float32)
+        sinusoid = timestep_sinusoid(timestep, self.frequencies).astype(wide)
+        embedding = second(jax.nn.silu(first(sinusoid))).astype(dtype)  # (batch, [tokens,] width)
+        if timestep.ndim == 1:
+            embedding = embedding[:, None]  # (batch, 1, width)
+        modulation = rearrange(self.time_proj(jax.nn.silu(embedding)), "b t (six d) -> b t six d", six=6)
+        hidden = jax.nn.gelu(self.text_embedder["linear_1"](context.astype(dtype)), approximate=True)
+        return embedding, at_least_float32(modulation), self.text_embedder["linear_2"](hidden)
+
+
+class WanModel(VideoModel):
+    """The Wan transformer. Tokens are frame-major, then row, then column."""
+
+    def __init__(self, config: WanConfig, *, key: jax.Array, dtype=jnp.float32):
+        keys = jax.random.split(key, 5)
+        self.config = config
+        self.patch_embedding = Conv(
+            config.in_channels, config.width, config.patch_size, stride=config.patch_size, role="embedder",
+            axes=("embed", None), key=keys[0], dtype=dtype,
+        )  # fmt: skip
+        self.condition_embedder = ConditionEmbedder(config, key=keys[1], dtype=dtype)
+        blocks = stacked(lambda k: WanBlock(config, key=k, dtype=dtype), config.num_layers, keys[2])
+        self.stacks = nnx.List([Stack(blocks, prefix="blocks", count=config.num_layers)])
+        self.norm_out = LayerNorm(config.width, epsilon=config.eps, affine=False)
+        patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        outputs = config.out_channels * patch
+        self.proj_out = Linear(config.width, outputs, role="head", axes=(None, "embed"), key=keys[3], dtype=dtype)
+        table = jax.random.normal(keys[4], (1, 2, config.width), dtype) / config.width**0.5
+        self.scale_shift_table = Param(table, axes=(None, None, "embed"), keep_float32=True)
+
+    def embed(self, latents, timestep, context):
+        """Latents (batch, frames, height, width, channels) -> tokens (batch, tokens, width) and conditioning.
+
+        `timestep` is (batch,), or (batch, tokens) as Wan 2.2's TI2V passes it; computation is in the type of
+        `patch_embedding`.
+
+        Raises:
+            UserError: Sizes that the patch does not divide, more patches than the rotary table, other channels or
+                another text width than the checkpoint's.
+        """
+        config = self.config
+        _check_sizes(config, latents.shape, context.shape)
+        grid = tuple(size // patch for size, patch in zip(latents.shape[1:4], config.patch_size, strict=True))
+        dtype = self.patch_embedding.weight[...].dtype
+        x = rearrange(self.patch_embedding(latents.astype(dtype)), "b f h w d -> b (f h w) d")
+        embedding, modulation, text = self.condition_embedder(timestep, context, dtype)
+        tables = axial_rope(grid, config.rope_widths, theta=10000.0)
+        cosines, sines = (jnp.asarray(table, jnp.promote_types(dtype, jnp.float32)) for table in tables)
+        return x, WanConditioning(embedding, modulation, text, cosines, sines, grid)
+
+    def head(self, stream, conditioning):
+        """Tokens -> latents; within a patch of the output, channels vary fastest."""
+        table = at_least_float32(self.scale_shift_table[...]) + conditioning.time_embedding[..., None, :]
+        shift, scale = table[..., 0, :], table[..., 1, :]  # (batch, tokens or 1, width)
+        out = self.proj_out(modulate(self.norm_out(stream), scale, shift, stream.dtype))
+        (f, h, w), (p, q, r) = conditioning.grid, self.config.patch_size
+        pattern = "b (f h w) (p q r c) -> b (f p) (h q) (w r) c"
+        return rearrange(out, pattern, f=f, h=h, w=w, p=p, q=q, r=r)
+
+
+def _check_sizes(config: WanConfig, latents: tuple, context: tuple) -> None:
+    if len(latents) != 5 or latents[-1] != config.in_channels:
+        raise UserError(
+            f"latents of shape {latents} do not fit this model",
+            remedy=f"give (batch, frames, height, width, {config.in_channels} channels)",
+        )
+    for name, size, patch in zip(("frames", "height", "width"), latents[1:4], config.patch_size, strict=True):
+        if size % patch or size == 0:
+            raise UserError(f"latent {name} {size} is no multiple of the patch {patch}", remedy="choose another size")
+        if size // patch > config.rope_max_seq_len:
+            raise UserError(
+                f"latent {name} {size} is more than the model's rotary table holds",
+                remedy=f"use at most {config.rope_max_seq_len * patch}",
+            )
+    if len(context) != 3 or context[-1] != config.text_dim:
+        raise UserError(
+            f"a context of shape {context} does not fit this model",
+            remedy=f"give text embeddings (batch, tokens, {config.text_dim})",
+        )
