@@ -40,7 +40,7 @@ def test_one_value_has_no_width():
 def test_coverage_of_the_true_mean(count, at_least):
     """A nominal 95 % interval covers the true mean somewhat less often, the more so the fewer the values.
 
-    Its half width is about 1.96 s sqrt((n - 1) / n) / sqrt(n): theory (t distribution) gives 0.89 at 8 values,
+    Its half width is about 1.96 s sqrt((n - 1) / n) / sqrt(n): theory (t distribution) gives 0.89 at 8,
     0.94 at 40. Over 400 trials three standard deviations of the frequency are 0.047 and 0.036.
     """
     rng = np.random.default_rng(0)
