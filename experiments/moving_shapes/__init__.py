@@ -1,0 +1,1 @@
+"""A benchmark that needs no download: captioned clips drawn by rule, an oracle, and models trained on them."""

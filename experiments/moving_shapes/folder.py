@@ -1,0 +1,124 @@
+"""A folder of precomputed latents and text embeddings, what training and calibration read.
+
+    manifest.json            {"format": "qvdjax-data", "version": 1, "count": N,
+                              "latents": [frames, height, width, channels], "context": [tokens, dim],
+                              "shards": [{"file": "data-00000.safetensors", "count": n}, ...],
+                              "prompts": "prompts.json"}
+    prompts.json             list of N strings, the caption of each example
+    data-XXXXX.safetensors   latents float32 (n, frames, height, width, channels), context float32 (n, tokens, dim)
+
+The manifest is written last: a folder without one is unfinished.
+"""
+
+import bisect
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from qvdjax.errors import UserError
+
+MANIFEST: Final = "manifest.json"
+_FIELDS: Final = ("latents", "context")
+
+
+def write_folder(path: Path, examples: Iterable[dict[str, Any]], *, shard: int = 512) -> None:
+    """Write examples {latents, context, prompt} to a new folder, holding one shard in memory at a time.
+
+    Raises:
+        UserError: The folder exists and is not empty, or cannot be written, or there are no examples.
+    """
+    path = Path(path)
+    if path.exists() and any(path.iterdir()):
+        raise UserError(f"{path} exists and is not empty", remedy="name a new folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _write(path, iter(examples), shard)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})", remedy="check rights and free space") from error
+
+
+def _write(path: Path, examples: Iterator[dict[str, Any]], shard: int) -> None:
+    shards: list[dict[str, Any]] = []
+    prompts: list[str] = []
+    shapes: dict[str, list[int]] = {}
+    pending: list[dict[str, Any]] = []
+
+    def flush() -> None:
+        stacked = {name: np.stack([row[name] for row in pending]).astype(np.float32) for name in _FIELDS}
+        file = f"data-{len(shards):05d}.safetensors"
+        save_file(stacked, path / file)
+        shapes.update({name: list(value.shape[1:]) for name, value in stacked.items()})
+        shards.append({"file": file, "count": len(pending)})
+        prompts.extend(row["prompt"] for row in pending)
+        pending.clear()
+
+    for row in examples:
+        pending.append(row)
+        if len(pending) == shard:
+            flush()
+    if pending:
+        flush()
+    if not shards:
+        raise UserError("no examples to write", remedy="ask for at least one")
+    (path / "prompts.json").write_text(json.dumps(prompts, indent=0))
+    manifest = {"format": "qvdjax-data", "version": 1, "count": len(prompts), **shapes, "shards": shards,
+                "prompts": "prompts.json"}  # fmt: skip
+    unfinished = path / (MANIFEST + ".tmp")
+    unfinished.write_text(json.dumps(manifest, indent=1))
+    os.replace(unfinished, path / MANIFEST)
+
+
+class DataFolder:
+    """Random access to a data folder: `len(folder)`, `folder[i]` -> {latents, context} (float32)."""
+
+    def __init__(self, path: Path):
+        """Read the manifest.
+
+        Raises:
+            UserError: There is no manifest, or it is not one of ours, or a shard is missing.
+        """
+        self.path = Path(path)
+        remedy = "make the folder with `python -m experiments.moving_shapes.data OUT`"
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path} has no readable {MANIFEST}", remedy=remedy) from error
+        if not isinstance(manifest, dict) or manifest.get("format") != "qvdjax-data" or manifest.get("version") != 1:
+            raise UserError(f"{self.path / MANIFEST} is not a qvdjax-data manifest of version 1", remedy=remedy)
+        self.shapes = {name: tuple(manifest[name]) for name in _FIELDS}
+        self.files = [self.path / shard["file"] for shard in manifest["shards"]]
+        self.starts = [0]
+        for shard in manifest["shards"]:
+            self.starts.append(self.starts[-1] + shard["count"])
+        missing = [file.name for file in self.files if not file.is_file()]
+        if missing:
+            raise UserError(f"{self.path} lacks shards", remedy="copy the whole folder or make it again", items=missing)
+        if self.starts[-1] == 0:
+            raise UserError(f"{self.path} holds no examples", remedy=remedy)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        shard = bisect.bisect_right(self.starts, index) - 1
+        row = index - self.starts[shard]
+        try:
+            # The file is opened again for every example: mapped pages stay resident while it is open.
+            with safe_open(self.files[shard], framework="numpy") as file:
+                return {name: file.get_slice(name)[row] for name in _FIELDS}
+        except SafetensorError as error:
+            message = f"{self.files[shard]} is not a readable data shard ({error})"
+            raise UserError(message, remedy="make the folder again") from error
+
+
+def stream(path: Path, *, seed: int, size: int) -> Any:
+    """An endless shuffled stream of stacked batches as a `grain.MapDataset`; batch k depends on (seed, k) alone."""
+    import grain
+
+    return grain.MapDataset.source(DataFolder(path)).seed(seed).shuffle().repeat(None).batch(size)
