@@ -1,0 +1,48 @@
+"""Euler's method for flow matching."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from qvdjax.diffusion.schedule import TRAIN_TIMESTEPS, Schedule, check_shift, check_steps, shifted
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EulerState:
+    """What Euler's method remembers between steps: nothing but the latents."""
+
+    latents: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMatchEuler:
+    """latents += (next_sigma - sigma) * velocity, on an even grid of noise levels that is then shifted.
+
+    The grid is `linspace(1, 0, steps + 1)`, as HunyuanVideo and diffusers' pipelines for it give it to
+    `FlowMatchEulerDiscreteScheduler.set_timesteps(sigmas=...)`; timesteps are 1000 * sigma, not rounded.
+
+    Attributes:
+        shift: 1 for none; HunyuanVideo uses 7.
+    """
+
+    shift: float = 1.0
+
+    def __post_init__(self):
+        check_shift(self.shift)
+
+    def schedule(self, steps: int) -> Schedule:
+        """The run's noise levels. Raises `UserError` for fewer than one step."""
+        check_steps(steps)
+        sigmas = shifted(np.linspace(1.0, 0.0, steps + 1), self.shift)
+        return Schedule(TRAIN_TIMESTEPS * sigmas[:-1], sigmas[:-1], sigmas[1:])
+
+    def init(self, noise: jax.Array) -> EulerState:
+        """The state before the first step; `noise` (batch, frames, height, width, channels)."""
+        return EulerState(noise)
+
+    def step(self, row: Schedule, state: EulerState, velocity: jax.Array) -> EulerState:
+        """One step along `velocity`, the model's prediction at `state.latents`, in the latents' dtype."""
+        step_size = (row.next_sigmas - row.sigmas).astype(state.latents.dtype)
+        return EulerState(state.latents + step_size * velocity.astype(state.latents.dtype))

@@ -1,0 +1,212 @@
+"""From noise to latents: the sampling loop, as one jitted scan or step by step."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qvdjax.diffusion.guidance import guided
+from qvdjax.diffusion.schedule import Schedule
+from qvdjax.diffusion.solvers import Solver
+from qvdjax.errors import UserError
+
+OnStep = Callable[[int, jax.Array], None]
+"""Called after every step with the number of steps done (1, 2, ...) and the latents they led to."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SampleResult:
+    """What sampling returns.
+
+    Attributes:
+        latents: The result, (batch, frames, height, width, channels), float32.
+        trajectory: If asked for, the latents the model saw at every step,
+            (steps, batch, frames, height, width, channels): `trajectory[0]` is the noise, and `latents` is
+            what followed the last of them.
+    """
+
+    latents: jax.Array
+    trajectory: jax.Array | None = None
+
+
+def sample(
+    model,
+    context: jax.Array,
+    negative_context: jax.Array | None = None,
+    *,
+    noise: jax.Array,
+    solver: Solver,
+    steps: int,
+    guidance_scale: float = 1.0,
+    trajectory: bool = False,
+    on_step: OnStep | None = None,
+    doubled_batch: bool = False,
+    **conditions,
+) -> SampleResult:
+    """Turn noise into latents.
+
+    The whole run is one jitted `jax.lax.scan` over the steps. The model is an argument of that function, so
+    two models of one structure (the same layers and shapes) share one compilation. Latents are float32
+    throughout, whatever the model computes in.
+
+    Args:
+        model: A pytree that is called as `model(latents, timestep, context, **conditions) -> velocity`, with
+            timestep (batch,) float in 0..1000.
+        context: Text embeddings, (batch, tokens, dim).
+        negative_context: The same for what to avoid; needed unless `guidance_scale` is 1.
+        noise: (batch, frames, height, width, channels), see `initial_noise`. Its sharding, and the model's,
+            decide where the work is done.
+        solver: See `get_solver`.
+        steps: Number of steps; with guidance each costs two model evaluations.
+        guidance_scale: 1 means no guidance.
+        trajectory: Also return the model's inputs.
+        on_step: Given, the steps run one by one from Python, and this is called after each. The numbers are
+            those of the scan up to rounding.
+        doubled_batch: See `guided`.
+        conditions: Further arguments of the model, with a leading batch axis.
+
+    Returns:
+        The latents and, if asked for, the trajectory. Raises `UserError` for a number of steps below 1, for
+        guidance without a negative context, and for batches that differ.
+    """
+    run = Run(solver, doubled_batch=doubled_batch, unguided=guidance_scale == 1, trajectory=trajectory)
+    inputs = _inputs(noise, context, negative_context, guidance_scale, conditions)
+    schedule = solver.schedule(steps)
+    if on_step is None:
+        return _scan(run, model, schedule, *inputs)
+    return _loop(run, lambda *args: _step(run, *args), model, schedule, inputs, on_step)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledSampler:
+    """A sampler compiled ahead of time for one structure of model and one set of shapes and shardings.
+
+    Attributes:
+        compile_seconds: What tracing and compiling took.
+        memory: The compiler's account of the program (`argument_size_in_bytes`, `temp_size_in_bytes`, ...),
+            or None where the backend gives none.
+    """
+
+    compile_seconds: float
+    memory: Any
+    _run: "Run"
+    _schedule: Schedule
+    _compiled: Callable
+    _step_loop: bool
+
+    def __call__(
+        self,
+        model,
+        context,
+        negative_context=None,
+        *,
+        noise,
+        guidance_scale: float = 1.0,
+        on_step: OnStep | None = None,
+        **conditions,
+    ) -> SampleResult:
+        """Sample; arguments as for `sample`, of the shapes and shardings that were compiled for."""
+        inputs = _inputs(noise, context, negative_context, guidance_scale, conditions)
+        if not self._step_loop:
+            return self._compiled(model, self._schedule, *inputs)
+        return _loop(self._run, self._compiled, model, self._schedule, inputs, on_step)
+
+
+def compile_sampler(
+    model,
+    context: jax.Array,
+    negative_context: jax.Array | None = None,
+    *,
+    noise: jax.Array,
+    solver: Solver,
+    steps: int,
+    guidance_scale: float = 1.0,
+    trajectory: bool = False,
+    step_loop: bool = False,
+    doubled_batch: bool = False,
+    **conditions,
+) -> CompiledSampler:
+    """Compile what `sample` would run with these arguments, without running it, and say how long it took.
+
+    With `step_loop` a single step is compiled, and the result accepts `on_step`. Raises as `sample` does.
+    """
+    run = Run(solver, doubled_batch=doubled_batch, unguided=guidance_scale == 1, trajectory=trajectory)
+    inputs = _inputs(noise, context, negative_context, guidance_scale, conditions)
+    schedule = solver.schedule(steps)
+    start = time.perf_counter()
+    if step_loop:
+        latents, *rest = inputs
+        lowered = _step.lower(run, model, schedule.row(0), solver.init(latents), *rest)
+    else:
+        lowered = _scan.lower(run, model, schedule, *inputs)
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    return CompiledSampler(seconds, compiled.memory_analysis(), run, schedule, compiled, step_loop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the compiled program depends on beside shapes: the static argument of the jitted functions."""
+
+    solver: Solver
+    doubled_batch: bool
+    unguided: bool
+    trajectory: bool
+
+    def step(self, model, row, state, context, negative_context, guidance_scale, conditions):
+        """One step: ask the model where the latents go, and let the solver go there."""
+        predict = guided(model, 1 if self.unguided else guidance_scale, doubled_batch=self.doubled_batch)
+        batch = state.latents.shape[0]
+        timestep = jnp.full((batch,), row.timesteps, jnp.float32)  # (batch,)
+        velocity = predict(state.latents, timestep, context, negative_context, **conditions)
+        return self.solver.step(row, state, velocity)
+
+
+def _scan_steps(run: Run, model, schedule, noise, *inputs) -> SampleResult:
+    def body(state, row):
+        return run.step(model, row, state, *inputs), state.latents if run.trajectory else None
+
+    state, trajectory = jax.lax.scan(body, run.solver.init(noise), schedule)
+    return SampleResult(state.latents, trajectory)
+
+
+_scan = jax.jit(_scan_steps, static_argnums=0)
+_step = jax.jit(Run.step, static_argnums=0)
+
+
+def _loop(
+    run: Run, step: Callable, model, schedule: Schedule, inputs: tuple, on_step: OnStep | None
+) -> SampleResult:
+    noise, *rest = inputs
+    state, seen = run.solver.init(noise), []
+    for index in range(schedule.steps):
+        if run.trajectory:
+            seen.append(state.latents)
+        state = step(model, schedule.row(index), state, *rest)
+        if on_step is not None:
+            on_step(index + 1, state.latents)
+    return SampleResult(state.latents, jnp.stack(seen) if run.trajectory else None)
+
+
+def _inputs(noise, context, negative_context, guidance_scale, conditions: dict) -> tuple:
+    """The traced arguments of the jitted functions behind the schedule, checked and in their dtypes."""
+    noise = jnp.asarray(noise)
+    noise = noise.astype(jnp.promote_types(noise.dtype, jnp.float32))
+    if guidance_scale == 1:
+        negative_context = None  # not used, so not shipped to the devices either
+    elif negative_context is None:
+        raise UserError(
+            f"guidance scale {guidance_scale} needs a negative context",
+            remedy="pass one (zeros, or the encoding of a negative prompt), or a guidance scale of 1",
+        )
+    for name, array in {"context": context, "negative_context": negative_context, **conditions}.items():
+        if array is not None and array.shape[0] != noise.shape[0]:
+            raise UserError(
+                f"{name} has shape {tuple(array.shape)} beside noise of shape {tuple(noise.shape)}",
+                remedy=f"give it a leading axis of {noise.shape[0]}, one row a video",
+            )
+    return noise, context, negative_context, jnp.asarray(guidance_scale, jnp.float32), conditions

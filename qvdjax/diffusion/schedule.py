@@ -1,0 +1,65 @@
+"""What a solver needs to know of every step, laid out before the first one.
+
+A schedule is computed once in NumPy float64 and then carried as arrays with a leading step axis, so the
+sampler can walk along it inside `jax.lax.scan`: no logarithm of a noise level is ever taken in float32.
+"""
+
+import dataclasses
+import math
+from typing import Self
+
+import jax
+import numpy as np
+
+from qvdjax.errors import UserError
+
+TRAIN_TIMESTEPS = 1000
+"""Timesteps of a flow-matching checkpoint run from 0 (clean) to 1000 (noise)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The steps of one sampling run; a pytree whose leaves all have the leading axis `steps`.
+
+    Attributes:
+        timesteps: What the model is told, in 0..1000, shape (steps,).
+        sigmas: Share of noise in the latents that enter the step, in 0..1, shape (steps,).
+        next_sigmas: The same for the latents that leave it; the last is 0, shape (steps,).
+    """
+
+    timesteps: np.ndarray
+    sigmas: np.ndarray
+    next_sigmas: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        """Number of steps, so of model evaluations per guidance branch."""
+        return self.timesteps.shape[0]
+
+    def row(self, step: int) -> Self:
+        """The values of one step, as `jax.lax.scan` hands them to `Solver.step`."""
+        return jax.tree.map(lambda values: values[step], self)
+
+
+def shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
+    """Move noise levels towards 1, as flow-matching models of high resolution need: s*x / (1 + (s-1)*x).
+
+    Source: Esser et al. 2024 (Stable Diffusion 3), section 5.3.2.
+    """
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def check_steps(steps: int) -> None:
+    """Raise `UserError` unless `steps` is a number of steps one can take."""
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
+        raise UserError(f"steps is {steps!r}", remedy="give a whole number of at least 1")
+
+
+def check_shift(shift: float) -> None:
+    """Raise `UserError` unless `shift` is positive and finite."""
+    if not (math.isfinite(shift) and shift > 0):
+        raise UserError(
+            f"the solver's shift is {shift!r}",
+            remedy="give a positive number (1 means none, Wan uses 3 to 12)",
+        )

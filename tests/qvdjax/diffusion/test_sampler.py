@@ -1,0 +1,216 @@
+"""Guidance, noise and the sampling loop, on a small model with the call of a real one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qvdjax.diffusion import FlowMatchEuler, UniPCFlow, compile_sampler, guided, initial_noise, sample
+from qvdjax.errors import UserError
+
+SHAPE = (3, 4, 6, 5)  # frames, height, width, channels
+SOLVERS = [FlowMatchEuler(3.0), UniPCFlow(3.0)]
+
+
+class Field(nnx.Module):
+    """A velocity that depends on everything a model is given; `calls` counts how often it is traced."""
+
+    calls = 0
+
+    def __init__(self, key, dtype=jnp.float32):
+        mix, text = jax.random.split(key)
+        self.mix = nnx.Param(jax.random.normal(mix, (SHAPE[-1], SHAPE[-1]), dtype) / 2)
+        self.text = nnx.Param(jax.random.normal(text, (7, SHAPE[-1]), dtype) / 2)
+
+    def __call__(self, latents, timestep, context, *, brightness=None):
+        Field.calls += 1
+        assert timestep.shape == latents.shape[:1]
+        assert timestep.dtype == jnp.float32
+        latents = latents.astype(self.mix.dtype)
+        push = jnp.einsum("btd,dc->bc", context, self.text[...]) * jnp.cos(timestep / 300)[:, None]
+        push = push if brightness is None else push + brightness[:, None]
+        velocity = jnp.tanh(latents @ self.mix[...] + push[:, None, None, None, :])  # b f h w c
+        return velocity.astype(self.mix.dtype)
+
+
+@pytest.fixture
+def case():
+    context = jax.random.normal(jax.random.key(1), (8, 4, 7))
+    return {
+        "model": Field(jax.random.key(0)),
+        "context": context,
+        "negative_context": jnp.zeros_like(context),
+        "noise": initial_noise(range(8), SHAPE),
+    }
+
+
+def by_hand(model, context, negative_context, noise, solver, steps, guidance_scale):
+    """The loop written out, in NumPy where it matters: the reference for `sample`."""
+    schedule, state, seen = solver.schedule(steps), solver.init(noise), []
+    for index in range(steps):
+        timestep = jnp.full((noise.shape[0],), schedule.timesteps[index], jnp.float32)
+        conditional = np.asarray(model(state.latents, timestep, context))
+        unconditional = np.asarray(model(state.latents, timestep, negative_context))
+        seen.append(state.latents)
+        velocity = unconditional + np.float32(guidance_scale) * (conditional - unconditional)
+        state = solver.step(schedule.row(index), state, velocity)
+    return state.latents, np.stack(seen)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_scan_and_step_loop_make_the_numbers_of_a_written_out_loop(case, solver):
+    arguments = {**case, "solver": solver, "steps": 6, "guidance_scale": 4.0}
+    want, seen = by_hand(**arguments)
+    scanned = sample(**arguments, trajectory=True)
+    # The same float32 operations fused differently: 6 steps, each rounding values of size 4 a dozen times,
+    # guidance of 4 multiplies what came before by up to 8 through a field of slope about 1.
+    np.testing.assert_allclose(scanned.latents, want, atol=2e-5)
+    np.testing.assert_allclose(scanned.trajectory, seen, atol=2e-5)
+    np.testing.assert_array_equal(scanned.trajectory[0], case["noise"])
+    assert scanned.trajectory.shape == (6, 8, *SHAPE)
+
+    steps = []
+    looped = sample(**arguments, trajectory=True, on_step=lambda step, latents: steps.append((step, latents)))
+    assert [step for step, _ in steps] == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_array_equal(steps[-1][1], looped.latents)
+    np.testing.assert_allclose(looped.latents, scanned.latents, atol=2e-5)  # as above
+    np.testing.assert_allclose(looped.trajectory, scanned.trajectory, atol=2e-5)
+
+
+@pytest.mark.parametrize("step_loop", [False, True])
+def test_compiled_ahead_of_time_is_the_same_program(case, step_loop):
+    arguments = {**case, "solver": UniPCFlow(3.0), "steps": 4, "guidance_scale": 4.0}
+    compiled = compile_sampler(**arguments, step_loop=step_loop)
+    assert compiled.compile_seconds > 0
+    steps = []
+    got = compiled(**case, guidance_scale=4.0, on_step=lambda step, latents: steps.append(step))
+    on_step = (lambda step, latents: None) if step_loop else None
+    np.testing.assert_array_equal(got.latents, sample(**arguments, on_step=on_step).latents)
+    assert got.trajectory is None
+    assert steps == ([1, 2, 3, 4] if step_loop else [])
+
+
+def test_models_of_one_structure_share_a_compilation(case):
+    arguments = {**case, "solver": FlowMatchEuler(2.5), "steps": 3, "guidance_scale": 2.0}
+    first = sample(**arguments).latents
+    traced = Field.calls
+    other = sample(**{**arguments, "model": Field(jax.random.key(9)), "guidance_scale": 3.0}).latents
+    assert Field.calls == traced
+    assert not np.allclose(first, other)
+
+
+def test_latents_stay_float32_under_a_bfloat16_model(case):
+    result = sample(
+        **{**case, "model": Field(jax.random.key(0), jnp.bfloat16)},
+        solver=UniPCFlow(3.0),
+        steps=5,
+        guidance_scale=3.0,
+        trajectory=True,
+    )
+    assert result.latents.dtype == result.trajectory.dtype == jnp.float32
+    # Latents that had been rounded to bfloat16 on the way would all be bfloat16 numbers.
+    latents = result.trajectory[-1]
+    assert (latents != latents.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.9
+
+
+@pytest.mark.parametrize("doubled_batch", [False, True])
+def test_guidance(case, doubled_batch):
+    model, context, negative, noise = case.values()
+    timestep, brightness = jnp.full((8,), 500.0), jnp.arange(8) / 8
+    conditional = model(noise, timestep, context, brightness=brightness)
+    unconditional = model(noise, timestep, negative, brightness=brightness)
+    predict = guided(model, 5.0, doubled_batch=doubled_batch)
+    got = predict(noise, timestep, context, negative, brightness=brightness)
+    # One product of 16 rows may be summed in another order than two of 8: a few roundings of values of
+    # size 1, times the scale of 5.
+    np.testing.assert_allclose(got, unconditional + 5.0 * (conditional - unconditional), atol=5e-6)
+    unguided = guided(model, 1.0, doubled_batch=doubled_batch)
+    np.testing.assert_array_equal(unguided(noise, timestep, context, brightness=brightness), conditional)
+
+
+def test_guidance_is_combined_in_float32(case):
+    model = Field(jax.random.key(0), jnp.bfloat16)
+    noise, timestep = case["noise"], jnp.full((8,), 500.0)
+    velocity = guided(model, 5.0)(noise, timestep, case["context"], case["negative_context"])
+    conditional = np.asarray(model(noise, timestep, case["context"]), np.float32)
+    unconditional = np.asarray(model(noise, timestep, case["negative_context"]), np.float32)
+    assert velocity.dtype == jnp.float32
+    # Both are exact in float32 but for one rounding of the product and one of the sum, at size 10.
+    np.testing.assert_allclose(velocity, unconditional + 5 * (conditional - unconditional), atol=2e-6)
+
+
+def test_without_guidance_the_negative_pass_is_left_out(case):
+    case = {**case, "negative_context": None}
+    before = Field.calls
+    sample(**case, solver=FlowMatchEuler(1.7), steps=2, guidance_scale=1.0)
+    assert Field.calls == before + 1  # one trace of the scan's body, one call in it
+
+
+def test_noise_belongs_to_the_seed_alone():
+    together = initial_noise([3, 4, 5], SHAPE)
+    np.testing.assert_array_equal(initial_noise([4], SHAPE)[0], together[1])
+    assert not np.allclose(together[0], together[1])
+    assert together.dtype == jnp.float32
+    # 1,080 standard normal draws: mean and deviation within 5 standard errors (0.03 and 0.022).
+    assert abs(float(together.mean())) < 0.15
+    assert abs(float(together.std()) - 1) < 0.11
+    rounded = initial_noise([4], SHAPE, jnp.bfloat16)[0]
+    np.testing.assert_array_equal(rounded, together[1].astype(jnp.bfloat16))
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(initial_noise([4], SHAPE)[0], together[1])
+        np.testing.assert_array_equal(
+            initial_noise([4], SHAPE, jnp.float64)[0], together[1].astype(jnp.float64)
+        )
+    # The first draws of seed 4, written down: another generator would mean other videos for old seeds.
+    # One unit in the last place: backends may round the inverse error function differently.
+    np.testing.assert_allclose(together[1].reshape(-1)[:3], [1.1777242, 0.7384810, -1.0801565], rtol=2e-7)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_same_video_on_one_device_and_on_eight(case, solver):
+    if jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, has {jax.device_count()}")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spread = NamedSharding(mesh, P("data"))
+    settings = {"solver": solver, "steps": 8, "guidance_scale": 4.0}
+    one = sample(**case, **settings).latents
+    model = jax.device_put(case["model"], NamedSharding(mesh, P()))
+    arrays = {name: jax.device_put(array, spread) for name, array in case.items() if name != "model"}
+    eight = sample(model, **arrays, **settings).latents
+    assert len(eight.sharding.device_set) == 8
+    # No sum crosses devices here; what differs is how a product of one row is compiled from one of eight:
+    # last bits of float32, grown over 8 steps as in the test of the written-out loop.
+    np.testing.assert_allclose(eight, one, atol=3e-5)
+    # And a video on its own is the video it is in a batch.
+    alone = {name: array[2:3] for name, array in case.items() if name != "model"}
+    np.testing.assert_allclose(sample(case["model"], **alone, **settings).latents[0], one[2], atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"negative_context": None}, "guidance scale 4.0 needs a negative context"),
+        ({"context": jnp.zeros((7, 4, 7))}, r"context has shape \(7, 4, 7\)"),
+        ({"brightness": jnp.zeros((3,))}, r"brightness has shape \(3,\)"),
+        ({"steps": 0}, "steps is 0"),
+    ],
+)
+def test_bad_arguments_are_named(case, change, named):
+    arguments = {**case, "solver": FlowMatchEuler(3.0), "steps": 2, "guidance_scale": 4.0, **change}
+    with pytest.raises(UserError, match=named):
+        sample(**arguments)
+
+
+@pytest.mark.parametrize("seeds", [[-1], [2**32], []])
+def test_unusable_seeds(seeds):
+    with pytest.raises(UserError, match="seed"):
+        initial_noise(seeds, SHAPE)
+
+
+def test_solvers_are_static_arguments():
+    assert hash(UniPCFlow(3.0)) == hash(dataclasses.replace(UniPCFlow(5.0), shift=3.0))
