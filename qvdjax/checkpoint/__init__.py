@@ -1,0 +1,19 @@
+"""Model folders of safetensors, read and written strictly, one tensor at a time, and atomically."""
+
+from qvdjax.checkpoint.atomic import new_folder
+from qvdjax.checkpoint.folder import CheckpointFolder, Progress, read_json, write_folder
+from qvdjax.checkpoint.loading import load_variables, save_variables
+from qvdjax.checkpoint.safetensors_file import (
+    SafetensorsFile,
+    TensorSource,
+    all_finite,
+    is_floating,
+    write_file,
+)
+from qvdjax.checkpoint.variables import Expected, check_tensors, expected_tensors, stored_variables
+
+__all__ = [
+    "CheckpointFolder", "Expected", "Progress", "SafetensorsFile", "TensorSource", "all_finite", "check_tensors",
+    "expected_tensors", "is_floating", "load_variables", "new_folder", "read_json", "save_variables",
+    "stored_variables", "write_file", "write_folder",
+]  # fmt: skip
