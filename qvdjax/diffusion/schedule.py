@@ -61,5 +61,5 @@ def check_shift(shift: float) -> None:
     if not (math.isfinite(shift) and shift > 0):
         raise UserError(
             f"the solver's shift is {shift!r}",
-            remedy="give a positive number (1 means none, Wan uses 3 to 12)",
+            remedy="give a positive number (1 means none, video models use 3 to 12)",
         )
