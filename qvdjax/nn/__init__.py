@@ -2,6 +2,7 @@
 
 from qvdjax.nn.attention import Attention, attention, quantized_attention
 from qvdjax.nn.conv import Conv, QuantizedConv
+from qvdjax.nn.layers import FLOAT_LAYERS, QUANTIZED_LAYERS, layers_of
 from qvdjax.nn.linear import Linear, QuantizedLinear
 from qvdjax.nn.norm import LayerNorm, RMSNorm, at_least_float32
 from qvdjax.nn.protocol import Stack, VideoModel, stacked
@@ -9,7 +10,7 @@ from qvdjax.nn.scheme import EXECUTIONS, AttentionScheme, Execution, LayerScheme
 from qvdjax.nn.variables import Codes, Param, Scale, Statistic
 
 __all__ = [
-    "EXECUTIONS", "Attention", "AttentionScheme", "Codes", "Conv", "Execution", "LayerNorm", "LayerScheme", "Linear",
+    "EXECUTIONS", "FLOAT_LAYERS", "QUANTIZED_LAYERS", "Attention", "AttentionScheme", "Codes", "Conv", "Execution", "LayerNorm", "LayerScheme", "Linear",
     "Param", "QuantizedConv", "QuantizedLinear", "RMSNorm", "Role", "Scale", "Stack", "Statistic", "VideoModel",
-    "attention", "at_least_float32", "quantized_attention", "stacked",
+    "attention", "at_least_float32", "layers_of", "quantized_attention", "stacked",
 ]

@@ -1,0 +1,97 @@
+"""The smallest and largest value of every input channel of every layer, over a calibration set."""
+
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qvdjax.errors import UserError
+from qvdjax.nn import Conv, Linear, Statistic, VideoModel, layers_of
+from qvdjax.nn.variables import replace, shape_of
+
+
+class Watched(nnx.Module):
+    """A layer that keeps the range of each input channel of its last call.
+
+    Attributes:
+        low, high: [in] each, over all other axes.
+    """
+
+    def __init__(self, layer: Linear | Conv, leading: tuple[int, ...], width: int):
+        self.layer = layer
+        self.low = Statistic(jnp.full((*leading, width), jnp.inf, jnp.float32), axes=(None,))
+        self.high = Statistic(jnp.full((*leading, width), -jnp.inf, jnp.float32), axes=(None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """As the layer."""
+        others = tuple(range(x.ndim - 1))
+        self.low[...] = jnp.minimum(self.low[...], x.min(axis=others).astype(jnp.float32))
+        self.high[...] = jnp.maximum(self.high[...], x.max(axis=others).astype(jnp.float32))
+        return self.layer(x)
+
+    @property
+    def weight(self):
+        """The layer's weight, which some models read for its dtype."""
+        return self.layer.weight
+
+
+def watch(model: VideoModel) -> VideoModel:
+    """A copy of a float model whose linear and convolution layers are Watched."""
+    model = nnx.clone(model)
+    for _, path, layer in layers_of(model, (Linear, Conv)):
+        shape, own = shape_of(layer.weight), len(layer.weight.get_metadata("axes"))
+        replace(model, path, Watched(layer, shape[:-own], shape[len(shape) - own + 1]))
+    return model
+
+
+@jax.jit
+def _observe(model: VideoModel, inputs: Mapping[str, jax.Array]) -> tuple[list, list]:
+    """Ranges of one batch: of the layers outside stacks, and of each stack's layers; dead code but for them goes."""
+    _, in_stacks = model.run(**inputs, collect=Statistic)
+    outside = [(layer.low[...], layer.high[...]) for _, path, layer in layers_of(model, (Watched,)) if path[0] != "stacks"]
+    return outside, [nnx.to_pure_dict(state) for state in in_stacks]
+
+
+def input_ranges(model: VideoModel, batches: Iterable[Mapping[str, jax.Array]]) -> dict[str, tuple]:
+    """Ranges of every layer's input channels over all batches.
+
+    Args:
+        model: A float model, on one device or sharded.
+        batches: Keyword arguments of the model's call: latents, timestep, context and further conditions.
+
+    Returns:
+        Name of the layer in diffusers -> (low [in], high [in]), NumPy float32.
+
+    Raises:
+        UserError: No batch at all, or ranges that are not finite.
+    """
+    watched, total = watch(model), None
+    for inputs in batches:
+        new = jax.device_get(_observe(watched, dict(inputs)))
+        total = new if total is None else _wider(total, new)
+    if total is None:
+        raise UserError("the calibration set is empty", remedy="make one with `qvdjax calibrate`")
+    outside, in_stacks = total
+    ranges, outside = {}, iter(outside)
+    for names, path, _ in layers_of(watched, (Watched,)):
+        if path[0] != "stacks":
+            ranges[names[0]] = next(outside)
+            continue
+        node = in_stacks[path[1]]
+        for part in path[3:]:
+            node = node[part]
+        edges = (np.reshape(node[edge], (len(names), -1)) for edge in ("low", "high"))  # ([layers,] in) -> layers in
+        ranges.update(zip(names, zip(*edges, strict=True), strict=True))
+    if broken := [name for name, edges in ranges.items() if not np.isfinite(edges).all()]:
+        raise UserError("calibration met values that are not finite", remedy="check the calibration set", items=broken)
+    return ranges
+
+
+def _wider(a, b):
+    """The union of two sets of ranges of equal structure: (low, high) pairs outside stacks, dictionaries inside."""
+    outside = [(np.minimum(x[0], y[0]), np.maximum(x[1], y[1])) for x, y in zip(a[0], b[0], strict=True)]
+    pick = {"low": np.minimum, "high": np.maximum}
+    union = lambda path, x, y: pick[path[-1].key](x, y)  # noqa: E731
+    return outside, [jax.tree_util.tree_map_with_path(union, x, y) for x, y in zip(a[1], b[1], strict=True)]

@@ -1,0 +1,92 @@
+"""`describe`: what every layer of a model became, and why."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from qvdjax.nn import (
+    FLOAT_LAYERS, QUANTIZED_LAYERS, Attention, Codes, Conv, Linear, QuantizedLinear, VideoModel, layers_of,
+)  # fmt: skip
+from qvdjax.nn.variables import shape_of
+
+
+def describe(model: VideoModel) -> list[dict[str, Any]]:
+    """One row a layer and block.
+
+    Returns:
+        Rows of `path` (name in diffusers), `role`, `shape` (of the weight, in PyTorch's orientation), `weight_bits`,
+        `activation_bits` (16 or 32 and so on for floats), `bytes` (codes at their logical bits, scales, bias),
+        `float_bytes` (the same layer in bfloat16), `sqnr_db` (signal-to-quantization-noise ratio of the weight in
+        decibels, None for float weights or where the model is abstract), `execution` and `reason`. The products of
+        attention have rows only where they are quantized; they hold no bytes.
+    """
+    rows = []
+    for names, _, layer in layers_of(model, (*FLOAT_LAYERS, *QUANTIZED_LAYERS)):
+        if isinstance(layer, Attention):
+            if layer.scheme.qk_bits or layer.scheme.pv_bits:
+                rows += [_attention_row(name, layer) for name in names]
+            continue
+        row = _row(layer)
+        sqnr = _sqnr(layer, len(names))
+        rows += [{"path": name, **row, "sqnr_db": ratio} for name, ratio in zip(names, sqnr, strict=True)]
+    return sorted(rows, key=lambda row: [(len(part), part) if part.isdigit() else (0, part) for part in row["path"].split(".")])
+
+
+def _row(layer) -> dict[str, Any]:
+    shape, scheme = weight_shape(layer), layer.scheme
+    quantized = not isinstance(layer, Linear | Conv)
+    state = jax.tree.leaves(nnx.state(layer), is_leaf=lambda v: isinstance(v, nnx.Variable))
+    own_bits = sum(_logical_bits(variable) for variable in state)
+    bias = 0 if layer.bias is None else shape[0]
+    activation = scheme.activation.bits if quantized and scheme.activation else _float_bits(layer)
+    return {
+        "role": layer.role, "shape": list(shape),
+        "weight_bits": scheme.weight.bits if quantized and scheme.weight else _float_bits(layer),
+        "activation_bits": activation,
+        "bytes": math.ceil(own_bits / 8), "float_bytes": 2 * (math.prod(shape) + bias),
+        "execution": layer.execution if quantized else "float", "reason": scheme.reason,
+    }  # fmt: skip
+
+
+def _attention_row(name: str, layer: Attention) -> dict[str, Any]:
+    scheme = layer.scheme
+    return {
+        "path": name, "role": layer.role, "shape": [], "weight_bits": None, "activation_bits": scheme.qk_bits,
+        "probability_bits": scheme.pv_bits, "bytes": 0, "float_bytes": 0, "execution": layer.execution,
+        "reason": scheme.reason, "sqnr_db": None,
+    }  # fmt: skip
+
+
+def weight_shape(layer) -> tuple[int, ...]:
+    """Shape of one block's weight, [out, in, *kernel]."""
+    if isinstance(layer, Linear | Conv):
+        return shape_of(layer.weight)[-len(layer.weight.get_metadata("axes")) :]
+    shape = shape_of(layer.weight if layer.codes is None else layer.codes)[-2:]
+    if isinstance(layer, QuantizedLinear):
+        return shape
+    return (shape[0], shape[1] // math.prod(layer.kernel), *layer.kernel)
+
+
+def _logical_bits(variable: nnx.Variable) -> int:
+    """Bits of one block's part of a variable, by logical widths."""
+    value = variable.get_value()
+    own = len(variable.get_metadata("axes"))
+    size = math.prod(value.shape[len(value.shape) - own :])
+    bits = variable.get_metadata("bits") if isinstance(variable, Codes) else 8 * value.dtype.itemsize
+    return size * bits
+
+
+def _float_bits(layer) -> int:
+    variable = layer.weight if getattr(layer, "weight", None) is not None else layer.bias
+    return 8 * variable.get_value().dtype.itemsize if variable is not None else 32
+
+
+def _sqnr(layer, count: int) -> list[float | None]:
+    statistic = getattr(layer, "weight_sqnr_db", None)
+    if statistic is None or isinstance(statistic.get_value(), jax.ShapeDtypeStruct):
+        return [None] * count
+    ratios = np.asarray(statistic.get_value(), np.float64).reshape(count)  # [layers] or [] -> layers
+    return [round(float(ratio), 2) if np.isfinite(ratio) else None for ratio in ratios]

@@ -1,0 +1,7 @@
+"""Post-training quantization: transforms, ranges and rounding, applied to a model."""
+
+from qvdjax.ptq.apply import apply_schemes, set_execution
+from qvdjax.ptq.layers import quantize_layer
+from qvdjax.ptq.transforms import FitChannelScale
+
+__all__ = ["FitChannelScale", "apply_schemes", "quantize_layer", "set_execution"]

@@ -1,0 +1,55 @@
+"""`quantize`: a model and a recipe in, the quantized model out."""
+
+from collections.abc import Iterable, Mapping
+
+import jax
+
+from qvdjax.calibration.ranges import input_ranges
+from qvdjax.errors import UserError
+from qvdjax.nn import QUANTIZED_LAYERS, Execution, VideoModel, layers_of
+from qvdjax.ptq import apply_schemes
+from qvdjax.recipes import Recipe, decide, get
+
+
+def best_execution() -> tuple[Execution, str]:
+    """How products are best computed on this machine's default device, and why."""
+    kind = jax.devices()[0].device_kind
+    if "7x" in kind.lower() or "v7" in kind.lower():
+        return "simulate", f"{kind} multiplies int8 more slowly than bf16; the same integers are multiplied as floats"
+    return "integer", f"{kind} multiplies int8 codes into int32"
+
+
+def quantize(
+    model: VideoModel,
+    recipe: Recipe | str,
+    calibration: Iterable[Mapping[str, jax.Array]] | None = None,
+    *,
+    execution: Execution | None = None,
+) -> VideoModel:
+    """Quantize a float model.
+
+    Args:
+        model: Left as it is.
+        recipe: A recipe, or its name (`qvdjax.recipes.names()` lists presets).
+        calibration: Batches of the model's keyword arguments (latents, timestep, context), for instance of a
+            `qvdjax.calibration.CalibrationSet`; needed by recipes with static ranges or fitted transforms.
+        execution: "integer", "simulate", or None for the device's best.
+
+    Returns:
+        A new model of the same call. `qvdjax.describe` lists what every layer became.
+
+    Raises:
+        UserError: Unknown recipe, a path rule that matches nothing, a missing calibration, a model that is quantized already.
+    """
+    if isinstance(recipe, str):
+        recipe = get(recipe)
+    if any(True for _ in layers_of(model, QUANTIZED_LAYERS)):
+        raise UserError("the model is quantized already", remedy="start from the full-precision model")
+    decision = decide(model, recipe)
+    ranges = None
+    if recipe.needs_calibration:
+        if calibration is None:
+            raise UserError(f"recipe {recipe.name} needs a calibration set", remedy="make one with `qvdjax calibrate`")
+        ranges = input_ranges(model, calibration)
+    execution = execution or best_execution()[0]
+    return apply_schemes(model, decision.schemes, execution=execution, fit=recipe.transform, ranges=ranges)

@@ -1,0 +1,92 @@
+"""Recipes: ordered rules over roles and paths that say what each layer becomes."""
+
+import dataclasses
+import re
+from typing import Any
+
+from qvdjax.errors import UserError
+from qvdjax.nn import Attention, AttentionScheme, LayerScheme, VideoModel, layers_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What becomes of the layers that it matches; of several rules the first that matches decides.
+
+    Attributes:
+        scheme: The decision. For role "attention" an AttentionScheme.
+        roles: Roles that match; empty for all.
+        path: Regular expression that the whole path in diffusers must match; empty for all. A path that matches no layer
+            of the model is an error, because it is a typing mistake; a role may be absent.
+    """
+
+    scheme: LayerScheme | AttentionScheme
+    roles: tuple[str, ...] = ()
+    path: str = ""
+
+    def matches(self, name: str, role: str) -> bool:
+        """Whether a layer is meant."""
+        return (not self.roles or role in self.roles) and (not self.path or re.fullmatch(self.path, name) is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A method at given bits.
+
+    Attributes:
+        name: `<method>-w<bits>a<bits>`.
+        rules: First match decides; a layer that none matches stays float.
+        transform: Fits what the inputs of quantized products pass through (see `qvdjax.ptq.transforms`), or None.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    transform: Any = None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether quantizing needs to see the inputs of layers."""
+        static = [
+            rule for rule in self.rules
+            if isinstance(rule.scheme, LayerScheme) and rule.scheme.activation and not rule.scheme.activation.dynamic
+        ]  # fmt: skip
+        return self.transform is not None or bool(static)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What a recipe says about a model: one scheme a layer and block, and the roles it names that are absent."""
+
+    schemes: dict[str, LayerScheme | AttentionScheme]
+    absent_roles: tuple[str, ...]
+
+
+def decide(model: VideoModel, recipe: Recipe) -> Decision:
+    """Apply the rules to every layer of a float model (abstract or not).
+
+    Raises:
+        UserError: A rule with a path matches nothing.
+    """
+    schemes, present = {}, set()
+    for names, _, layer in layers_of(model):
+        present.add(layer.role)
+        for name in names:
+            decisions = (rule.scheme for rule in recipe.rules if rule.matches(name, layer.role))
+            scheme = next(decisions, None) or LayerScheme(reason="no rule of the recipe names it")
+            schemes[name] = _for_products(scheme) if isinstance(layer, Attention) else scheme
+    dead = [rule.path for rule in recipe.rules if rule.path and not _reaches(model, rule)]
+    if dead:
+        raise UserError(
+            f"recipe {recipe.name}: rules match no layer of this model",
+            remedy="see `qvdjax info` for the paths", items=dead,
+        )  # fmt: skip
+    named = {role for rule in recipe.rules for role in rule.roles}
+    return Decision(schemes, tuple(sorted(named - present)))
+
+
+def _for_products(scheme: LayerScheme | AttentionScheme) -> AttentionScheme:
+    """A rule about layers leaves the products of attention float."""
+    return scheme if isinstance(scheme, AttentionScheme) else AttentionScheme(reason=scheme.reason)
+
+
+def _reaches(model, rule) -> bool:
+    return any(rule.matches(name, layer.role) for names, _, layer in layers_of(model) for name in names)
