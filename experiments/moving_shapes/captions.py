@@ -103,13 +103,11 @@ def prompts(count: int, seed: int = 0) -> list[str]:
     core = list(itertools.product(COLORS, SHAPES, DIRECTIONS))
     sentences: list[str] = []
     while len(sentences) < count:
-        # One pass over the 12 endings shows every caption once: ending i of pass p is extras[(start + p) % 12].
+        # Twelve turns show every caption once: each core begins at an ending of its own and goes on from there.
         starts = [stream.randrange(len(extras)) for _ in core]
         for turn in range(len(extras)):
             order = _spread(core, stream)
-            sentences += [
-                str(Caption(*core[i], *extras[(starts[i] + turn) % len(extras)])) for i in order
-            ]
+            sentences += [str(Caption(*core[i], *extras[(starts[i] + turn) % len(extras)])) for i in order]
     return sentences[:count]
 
 

@@ -49,7 +49,7 @@ def coverage(shape: jax.Array, radius: jax.Array, x: jax.Array, y: jax.Array) ->
         radius: Half the shape's width in pixels.
         x, y: The pixel's centre relative to the shape's, any shape, in pixels; y grows downwards.
 
-    A signed distance s (negative inside) covers 0.5 - s of a pixel, clipped; exact for straight upright edges.
+    A signed distance s (negative inside) covers 0.5 - s of a pixel, clipped: exact for upright straight edges.
     """
     distance = jnp.hypot(x, y)
     disc = distance - radius
@@ -60,8 +60,11 @@ def coverage(shape: jax.Array, radius: jax.Array, x: jax.Array, y: jax.Array) ->
     across = jnp.maximum(jnp.abs(x) - radius, jnp.abs(y) - 0.3 * radius)
     upright = jnp.maximum(jnp.abs(y) - radius, jnp.abs(x) - 0.3 * radius)
     cross = jnp.minimum(across, upright)
-    signed = jnp.select([shape == SHAPES.index("disc"), shape == SHAPES.index("ring"),
-                         shape == SHAPES.index("triangle")], [disc, ring, triangle], cross)
+    signed = jnp.select(
+        [shape == SHAPES.index("disc"), shape == SHAPES.index("ring"), shape == SHAPES.index("triangle")],
+        [disc, ring, triangle],
+        cross,
+    )
     return jnp.clip(0.5 - signed, 0, 1)
 
 
@@ -77,13 +80,18 @@ def render(scene: Scene) -> jax.Array:
 
 def _caption_table() -> dict[str, np.ndarray]:
     """One row a caption of `all_captions`: indices into the words; -1 for a word left unsaid."""
+
     def column(field: str, names: tuple[str, ...]) -> np.ndarray:
         values = (getattr(caption, field) for caption in all_captions())
         return np.array([-1 if value is None else names.index(value) for value in values], np.int32)
 
-    return {"color": column("color", tuple(COLORS)), "shape": column("shape", SHAPES),
-            "direction": column("direction", tuple(DIRECTIONS)), "speed": column("speed", tuple(SPEEDS)),
-            "background": column("background", tuple(BACKGROUNDS))}
+    return {
+        "color": column("color", tuple(COLORS)),
+        "shape": column("shape", SHAPES),
+        "direction": column("direction", tuple(DIRECTIONS)),
+        "speed": column("speed", tuple(SPEEDS)),
+        "background": column("background", tuple(BACKGROUNDS)),
+    }
 
 
 _TABLE: Final = _caption_table()
@@ -137,6 +145,6 @@ def fold(video: jax.Array) -> jax.Array:
 
 
 def unfold(latents: jax.Array) -> jax.Array:
-    """The inverse of `fold`: latents (..., frames, 12, 12, 27) to video (..., frames, 36, 36, rgb), not clipped."""
+    """The inverse of `fold`: latents (..., 9, 12, 12, 27) to video (..., 9, 36, 36, rgb), not clipped."""
     pattern = "... h w (p q c) -> ... (h p) (w q) c"
     return (einops.rearrange(latents, pattern, p=FACTOR, q=FACTOR) + 1) / 2

@@ -63,8 +63,10 @@ def main(argv: list[str] | None = None) -> None:
     """Write a data folder."""
     from experiments.moving_shapes.folder import write_folder
 
-    parser = argparse.ArgumentParser(prog="python -m experiments.moving_shapes.data", description=main.__doc__,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.moving_shapes.data", description=main.__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--count", type=int, default=1024, help="clips to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the stream")

@@ -5,7 +5,7 @@
                               "shards": [{"file": "data-00000.safetensors", "count": n}, ...],
                               "prompts": "prompts.json"}
     prompts.json             list of N strings, the caption of each example
-    data-XXXXX.safetensors   latents float32 (n, frames, height, width, channels), context float32 (n, tokens, dim)
+    data-XXXXX.safetensors   latents (n, frames, height, width, channels), context (n, tokens, dim), float32
 
 The manifest is written last: a folder without one is unfinished.
 """
@@ -40,7 +40,9 @@ def write_folder(path: Path, examples: Iterable[dict[str, Any]], *, shard: int =
         path.mkdir(parents=True, exist_ok=True)
         _write(path, iter(examples), shard)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})", remedy="check rights and free space") from error
+        raise UserError(
+            f"{path} cannot be written ({error.strerror})", remedy="check rights and free space"
+        ) from error
 
 
 def _write(path: Path, examples: Iterator[dict[str, Any]], shard: int) -> None:
@@ -89,8 +91,14 @@ class DataFolder:
             manifest = json.loads((self.path / MANIFEST).read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path} has no readable {MANIFEST}", remedy=remedy) from error
-        if not isinstance(manifest, dict) or manifest.get("format") != "qvdjax-data" or manifest.get("version") != 1:
-            raise UserError(f"{self.path / MANIFEST} is not a qvdjax-data manifest of version 1", remedy=remedy)
+        if (
+            not isinstance(manifest, dict)
+            or manifest.get("format") != "qvdjax-data"
+            or manifest.get("version") != 1
+        ):
+            raise UserError(
+                f"{self.path / MANIFEST} is not a qvdjax-data manifest of version 1", remedy=remedy
+            )
         self.shapes = {name: tuple(manifest[name]) for name in _FIELDS}
         self.files = [self.path / shard["file"] for shard in manifest["shards"]]
         self.starts = [0]
@@ -98,7 +106,9 @@ class DataFolder:
             self.starts.append(self.starts[-1] + shard["count"])
         missing = [file.name for file in self.files if not file.is_file()]
         if missing:
-            raise UserError(f"{self.path} lacks shards", remedy="copy the whole folder or make it again", items=missing)
+            raise UserError(
+                f"{self.path} lacks shards", remedy="copy the whole folder or make it again", items=missing
+            )
         if self.starts[-1] == 0:
             raise UserError(f"{self.path} holds no examples", remedy=remedy)
 
@@ -118,7 +128,7 @@ class DataFolder:
 
 
 def stream(path: Path, *, seed: int, size: int) -> Any:
-    """An endless shuffled stream of stacked batches as a `grain.MapDataset`; batch k depends on (seed, k) alone."""
+    """Endless shuffled stacked batches as a `grain.MapDataset`; batch k depends on (seed, k) alone."""
     import grain
 
     return grain.MapDataset.source(DataFolder(path)).seed(seed).shuffle().repeat(None).batch(size)

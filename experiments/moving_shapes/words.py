@@ -1,17 +1,13 @@
-"""The word table: one fixed vector a word, kept in the model folder as `word_table.safetensors`."""
+"""The word table: one fixed vector a word; `models.pipeline` keeps it in the model folder."""
 
 import functools
-import json
-from pathlib import Path
 from typing import Final
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from experiments.moving_shapes.captions import TOKENS, WORDS, all_captions
 
 WIDTH: Final = 64  # text_dim of the bench models
-FILE: Final = "word_table.safetensors"
 
 
 @functools.cache
@@ -32,7 +28,7 @@ def embeddings() -> np.ndarray:
 
 @functools.cache
 def caption_contexts() -> np.ndarray:
-    """float32 (captions, 8 tokens, 64): the context of every caption of `all_captions`; unused tokens are zero."""
+    """Context of every caption of `all_captions`, float32 (captions, 8 tokens, 64); unused tokens are zero."""
     table = embeddings()
     contexts = np.zeros((len(all_captions()), TOKENS, WIDTH), np.float32)
     for row, caption in enumerate(all_captions()):
@@ -40,8 +36,3 @@ def caption_contexts() -> np.ndarray:
         contexts[row, : len(words)] = table[words]
     contexts.setflags(write=False)
     return contexts
-
-
-def write_word_table(folder: Path) -> None:
-    """Write the table where `models.pipeline` reads it: tensor `embeddings`, the words in the header."""
-    save_file({"embeddings": embeddings()}, folder / FILE, metadata={"words": json.dumps(WORDS)})

@@ -1,0 +1,204 @@
+"""Train the small Wan of the bench.
+
+    python -m experiments.moving_shapes.train OUT --steps 30000              # minutes on a GPU
+    python -m experiments.moving_shapes.train OUT --minutes 6                # as many steps as fit
+    python -m experiments.moving_shapes.train OUT --data FOLDER --steps 300  # precomputed latents, through grain
+
+The clips are drawn on the device inside the training step, so the data is no bottleneck and depends on (seed,
+step) alone. OUT becomes a diffusers folder with `pipeline.json` and `word_table.safetensors`; it is written also
+when the time runs out. Progress goes to stdout, one JSON object a line.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+
+import models
+from experiments.moving_shapes.captions import TOKENS, WORDS
+from experiments.moving_shapes.clips import FACTOR, FRAMES, SIZE
+from experiments.moving_shapes.objective import Objective
+from experiments.moving_shapes.training import Settings, State, Trainer, last_state, save_state
+from experiments.moving_shapes.words import WIDTH, embeddings
+from models.pipeline import Pipeline
+from qvdjax.errors import UserError
+from qvdjax.nn import VideoModel
+
+CONFIG: Final = {
+    "_class_name": "WanTransformer3DModel",
+    "patch_size": [1, 2, 2],
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "in_channels": FACTOR * FACTOR * 3,
+    "out_channels": FACTOR * FACTOR * 3,
+    "text_dim": WIDTH,
+    "freq_dim": 64,
+    "ffn_dim": 512,
+    "num_layers": 6,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "rope_max_seq_len": 64,
+}
+
+
+def pipeline() -> Pipeline:
+    """How a bench model is sampled."""
+    return Pipeline(
+        words=WORDS, embeddings=embeddings(), tokens=TOKENS,
+        frames=FRAMES, height=SIZE // FACTOR, width=SIZE // FACTOR, channels=CONFIG["in_channels"], factor=FACTOR,
+        solver="unipc", shift=3.0, steps=20, guidance_scale=4.0, fps=8,
+    )  # fmt: skip
+
+
+def initial_model(seed: int, config: dict[str, Any] = CONFIG) -> VideoModel:
+    """A Wan model as its authors initialise it: the output projection starts at zero."""
+    model = models.build(config, key=jax.random.key(seed))
+    model.proj_out.weight[...] = jnp.zeros_like(model.proj_out.weight[...])
+    return model
+
+
+def save_folder(model: VideoModel, path: Path) -> None:
+    """Write a bench model: diffusers' files, `pipeline.json` and `word_table.safetensors`."""
+    models.save(model, path)
+    pipeline().save(path)
+
+
+class Log:
+    """JSON lines on stdout and, if asked for, in a file."""
+
+    def __init__(self, file: Path | None):
+        self.file, self.start = file, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since the log was opened."""
+        return time.perf_counter() - self.start
+
+    def __call__(self, **fields: Any) -> None:
+        """Write one line."""
+        line = json.dumps({**fields, "seconds": round(self.seconds, 1)})
+        print(line, flush=True)
+        if self.file:
+            with self.file.open("a") as out:
+                out.write(line + "\n")
+
+
+def steps_that_fit(seconds_a_step: float, minutes: float, elapsed: float) -> int:
+    """How many more steps fit in `minutes`, `elapsed` seconds of them gone; a twentieth is kept for saving."""
+    return max(1, int((minutes * 60 * 0.95 - elapsed) / seconds_a_step))
+
+
+def train(trainer: Trainer, options: argparse.Namespace, log: Log) -> State:
+    """Run the steps, in calls of `--chunk`, until the last or until the time is over."""
+    state = trainer.start(options.steps or 2**30)
+    if options.resume and options.checkpoints:
+        state = last_state(options.checkpoints, state) or state
+        log(event="start", step=int(state["step"]))
+    batches = None
+    if options.data:
+        from experiments.moving_shapes.folder import stream
+
+        batches = stream(options.data, seed=options.seed, size=options.batch)
+    saved = int(state["step"])
+    speed: list[tuple[int, float]] = []  # (steps, seconds) of calls after the first, which compiles
+    for call in itertools.count():
+        step, total = int(state["step"]), int(state["total"])
+        if step >= total or (options.minutes and log.seconds > options.minutes * 60 * 0.97):
+            break
+        began, chunk = log.seconds, min(options.chunk, total - step)
+        if batches is None:
+            state, loss = trainer.advance(state, chunk)
+        else:
+            for number in range(step, step + chunk):
+                state, loss = trainer.advance_on(state, jax.tree.map(jnp.asarray, batches[number]))
+        loss = float(loss)  # waits for the device
+        log(event="train", step=step + chunk, loss=round(loss, 5),
+            rate=float(trainer.settings.rate(state["step"], state["total"])))  # fmt: skip
+        if call:
+            speed.append((chunk, log.seconds - began))
+        if not options.steps and len(speed) == 3 and total == 2**30:
+            done, spent = (sum(column) for column in zip(*speed))
+            fit = int(state["step"]) + steps_that_fit(spent / done, options.minutes, log.seconds)
+            state["total"] = jnp.int32(fit)
+            log(event="plan", total=fit, milliseconds_a_step=round(1000 * spent / done, 2))
+        if options.checkpoints and int(state["step"]) - saved >= options.save_every:
+            save_state(options.checkpoints, state)
+            saved = int(state["step"])
+    if options.checkpoints and int(state["step"]) > saved:
+        save_state(options.checkpoints, state)
+    return state
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.moving_shapes.train", description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    defaults = Settings()
+    add = parser.add_argument
+    add("out", type=Path, help="new model folder")
+    add("--steps", type=int, default=0, help="training steps; 0: as many as fit in --minutes")
+    add("--minutes", type=float, default=0, help="stop and save after this time; 0: no limit")
+    add("--batch", type=int, default=defaults.batch, help="clips in a step")
+    add("--seed", type=int, default=defaults.seed, help="of the initial weights, the clips and the noise")
+    add("--learning-rate", type=float, default=defaults.learning_rate, help="peak")
+    add("--warm-up", type=int, default=defaults.warm_up, help="steps of linear warm-up")
+    add("--average", type=float, default=defaults.average, help="decay a step of the averaged weights")
+    add("--chunk", type=int, default=200, help="steps in one call, and between two lines of the log")
+    add("--data", type=Path, help="folder of precomputed latents instead of clips drawn by rule")
+    add("--log", type=Path, help="also write the log here, one JSON object a line")
+    add("--checkpoints", type=Path, help="folder for training states (Orbax)")
+    add("--save-every", type=int, default=5000, help="steps between two training states")
+    add("--resume", action="store_true", help="continue from the newest state in --checkpoints")
+    add(
+        "--evaluate",
+        type=int,
+        default=0,
+        metavar="CLIPS",
+        help="afterwards sample so many clips and score them",
+    )
+    options = parser.parse_args(argv)
+    if not options.steps and not options.minutes:
+        parser.error("give --steps or --minutes")
+    if options.resume and not options.checkpoints:
+        parser.error("--resume needs --checkpoints")
+    if options.out.exists() and any(options.out.iterdir()):
+        parser.error(f"{options.out} exists and is not empty; name a new folder")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, save, and say how well it went."""
+    options = arguments(argv)
+    log = Log(options.log)
+    settings = Settings(
+        seed=options.seed, batch=options.batch, learning_rate=options.learning_rate, warm_up=options.warm_up,
+        average=options.average, objective=Objective(),
+    )  # fmt: skip
+    model = initial_model(options.seed)
+    trainer = Trainer(model, settings)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(trainer.initial))
+    log(event="model", parameters=parameters, device=jax.devices()[0].device_kind, jax=jax.__version__)
+    state = train(trainer, options, log)
+    save_folder(trainer.model(state), options.out)
+    log(event="saved", folder=str(options.out), step=int(state["step"]))
+    if options.evaluate:
+        from experiments.moving_shapes.full_precision import evaluate_full_precision
+
+        log(event="scores", **evaluate_full_precision(options.out, clips=options.evaluate))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"train: {error}", file=sys.stderr)
+        sys.exit(2)
