@@ -163,7 +163,7 @@ class Pipeline:
         return self.frames, self.height, self.width, self.channels
 
     def make_solver(self, name: str | None = None, **options) -> Solver:
-        """The default solver, or the one named; `options` as for `get_solver`, shift being the folder's own."""
+        """The default solver, or the one named; `options` as for `get_solver`, with the folder's shift."""
         shift = options.pop("shift", None)
         return get_solver(name or self.solver, shift=self.shift if shift is None else shift, **options)
 
