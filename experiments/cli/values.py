@@ -1,0 +1,94 @@
+"""Values that are typed as text: seeds, meshes, prompts, overrides of a recipe."""
+
+import ast
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qvdjax.errors import UserError
+
+MOST_SEEDS = 10_000
+LARGEST_SEED = 2**31 - 1  # what jax.random.key takes where 64-bit integers are off
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+
+def seeds(text: str) -> list[int]:
+    """ "7" -> [7]; "1,2,5" -> [1, 2, 5]; "0-4" -> [0, 1, 2, 3, 4]; parts may be mixed.
+
+    Raises:
+        UserError: anything else, a range that runs backwards, or a seed named twice.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise UserError(
+                f"--seeds {text!r} is not a list of seeds", remedy="write it like 7, 1,2,5 or 0-4"
+            )
+        if last > LARGEST_SEED or last - first >= MOST_SEEDS:
+            remedy = f"name at most {MOST_SEEDS} seeds, none above {LARGEST_SEED}"
+            raise UserError(f"--seeds {text!r} goes too far", remedy=remedy)
+        found += range(first, last + 1)
+    if len(set(found)) != len(found):
+        raise UserError(f"--seeds {text!r} names a seed twice", remedy="name each seed once")
+    return found
+
+
+def mesh(text: str | None) -> dict[str, int] | None:
+    """ "data=2,fsdp=4" -> {"data": 2, "fsdp": 4}; None stays None.
+
+    Raises:
+        UserError: an unknown axis, an axis named twice, or a size that is not a positive whole number.
+    """
+    if text is None:
+        return None
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, count = (piece.strip() for piece in part.partition("="))
+        if name not in MESH_AXES or name in axes or not re.fullmatch(r"[1-9]\d*", count):
+            remedy = f"write it like data=2,fsdp=4, each axis once, of {', '.join(MESH_AXES)}"
+            raise UserError(f"--mesh {text!r} is not a mesh", remedy=remedy)
+        axes[name] = int(count)
+    return axes
+
+
+def prompts(given: Sequence[str], file: Path | None) -> list[str] | None:
+    """The prompts typed or those of a file, one a line, empty lines left out; None where there are neither.
+
+    Raises:
+        UserError: both are given, or the file holds no prompt or is not text.
+        OSError: the file cannot be read.
+    """
+    if given and file is not None:
+        raise UserError("both --prompt and --prompts are given", remedy="give one of them")
+    if file is None:
+        return list(given) or None
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not a text file in UTF-8", remedy="give one prompt a line") from None
+    if not any(lines):
+        raise UserError(f"{file} holds no prompt", remedy="write one prompt a line")
+    return [line for line in lines if line]
+
+
+def overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """["bits=4", "name=x"] -> {"bits": 4, "name": "x"}: Python literals where they are, otherwise text.
+
+    Raises:
+        UserError: a pair without "=", without a name, or a name given twice.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise UserError(f"--set {pair!r} is not KEY=VALUE", remedy="write it like --set weight_bits=4")
+        if key in found:
+            raise UserError(f"--set gives {key} twice", remedy="give it once")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+    return found
