@@ -103,7 +103,7 @@ def prompts(count: int, seed: int = 0) -> list[str]:
     core = list(itertools.product(COLORS, SHAPES, DIRECTIONS))
     sentences: list[str] = []
     while len(sentences) < count:
-        # Twelve turns show every caption once: each core begins at an ending of its own and goes on from there.
+        # Twelve turns show every caption once: each core begins at an ending of its own and goes on.
         starts = [stream.randrange(len(extras)) for _ in core]
         for turn in range(len(extras)):
             order = _spread(core, stream)

@@ -49,7 +49,7 @@ def coverage(shape: jax.Array, radius: jax.Array, x: jax.Array, y: jax.Array) ->
         radius: Half the shape's width in pixels.
         x, y: The pixel's centre relative to the shape's, any shape, in pixels; y grows downwards.
 
-    A signed distance s (negative inside) covers 0.5 - s of a pixel, clipped: exact for upright straight edges.
+    A pixel at signed distance s (negative inside) is covered by 0.5 - s, clipped: exact for upright edges.
     """
     distance = jnp.hypot(x, y)
     disc = distance - radius

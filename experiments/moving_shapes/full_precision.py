@@ -26,9 +26,9 @@ def sample_videos(
     model: Any, pipeline: Pipeline, sentences: list[str], seeds: list[int], *, batch: int = 32,
     steps: int | None = None, guidance_scale: float | None = None, solver: str | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """One clip a sentence, float32 (clips, frames, height, width, rgb) in [0, 1]; seeds[i] goes with sentences[i].
+    """One clip a sentence, float32 (clips, frames, height, width, rgb) in [0, 1], from the seed beside it.
 
-    The folder's own solver settings hold where none are given. The last batch is filled up to the others' size.
+    The folder's solver settings hold where none are given. The last batch is filled up to full size.
     """
     videos = []
     for start in range(0, len(sentences), batch):

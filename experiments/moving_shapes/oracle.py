@@ -1,8 +1,8 @@
 """What does a clip show? Measured from the pixels alone, for any clip.
 
 The oracle knows the grammar of the bench, not the caption: it finds the background and what differs from it,
-follows that through the frames, and compares its colour and form with rendered references. Where nothing clear is
-there it says None.
+follows that through the frames, and compares its colour and form with rendered references. Where nothing is
+clear it says None.
 """
 
 import dataclasses
@@ -86,8 +86,8 @@ def score(video: np.ndarray, caption: Caption) -> dict[str, float | None]:
     """Compare one clip with its caption.
 
     Returns:
-        color, shape, direction: 1.0 if measured as said, else 0.0. speed, background: the same, but None where
-        the caption leaves them open. flicker: as measured (NaN for a clip that is not finite).
+        color, shape, direction: 1.0 if measured as said, else 0.0. speed, background: the same, but None
+        where the caption leaves them open. flicker: as measured (NaN for a clip that is not finite).
     """
     seen = measure(video)
     scores: dict[str, float | None] = {

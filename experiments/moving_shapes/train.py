@@ -2,11 +2,11 @@
 
     python -m experiments.moving_shapes.train OUT --steps 30000              # minutes on a GPU
     python -m experiments.moving_shapes.train OUT --minutes 6                # as many steps as fit
-    python -m experiments.moving_shapes.train OUT --data FOLDER --steps 300  # precomputed latents, through grain
+    python -m experiments.moving_shapes.train OUT --data FOLDER --steps 300  # precomputed latents, by grain
 
 The clips are drawn on the device inside the training step, so the data is no bottleneck and depends on (seed,
-step) alone. OUT becomes a diffusers folder with `pipeline.json` and `word_table.safetensors`; it is written also
-when the time runs out. Progress goes to stdout, one JSON object a line.
+step) alone. OUT becomes a diffusers folder with `pipeline.json` and `word_table.safetensors`, also when the
+time runs out. Progress goes to stdout, one JSON object a line.
 """
 
 import argparse
@@ -52,8 +52,8 @@ def pipeline() -> Pipeline:
     """How a bench model is sampled."""
     return Pipeline(
         words=WORDS, embeddings=embeddings(), tokens=TOKENS,
-        frames=FRAMES, height=SIZE // FACTOR, width=SIZE // FACTOR, channels=CONFIG["in_channels"], factor=FACTOR,
-        solver="unipc", shift=3.0, steps=20, guidance_scale=4.0, fps=8,
+        frames=FRAMES, height=SIZE // FACTOR, width=SIZE // FACTOR, channels=CONFIG["in_channels"],
+        factor=FACTOR, solver="unipc", shift=3.0, steps=20, guidance_scale=4.0, fps=8,
     )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ class Log:
 
 
 def steps_that_fit(seconds_a_step: float, minutes: float, elapsed: float) -> int:
-    """How many more steps fit in `minutes`, `elapsed` seconds of them gone; a twentieth is kept for saving."""
+    """How many more steps fit in `minutes`, `elapsed` seconds of them gone; a twentieth is for saving."""
     return max(1, int((minutes * 60 * 0.95 - elapsed) / seconds_a_step))
 
 

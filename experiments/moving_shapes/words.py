@@ -28,7 +28,7 @@ def embeddings() -> np.ndarray:
 
 @functools.cache
 def caption_contexts() -> np.ndarray:
-    """Context of every caption of `all_captions`, float32 (captions, 8 tokens, 64); unused tokens are zero."""
+    """Contexts of `all_captions()`, float32 (captions, 8 tokens, 64); unused tokens are zero."""
     table = embeddings()
     contexts = np.zeros((len(all_captions()), TOKENS, WIDTH), np.float32)
     for row, caption in enumerate(all_captions()):
