@@ -1,0 +1,40 @@
+"""Meshes, one rule table from logical to mesh axes, multi-host start-up, and plans made by compiling only."""
+
+from qvdjax.parallel.mesh import MESH_AXES, make_mesh, parse_mesh
+from qvdjax.parallel.planning import plan
+from qvdjax.parallel.program import Program
+from qvdjax.parallel.row_parallel import row_parallel
+from qvdjax.parallel.rules import (
+    RULES,
+    Rules,
+    abstract,
+    constrain,
+    left_whole,
+    partition_spec,
+    place,
+    shard_batch,
+    shardings,
+)
+from qvdjax.parallel.startup import initialize_distributed
+from qvdjax.parallel.topology import chip_bytes, topology_mesh
+
+__all__ = [
+    "MESH_AXES",
+    "RULES",
+    "Program",
+    "Rules",
+    "abstract",
+    "chip_bytes",
+    "constrain",
+    "initialize_distributed",
+    "left_whole",
+    "make_mesh",
+    "parse_mesh",
+    "partition_spec",
+    "place",
+    "plan",
+    "row_parallel",
+    "shard_batch",
+    "shardings",
+    "topology_mesh",
+]

@@ -1,0 +1,85 @@
+"""What a step needs on a mesh, from compiling it: memory, collectives, integer products. Nothing is run."""
+
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from qvdjax.parallel.program import Program
+from qvdjax.parallel.topology import chip_bytes
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def plan(step: Callable, *abstract_args: Any, mesh: Mesh, donate: tuple[int, ...] = ()) -> dict:
+    """Compile a step for a mesh, described or real, and report what one device needs.
+
+    Args:
+        step: The function to compile; its arguments are positional.
+        abstract_args: Trees of ShapeDtypeStruct with shardings on `mesh` (see `abstract`).
+        mesh: In scope while the step is traced, so that `constrain` takes hold.
+        donate: Positions of arguments whose memory the results may reuse.
+
+    Returns:
+        `fits`: whether the program compiles and stays below `chip_bytes`.
+        `bytes_per_chip`: arguments + temporaries + outputs - aliased of one device; None if the compiler
+            did not say.
+        `chip_bytes`: what a program may use there; None where no limit is known.
+        `collectives`: [{kind, dtype, bytes, count}] of one device and one step (see `Program.collectives`).
+        `compile_seconds`: lowering and compiling.
+        `reason`: the compiler's sentence when it does not fit, else None.
+        And `argument_bytes`, `temporary_bytes`, `products` ([{left, right, result, count}]), `unknown_loops`,
+        `devices`.
+    """
+    limit = chip_bytes(mesh.devices.flat[0])
+    report = {
+        "fits": False, "bytes_per_chip": None, "chip_bytes": limit, "collectives": [],
+        "compile_seconds": None, "reason": None, "argument_bytes": None, "temporary_bytes": None, "products": [], "unknown_loops": 0,
+        "devices": mesh.devices.size,
+    }  # fmt: skip
+    begin = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(step, donate_argnums=donate).lower(*abstract_args).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used, available = _stated_memory(str(error))
+        reason = str(error).split(". ")[0].strip().splitlines()[0]
+        seconds = time.perf_counter() - begin
+        return {
+            **report, "reason": reason, "bytes_per_chip": used, "chip_bytes": limit or available,
+            "compile_seconds": seconds,
+        }  # fmt: skip
+    seconds = time.perf_counter() - begin
+    memory = compiled.memory_analysis()
+    total = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    program = Program(compiled.as_text())
+    fits = limit is None or total <= limit
+    reason = None if fits else f"needs {total / 2**30:.2f} GiB of {limit / 2**30:.2f} GiB"
+    return {
+        **report, "fits": fits, "bytes_per_chip": total, "collectives": program.collectives(),
+        "compile_seconds": seconds, "reason": reason, "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes, "products": program.products(),
+        "unknown_loops": program.unknown_loops,
+    }  # fmt: skip
+
+
+def _stated_memory(message: str) -> tuple[int | None, int | None]:
+    """Used and available bytes as the compiler's message states them, in either of its two forms."""
+    for pattern in (
+        r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
+        r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+    ):
+        if found := re.search(pattern, message):
+            used, used_unit, available, unit = found.groups()
+            return round(float(used) * _UNITS[used_unit]), round(float(available) * _UNITS[unit])
+    return None, None

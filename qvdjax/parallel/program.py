@@ -1,0 +1,162 @@
+"""Reading the text of an optimized XLA program: which collectives which products it holds, how often."""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
+    "ragged-all-to-all",
+)  # fmt: skip
+
+_HEADER = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{\s*$")
+_OPERATION = re.compile(r"^\s+(ROOT )?%?(\S+) = (.+?) ([a-z][a-z0-9\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b(pred|bf16|token|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(?:calls|body|branch_computations|called_computations|true_computation|false_computation|to_apply)="
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One line: `result` is the text of its shape, `rest` what follows the opening bracket."""
+
+    name: str
+    kind: str
+    result: str
+    rest: str
+    root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the operands (they come before the first closing bracket)."""
+        return re.findall(r"%([^\s,)]+)", self.rest.partition(")")[0])
+
+    def attribute(self, name: str) -> list[str]:
+        """Computations named by an attribute, alone or as a list in braces."""
+        found = re.search(rf"\b{name}=(\{{[^}}]*\}}|%[^\s,]+)", self.rest)
+        return re.findall(r"%([^\s,}]+)", found.group(1)) if found else []
+
+
+class Program:
+    """An optimized program (`compiled.as_text()`), with how often a run executes each operation.
+
+    Loops count as often as they turn: by the compiler's `known_trip_count`, else by the bound of the loop's
+    condition, counted from zero by ones as jax's scans do. A loop without either counts once, and
+    `unknown_loops` says how many there are. Every branch of a conditional counts once. Numbers are of one
+        device.
+    """
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Operation]] = {}
+        self.unknown_loops = 0
+        entry = self._parse(text)
+        self.times: dict[str, float] = defaultdict(float)
+        self._visit(entry, 1)
+
+    def _parse(self, text: str) -> str:
+        entry, operations = None, None
+        for line in text.splitlines():
+            if header := _HEADER.match(line):
+                operations = self.computations.setdefault(header.group(2), [])
+                entry = header.group(2) if header.group(1) else entry
+            elif operations is not None and (match := _OPERATION.match(line)):
+                root, name, result, kind, rest = match.groups()
+                operations.append(Operation(name, kind, result, rest, root is not None))
+        if entry is None:
+            raise ValueError("the text holds no ENTRY computation")
+        return entry
+
+    def _visit(self, name: str, times: int) -> None:
+        self.times[name] += times
+        for operation in self.computations.get(name, ()):
+            if operation.kind == "while":
+                self._visit(operation.attribute("body")[0], times * self._turns(operation))
+            else:
+                for attribute in _CALLED.findall(operation.rest):
+                    for called in operation.attribute(attribute[:-1]):
+                        self._visit(called, times)
+
+    def _turns(self, loop: Operation) -> int:
+        known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
+        if known:
+            return int(known.group(1))
+        condition = self.computations.get(loop.attribute("condition")[0], [])
+        root = next((o for o in condition if o.root), None)
+        if root is not None and root.kind == "compare" and "direction=LT" in root.rest:
+            bound = next((o for o in condition if o.name == root.operands[1]), None)
+            value = re.match(r"(\d+)\)", bound.rest) if bound and bound.kind == "constant" else None
+            if value:
+                return int(value.group(1))
+        self.unknown_loops += 1
+        return 1
+
+    def collectives(self) -> list[dict]:
+        """What one device exchanges in one run: `kind`, `dtype`, `bytes`, `count`, a row for each kind and type.
+
+        The bytes of one collective are those of its larger side on one device: the gathered array of an
+        all-gather, the array before the reduction of a reduce-scatter, either side of the others. An
+        all-reduce that the TPU compiler has fused with the slice after it (computations called
+        all-reduce-scatter) is a reduce-scatter.
+        """
+        totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for name, operations in self.computations.items():
+            shapes = {operation.name: operation.result for operation in operations}
+            for operation in operations:
+                kind = operation.kind.removesuffix("-start")
+                if kind not in COLLECTIVES or self.times[name] == 0:
+                    continue
+                arrays = [array for o in operation.operands for array in _arrays(shapes.get(o, ""))]
+                before = sum(_bytes(*array) for array in arrays)
+                growth = max(1.0, _result_bytes(operation, kind) / before) if before else 1.0
+                if name.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"
+                for array in arrays:
+                    total = totals[kind, array[0]]
+                    total[0] += _bytes(*array) * growth * self.times[name]
+                    total[1] += self.times[name] / len(arrays)
+        rows = [
+            {"kind": kind, "dtype": dtype, "bytes": round(size), "count": round(count)}
+            for (kind, dtype), (size, count) in totals.items()
+        ]
+        return sorted(rows, key=lambda row: -row["bytes"])
+
+    def products(self) -> list[dict]:
+        """Matrix products by the types of their operands and result: `left`, `right`, `result`, `count`.
+
+        On TPU a product appears as a convolution. Kernels are opaque and are not counted.
+        """
+        totals: dict[tuple[str, ...], float] = defaultdict(float)
+        for name, operations in self.computations.items():
+            shapes = {operation.name: operation.result for operation in operations}
+            for operation in operations:
+                if operation.kind in ("dot", "convolution") and self.times[name]:
+                    operands = [_arrays(shapes[o])[0][0] for o in operation.operands[:2]]
+                    totals[(*operands, _arrays(operation.result)[0][0])] += self.times[name]
+        rows = [
+            {"left": left, "right": right, "result": result, "count": round(count)}
+            for (left, right, result), count in totals.items()
+        ]
+        return sorted(rows, key=lambda row: -row["count"])
+
+
+def _arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Types and dimensions of a shape or a tuple of shapes."""
+    return [
+        (dtype, tuple(int(d) for d in dimensions.split(",") if d))
+        for dtype, dimensions in _ARRAY.findall(shape)
+    ]
+
+
+def _bytes(dtype: str, dimensions: tuple[int, ...]) -> float:
+    bits = 8 if dtype == "pred" else 0 if dtype == "token" else int(re.search(r"\d+", dtype).group())
+    return math.prod(dimensions) * bits / 8
+
+
+def _result_bytes(operation: Operation, kind: str) -> float:
+    arrays = _arrays(operation.result)
+    if operation.kind.endswith("-start") and kind in ("all-gather", "collective-permute"):
+        # The pair of operands and results, then counters.
+        arrays = arrays[len(operation.operands) : 2 * len(operation.operands)]
+    return sum(_bytes(*array) for array in arrays)

@@ -1,0 +1,107 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qvdjax.parallel import Program, make_mesh
+
+
+def compiled_text(f, mesh, *arguments):
+    arguments = [jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, p)) for s, d, p in arguments]
+    with jax.set_mesh(mesh):
+        return jax.jit(f).lower(*arguments).compile().as_text()
+
+
+def test_collectives_inside_a_loop_count_as_often_as_it_turns():
+    def step(weights, x):
+        def body(x, w):
+            w = jax.lax.with_sharding_constraint(w, P(None, None))
+            return jax.lax.dot_general(
+                x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+            ).astype(jnp.int8), None
+
+        return jax.lax.scan(body, x, weights)[0]
+
+    mesh = make_mesh({"fsdp": 8})
+    text = compiled_text(
+        step, mesh, ((6, 64, 64), jnp.int8, P(None, "fsdp")), ((16, 64), jnp.int8, P("fsdp"))
+    )
+    program = Program(text)
+    gathers = [row for row in program.collectives() if row["kind"] == "all-gather"]
+    assert gathers == [{"kind": "all-gather", "dtype": "s8", "bytes": 6 * 64 * 64, "count": 6}]
+    assert program.products() == [{"left": "s8", "right": "s8", "result": "s32", "count": 6}]
+    assert program.unknown_loops == 0
+
+
+def test_nested_loops_multiply():
+    def step(x):
+        inner = lambda x: jax.lax.scan(lambda x, _: (jnp.dot(x, x), None), x, length=3)[0]  # noqa: E731
+        return jax.lax.scan(lambda x, _: (inner(x), None), x, length=5)[0]
+
+    text = compiled_text(step, make_mesh({}), ((32, 32), jnp.float32, P()))
+    assert sum(row["count"] for row in Program(text).products()) == 15
+
+
+def test_a_sum_over_devices_is_an_all_reduce_of_the_part():
+    text = compiled_text(
+        lambda x, w: jnp.dot(x, w), make_mesh({"tensor": 8}),
+        ((32, 64), jnp.float32, P(None, "tensor")), ((64, 16), jnp.float32, P("tensor", None)),
+    )  # fmt: skip
+    assert Program(text).collectives() == [
+        {"kind": "all-reduce", "dtype": "f32", "bytes": 32 * 16 * 4, "count": 1}
+    ]
+
+
+# What the TPU compiler writes, shortened: no trip count, asynchronous pairs, four-bit codes, a fused
+# reduce-scatter.
+TPU = """\
+HloModule jit_f, is_scheduled=true
+
+%all-reduce-scatter.1 (input: bf16[64,32]) -> bf16[8,32] {
+  %input = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.9 = bf16[64,32]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=3, to_apply=%add
+  ROOT %slice.1 = bf16[8,32]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.9, %c), dynamic_slice_sizes={8,32}
+}
+
+%body (arg: (s32[], s4[6,8,64])) -> (s32[], s4[6,8,64]) {
+  %arg = (s32[]{:T(128)}, /*index=1*/s4[6,8,64]{2,1,0:T(64,128)(8,1)E(4)}) parameter(0)
+  %code = s4[8,64]{1,0:T(64,128)(8,1)E(4)S(1)} slice(%arg), slice={[0:1]}
+  %gather-start = (s4[8,64]{1,0:T(64,128)(8,1)E(4)}, s4[64,64]{1,0:T(64,128)(8,1)E(4)})
+  all-gather-start(%code), dimensions={0} %gather-done = s4[64,64]{1,0:T(64,128)(8,1)E(4)}
+  all-gather-done(%gather-start) %part = bf16[64,32]{1,0:T(8,128)(2,1)} convert(%gather-done) %scattered =
+  bf16[8,32]{1,0:T(8,128)(2,1)} fusion(%part), kind=kCustom, calls=%all-reduce-scatter.1 ROOT %out =
+  (s32[]{:T(128)}, s4[6,8,64]{2,1,0}) tuple(%arg, %arg)
+}
+
+%condition (arg.1: (s32[], s4[6,8,64])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(6)
+  %arg.1 = (s32[]{:T(128)}, s4[6,8,64]{2,1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT, metadata={op_name="jit(f)/while/cond/lt"}
+}
+
+ENTRY %main (p: (s32[], s4[6,8,64])) -> (s32[], s4[6,8,64]) {
+  %p = (s32[]{:T(128)}, s4[6,8,64]{2,1,0}) parameter(0)
+  ROOT %loop = (s32[]{:T(128)}, s4[6,8,64]{2,1,0}) while(%p), condition=%condition, body=%body,
+  metadata={op_name="jit(f)/while"}
+}
+"""
+
+
+def test_a_tpu_program_is_read_alike():
+    assert Program(TPU).collectives() == [
+        {"kind": "reduce-scatter", "dtype": "bf16", "bytes": 6 * 64 * 32 * 2, "count": 6},
+        {"kind": "all-gather", "dtype": "s4", "bytes": 6 * 64 * 64 // 2, "count": 6},
+    ]
+
+
+def test_a_loop_without_a_bound_counts_once_and_is_reported():
+    program = Program(TPU.replace("constant(6)", "parameter(1)"))
+    assert program.unknown_loops == 1
+    assert [row["count"] for row in program.collectives()] == [1, 1]
+
+
+def test_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="ENTRY"):
+        Program("nothing here")
