@@ -7,13 +7,14 @@ from qvdjax.checkpoint.safetensors_file import (
     SafetensorsFile,
     TensorSource,
     all_finite,
+    floating_dtype,
     is_floating,
     write_file,
 )
 from qvdjax.checkpoint.variables import Expected, check_tensors, expected_tensors, stored_variables
 
 __all__ = [
-    "CheckpointFolder", "Expected", "Progress", "SafetensorsFile", "TensorSource", "all_finite", "check_tensors",
-    "expected_tensors", "is_floating", "load_variables", "new_folder", "read_json", "save_variables",
-    "stored_variables", "write_file", "write_folder",
+    "CheckpointFolder", "Expected", "Progress", "SafetensorsFile", "TensorSource", "all_finite",
+    "check_tensors", "expected_tensors", "floating_dtype", "is_floating", "load_variables", "new_folder",
+    "read_json", "save_variables", "stored_variables", "write_file", "write_folder",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qvdjax.checkpoint.atomic import disk_errors
-from qvdjax.checkpoint.header import NAMES, TensorInfo, read_header
+from qvdjax.checkpoint.header import DTYPES, NAMES, TensorInfo, read_header
 from qvdjax.errors import UserError
 
 # Exponent bits, all set in infinities and NaNs. float8_e4m3fn has no infinity and e8m0fnu no sign: their
@@ -29,6 +29,24 @@ _CHECK_AT_A_TIME = 1 << 22  # elements; bounds the masks to a few megabytes
 def is_floating(dtype: np.dtype) -> bool:
     """Whether a type is a real floating type, NumPy's or ml_dtypes'."""
     return NAMES.get(np.dtype(dtype), "").startswith(("F", "BF"))
+
+
+def floating_dtype(name: str | np.dtype | type) -> np.dtype:
+    """The floating type that a user names ("bfloat16", or the format's own "BF16").
+
+    Raises:
+        UserError: There is no such floating type.
+    """
+    if isinstance(name, str) and name.upper() in DTYPES:
+        name = DTYPES[name.upper()]
+    try:
+        dtype = np.dtype(name)
+    except TypeError:
+        dtype = None
+    if dtype is None or not is_floating(dtype):
+        known = ", ".join(str(known) for known in NAMES if is_floating(known))
+        raise UserError(f"{name!r} is no floating type", remedy=f"choose one of {known}")
+    return dtype
 
 
 def all_finite(array: np.ndarray) -> bool:

@@ -1,0 +1,113 @@
+"""Bring a checkpoint into diffusers' layout, tensor by tensor."""
+
+import collections
+import functools
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import models
+from conversion.source import Source, SourceTensor, open_source
+from qvdjax.checkpoint import (
+    Expected,
+    Progress,
+    TensorSource,
+    all_finite,
+    check_tensors,
+    expected_tensors,
+    floating_dtype,
+    write_folder,
+)
+from qvdjax.errors import UserError
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint as a diffusers folder that `models.load` reads.
+
+    Memory is bounded by a few copies of the largest tensor: one is read, checked, cast and written at a time.
+
+    Args:
+        source: What `conversion.source.open_source` accepts.
+        target: The new folder; it appears complete or not at all.
+        dtype: Floating type of the weights; None keeps each as it is, float64 too. Weights that a model
+            keeps in float32 become no narrower than that.
+        dry_run: Check names, shapes and types only; read no weight and write nothing.
+        overwrite: Replace a folder that is there already.
+        progress: Called with ("writing", bytes done, bytes in all) after each tensor.
+
+    Returns:
+        A report: source, target (None on a dry run), family, layout, config and where it comes from, number
+        of tensors, of parameters and of renamed keys, bytes before and after, number of tensors of each
+        type, and the side files copied along.
+
+    Raises:
+        UserError: The source cannot be read or is no known model; tensors are unknown, missing or
+            mis-shaped (all named); weights are NaN, infinite or overflow `dtype`; the source is quantized;
+            the target exists or cannot be written.
+    """
+    wanted = None if dtype is None else floating_dtype(dtype)
+    opened = open_source(source)
+    if "quantization_config" in opened.config:
+        raise UserError(
+            f"{source} is quantized", remedy="dequantize it with `qvdjax export --format diffusers`"
+        )
+    expected = expected_tensors(models.abstract(opened.config))
+    check_tensors(expected, opened.tensors, str(opened.path))
+    tensors = [_written(opened, expected[key], wanted) for key in expected]
+    if not dry_run:
+        options = {"side_files": opened.side_files, "overwrite": overwrite, "progress": progress}
+        write_folder(target, opened.config, tensors, **options)
+    return {
+        "source": str(opened.path),
+        "target": None if dry_run else str(target),
+        "family": models.family_of(opened.config).name,
+        "layout": opened.layout,
+        "config": opened.config,
+        "config_from": opened.config_from,
+        "tensors": len(tensors),
+        "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+        "renamed": sum(key != tensor.key for key, tensor in opened.tensors.items()),
+        "source_bytes": sum(math.prod(t.shape) * t.dtype.itemsize for t in opened.tensors.values()),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "dtypes": dict(collections.Counter(str(tensor.dtype) for tensor in tensors)),
+        "side_files": sorted(opened.side_files),
+    }
+
+
+def _written(opened: Source, expected: Expected, wanted: np.dtype | None) -> TensorSource:
+    found = opened.tensors[expected.key]
+    dtype = expected.cast_to(found.dtype, wanted)
+    make = functools.partial(checked_cast, opened.tensors, expected.key, dtype, opened.path)
+    return TensorSource(expected.key, found.shape, dtype, make)
+
+
+def checked_cast(tensors: Mapping[str, SourceTensor], key: str, dtype: np.dtype, path: Path) -> np.ndarray:
+    """One tensor in the wanted type.
+
+    Raises:
+        UserError: It holds NaN or infinity (then all tensors are read, to name every one that does), or
+            overflows.
+    """
+    values = tensors[key].read()
+    if not all_finite(values):
+        bad = [name for name, tensor in tensors.items() if name == key or not all_finite(tensor.read())]
+        remedy = "download or train the checkpoint again"
+        raise UserError(f"{path} holds NaN or infinite weights", remedy=remedy, items=bad)
+    cast = values.astype(dtype, copy=False)
+    if cast.dtype != values.dtype and not all_finite(cast):
+        raise UserError(
+            f"{path}: {key} overflows {dtype}", remedy="choose a type with a wider range (bfloat16)"
+        )
+    return cast
