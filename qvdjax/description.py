@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from qvdjax.nn import (
-    FLOAT_LAYERS, QUANTIZED_LAYERS, Attention, Codes, Conv, Linear, QuantizedLinear, VideoModel, layers_of,
+    FLOAT_LAYERS, QUANTIZED_LAYERS, Attention, Codes, Conv, Linear, QuantizedLinear, Statistic, VideoModel, layers_of,
 )  # fmt: skip
 from qvdjax.nn.variables import shape_of
 
@@ -32,7 +32,12 @@ def describe(model: VideoModel) -> list[dict[str, Any]]:
         row = _row(layer)
         sqnr = _sqnr(layer, len(names))
         rows += [{"path": name, **row, "sqnr_db": ratio} for name, ratio in zip(names, sqnr, strict=True)]
-    return sorted(rows, key=lambda row: [(len(part), part) if part.isdigit() else (0, part) for part in row["path"].split(".")])
+    return sorted(rows, key=lambda row: _natural(row["path"]))
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Sorting key that puts block 2 before block 10."""
+    return [(len(part), part) if part.isdigit() else (0, part) for part in path.split(".")]
 
 
 def _row(layer) -> dict[str, Any]:
@@ -71,7 +76,9 @@ def weight_shape(layer) -> tuple[int, ...]:
 
 
 def _logical_bits(variable: nnx.Variable) -> int:
-    """Bits of one block's part of a variable, by logical widths."""
+    """Bits of one block's part of a variable, by logical widths; statistics are no part of the layer."""
+    if isinstance(variable, Statistic):
+        return 0
     value = variable.get_value()
     own = len(variable.get_metadata("axes"))
     size = math.prod(value.shape[len(value.shape) - own :])

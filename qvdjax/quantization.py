@@ -52,4 +52,6 @@ def quantize(
             raise UserError(f"recipe {recipe.name} needs a calibration set", remedy="make one with `qvdjax calibrate`")
         ranges = input_ranges(model, calibration)
     execution = execution or best_execution()[0]
-    return apply_schemes(model, decision.schemes, execution=execution, fit=recipe.transform, ranges=ranges)
+    quantized = apply_schemes(model, decision.schemes, execution=execution, fit=recipe.transform, ranges=ranges)
+    quantized.recipe_name = recipe.name
+    return quantized

@@ -51,6 +51,7 @@ class VideoModel(nnx.Module):
     Attributes:
         config: Frozen dataclass with `to_dict()`, the fields of diffusers' `config.json`.
         stacks: The blocks, in order.
+        recipe_name: The recipe that quantized the model; empty for a float model.
 
     The attribute path of every Variable is its name in diffusers, the stack's `names` standing for
     `stacks.<number>.block`. Subclasses write `embed` and `head`.
@@ -58,6 +59,7 @@ class VideoModel(nnx.Module):
 
     config: Any
     stacks: nnx.List
+    recipe_name: str = ""
 
     def embed(self, latents, timestep, context, **conditions):
         """Latents and conditions -> (stream, conditioning): what the blocks change, and what they only read."""

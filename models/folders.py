@@ -1,0 +1,108 @@
+"""Model folders: diffusers' config.json and safetensors, plain or quantized, in and out, without PyTorch."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.families import build
+from qvdjax.checkpoint import CheckpointFolder, Progress, load_variables, save_variables
+from qvdjax.checkpoint.quantization_config import from_config, schemes_of, to_config
+from qvdjax.errors import UserError
+from qvdjax.nn import EXECUTIONS, QUANTIZED_LAYERS, Execution, VideoModel, layers_of
+from qvdjax.parallel import shardings
+from qvdjax.ptq import apply_schemes
+from qvdjax.quantization import best_execution
+
+
+def skeleton(path: str | os.PathLike, *, execution: Execution | None = None) -> VideoModel:
+    """The model of a folder as shapes and dtypes; quantized layers are in place, no weight is read.
+
+    Raises:
+        UserError: See `load`.
+    """
+    return _skeleton(CheckpointFolder.open(path), execution)
+
+
+def _skeleton(folder: CheckpointFolder, execution: Execution | None) -> VideoModel:
+    execution = execution or best_execution()[0]
+    if execution not in EXECUTIONS:
+        raise UserError(f"unknown execution {execution!r}", remedy=f"use one of {', '.join(EXECUTIONS)}")
+    if "quantization_config" not in folder.config:
+        return jax.eval_shape(lambda: build(folder.config))
+    where = str(folder.path / "config.json")
+    schemes, recipe = from_config(folder.config["quantization_config"], where)
+    try:
+        model = jax.eval_shape(lambda: apply_schemes(build(folder.config), schemes, execution=execution))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{where}: quantization_config does not fit the model ({error})", remedy="quantize the model again"
+        ) from error
+    if strangers := sorted(set(schemes) - set(schemes_of(model))):
+        raise UserError(
+            f"{where}: quantization_config names layers that the model lacks", remedy="quantize the model again",
+            items=strangers,
+        )  # fmt: skip
+    model.recipe_name = recipe
+    return model
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    execution: Execution | None = None,
+    progress: Progress | None = None,
+) -> VideoModel:
+    """Read a model folder, quantized or plain diffusers.
+
+    Args:
+        path: The folder (config.json and safetensors, whole or in shards).
+        dtype: Floating type of the weights; None keeps the file's. Float32 islands (norms, modulation tables, the
+            timestep's MLP) become no narrower than float32.
+        mesh: Where parameters are sharded by their logical axes (`qvdjax.parallel`); each process reads only
+            its shards. None: the first device.
+        execution: How quantized products are computed: "integer", "simulate", or None for the device's best.
+        progress: Called with (stage, bytes done, bytes in all).
+
+    Raises:
+        UserError: A missing, truncated or corrupt file; unknown, missing or mis-shaped keys; weights that are not finite;
+            an unknown architecture; a quantization that is not ours.
+    """
+    folder = CheckpointFolder.open(path)
+    abstract = _skeleton(folder, execution)
+    where = None if mesh is None else shardings(abstract, mesh)
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    return load_variables(abstract, folder, dtype=dtype, shardings=where, progress=progress)
+
+
+def save(
+    model: VideoModel,
+    path: str | os.PathLike,
+    *,
+    side_files: Mapping[str, Path | bytes] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write a model as a folder that `load` reads back bit for bit.
+
+    The folder appears under its name complete or not at all; memory is bounded by the largest tensor of one layer.
+
+    Args:
+        model: Plain or quantized.
+        path: A new folder.
+        side_files: Further files by name, for instance a pipeline.json; content or a file to copy.
+        overwrite: Replace a folder that exists.
+        progress: Called with (stage, bytes done, bytes in all).
+
+    Raises:
+        UserError: The target exists or cannot be written, or the disk is full.
+    """
+    config = model.config.to_dict()
+    if any(True for _ in layers_of(model, QUANTIZED_LAYERS)):
+        config["quantization_config"] = to_config(schemes_of(model), model.recipe_name)
+    save_variables(model, path, config, side_files=side_files, overwrite=overwrite, progress=progress)
