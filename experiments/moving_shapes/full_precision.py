@@ -30,7 +30,7 @@ def sample_videos(
 
     The folder's solver settings hold where none are given. The last batch is filled up to full size.
     """
-    videos = []
+    videos, batch = [], min(batch, len(sentences))
     for start in range(0, len(sentences), batch):
         rows = [min(row, len(sentences) - 1) for row in range(start, start + batch)]
         context = pipeline.encode([sentences[row] for row in rows])

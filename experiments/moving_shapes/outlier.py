@@ -6,15 +6,15 @@ Real DiTs have a few activation channels that are tens of times larger than the 
 small models do not grow them. Here they are folded in: at each site below a few channels are multiplied by a
 factor where they are made and divided by it where they are read.
 
-    site              made by                                     read by                         one factor for
+    site              made by                                     read by                         factors for
     self-attention    modulation, chunks shift and scale          attn1.to_q, to_k, to_v          all blocks
     feed-forward      modulation, chunks c_shift and c_scale      ffn.net.0.proj                  all blocks
     cross-attention   norm2 weight and bias                       attn2.to_q                      each block
     text              condition_embedder.text_embedder.linear_2   attn2.to_k, attn2.to_v          all blocks
     values            attn1.to_v; attn2.to_v                      attn1.to_out.0; attn2.to_out.0  each block
 
-The blocks share the modulation's factors because they share `time_proj`. The input of `proj_out` has none: one
-time embedding is added to its shift and to its scale, and cannot be scaled for one of them alone. Nor has the
+The blocks share the modulation's factors because they share `time_proj`. The input of `proj_out` has none:
+one time embedding is added to its shift and to its scale, and cannot be scaled for one alone. Nor has the
 hidden layer of the feed-forward, whose nonlinearity lets no factor through.
 
 A folded factor is what SmoothQuant takes out again: a conclusion about methods needs the plain variant too.

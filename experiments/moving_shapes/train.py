@@ -170,8 +170,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give --steps or --minutes")
     if options.resume and not options.checkpoints:
         parser.error("--resume needs --checkpoints")
-    if options.out.exists() and any(options.out.iterdir()):
-        parser.error(f"{options.out} exists and is not empty; name a new folder")
+    if options.out.exists():
+        parser.error(f"{options.out} exists; name a new folder")
     return options
 
 
