@@ -41,12 +41,16 @@ class Convert(Common):
     source: Annotated[Positional[Path], arg(metavar="SRC")]
     """Folder or safetensors file to read."""
     target: Annotated[Positional[Path], arg(metavar="DST")]
-    """New model folder; must not exist yet."""
+    """New model folder."""
     dtype: Annotated[
         Literal["float64", "float32", "bfloat16", "float16"] | None,
         arg(metavar="{float64,float32,bfloat16,float16}", help_behavior_hint="(default: the source's types)"),
     ] = None
     """Cast floating-point tensors to this type."""
+    dry_run: bool = False
+    """Check names, shapes and types only; write nothing."""
+    overwrite: bool = False
+    """Replace DST if it is there already."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,15 @@ class Sampling:
     _: KW_ONLY
     prompt: Annotated[Names, arg(metavar="TEXT", aliases=["-p"])] = ()
     """A prompt; may be repeated."""
-    prompts: Annotated[
-        Path | None, arg(metavar="FILE", help_behavior_hint="(default: the shipped prompts)")
-    ] = None
+    prompts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: the shipped ones)")] = (
+        None
+    )
     """Text file with one prompt a line."""
-    seeds: Annotated[str, arg(metavar="SEEDS")] = "0"
-    """Seeds of the initial noise: one (7), a list (1,2,5) or a range (0-4). A seed alone fixes its noise."""
+    seeds: Annotated[
+        str | None,
+        arg(metavar="SEEDS", help_behavior_hint="(default: the first prompt's is 0, the next's 1, ...)"),
+    ] = None
+    """Seeds of the initial noise for every prompt: one (7), a list (1,2,5) or a range (0-4)."""
     steps: Whole = None
     """Sampler steps."""
     guidance_scale: Real = None
@@ -102,7 +109,9 @@ class Quantize(Common):
     ] = None
     """Folder made by `calibrate`."""
     set: Annotated[Names, arg(metavar="KEY=VALUE")] = ()
-    """Override one field of the recipe; may be repeated."""
+    """Override one option of the recipe's method; may be repeated."""
+    overwrite: bool = False
+    """Replace OUT if it is there already."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +150,10 @@ class Evaluate(Sampling, Common):
     candidate: Annotated[Positional[Path], arg(metavar="CANDIDATE")]
     """Model folder to judge."""
     output: Annotated[Path, arg(metavar="REPORT_DIR", aliases=["-o"])]
-    """New folder for metrics.json, report.html and the videos."""
+    """Folder for metrics.json, report.html and the videos; an older report there is replaced."""
     count: Annotated[int, arg(metavar="N")] = 8
     """How many of the shipped prompts to use where none are given."""
-    batch: Annotated[int, arg(metavar="N")] = 8
+    batch: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None
     """Videos sampled at once; fewer need less memory."""
     execution: Execution = None
     """How quantized layers compute."""
@@ -152,16 +161,16 @@ class Evaluate(Sampling, Common):
     """Devices as a mesh, such as data=2,fsdp=4; axes are data, fsdp, context and tensor."""
     max_teacher_forced_error: Threshold = None
     """Largest relative squared error of the prediction, same latents given to both, that passes."""
+    max_trajectory_error: Threshold = None
+    """Largest relative squared error of the final latents, each model on its own path, that passes."""
     min_psnr: Threshold = None
     """Smallest PSNR to the reference's videos that passes, in dB."""
     min_ssim: Threshold = None
     """Smallest SSIM to the reference's videos that passes, 0 to 1."""
-    min_color: Threshold = None
-    """Smallest share of videos of the prompted colour that passes, 0 to 1."""
-    min_shape: Threshold = None
-    """Smallest share of videos of the prompted shape that passes, 0 to 1."""
-    min_direction: Threshold = None
-    """Smallest share of videos moving the prompted way that passes, 0 to 1."""
+    min_oracle: Threshold = None
+    """Smallest share of videos with the prompted colour, shape and direction, each, that passes, 0 to 1."""
+    max_bytes_ratio: Threshold = None
+    """Largest ratio of the candidate's weight bytes to the reference's that passes."""
 
 
 @dataclass(frozen=True)

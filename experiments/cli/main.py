@@ -162,7 +162,7 @@ def _fail(error: UserError, *, json: bool, code: int) -> int:
 def _folded(box: str) -> str:
     """The message in tyro's box on one line: without the frame, the title and the pointers to the help."""
     rows = [re.sub(r"[│╭╮╰╯]", " ", row).strip() for row in box.splitlines()[1:]]
-    parts = " ".join(";" if re.fullmatch(r"[─\s]*", row) else row for row in rows).split(";")
+    parts = " ".join(";" if re.fullmatch(r"[─\-\s]*", row) else row for row in rows).split(";")
     said = [part for part in (" ".join(part.split()) for part in parts) if part]
     kept = [part for part in said if not part.startswith(("For full helptext", "Argument helptext"))]
     return "; ".join(kept).rstrip(".") or "the arguments were not understood"

@@ -1,10 +1,8 @@
 """Values that are typed as text: seeds, meshes, prompts, overrides of a recipe."""
 
-import ast
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from qvdjax.errors import UserError
 
@@ -19,6 +17,8 @@ def seeds(text: str) -> list[int]:
     Raises:
         UserError: anything else, a range that runs backwards, or a seed named twice.
     """
+    if text is None:
+        return None
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
@@ -74,21 +74,18 @@ def prompts(given: Sequence[str], file: Path | None) -> list[str] | None:
     return [line for line in lines if line]
 
 
-def overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """["bits=4", "name=x"] -> {"bits": 4, "name": "x"}: Python literals where they are, otherwise text.
+def overrides(pairs: Sequence[str]) -> dict[str, str]:
+    """["alpha=0.7", "skip=a=b"] -> {"alpha": "0.7", "skip": "a=b"}; the recipe knows the types of its options.
 
     Raises:
         UserError: a pair without "=", without a name, or a name given twice.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise UserError(f"--set {pair!r} is not KEY=VALUE", remedy="write it like --set weight_bits=4")
+            raise UserError(f"--set {pair!r} is not KEY=VALUE", remedy="write it like --set alpha=0.7")
         if key in found:
             raise UserError(f"--set gives {key} twice", remedy="give it once")
-        try:
-            found[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[key] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+        found[key] = value
     return found

@@ -1,20 +1,32 @@
 """Verbs about one model folder: convert, info, export."""
 
 import math
+from typing import Any
 
 from experiments.cli.arguments import Convert, Export, Info
 from experiments.cli.outcome import Outcome, Table, number, size
 from experiments.cli.terminal import Progress
 
-LAYER_COLUMNS = ("path", "role", "shape", "weights", "activations", "bytes", "SQNR dB", "why")
+LAYERS = Table(
+    ("path", "role", "shape", "weights", "inputs", "bytes", "SQNR dB", "why"),
+    right=frozenset({"weights", "inputs", "bytes", "SQNR dB"}),
+)
 
 
 def convert(arguments: Convert, progress: Progress | None) -> Outcome:
     """Read a checkpoint of any known layout and write a diffusers-shaped folder."""
     import conversion
 
-    report = conversion.convert(arguments.source, arguments.target, dtype=arguments.dtype, progress=progress)
-    return Outcome(report, (f"{arguments.target}: converted from {arguments.source}", *_facts(report)))
+    report = conversion.convert(
+        arguments.source,
+        arguments.target,
+        dtype=arguments.dtype,
+        dry_run=arguments.dry_run,
+        overwrite=arguments.overwrite,
+        progress=progress,
+    )
+    done = "can be converted" if arguments.dry_run else f"-> {arguments.target}"
+    return Outcome(report, (f"{arguments.source} {done}", *_facts(report)))
 
 
 def export(arguments: Export, progress: Progress | None) -> Outcome:
@@ -26,19 +38,72 @@ def export(arguments: Export, progress: Progress | None) -> Outcome:
 
 
 def info(arguments: Info, progress: Progress | None) -> Outcome:
-    """List the layers of a folder; reads its config and its tensors' headers."""
+    """List the layers of a folder; of its weights only the recorded signal-to-noise ratios are read."""
     import models
-    from qvdjax import describe
+    import qvdjax
 
     model = models.skeleton(arguments.dir)
-    layers = describe(model)
-    ...
+    layers = qvdjax.describe(model)
+    _add_recorded_ratios(layers, arguments.dir)
+    parameters, weight_bytes = _totals(model)
+    report = {
+        "family": models.family_of(model.config.to_dict()).name,
+        "parameters": parameters,
+        "weight_bytes": weight_bytes,
+        "layers": layers,
+    }
+    rows = [
+        (
+            row["path"],
+            row["role"],
+            "x".join(map(str, row["shape"])),
+            row["weight_bits"] or "-",
+            row["activation_bits"] or "-",
+            number(row["bytes"]),
+            number(row["sqnr_db"]),
+            row["reason"],
+        )
+        for row in layers
+    ]
+    table = Table(LAYERS.columns, rows, right=LAYERS.right)
+    total = f"{report['family']}: {parameters:,} parameters, {size(weight_bytes)}, {len(layers)} layers"
+    return Outcome(report, (table, total))
 
 
-def _facts(report: dict) -> list[str]:
+def _add_recorded_ratios(layers: list[dict[str, Any]], folder) -> None:
+    """Fill in `sqnr_db` from the tensors that quantizing left in the folder."""
+    from qvdjax.checkpoint import CheckpointFolder
+
+    tensors = CheckpointFolder.open(folder)
+    for row in layers:
+        key = f"{row['path']}.weight_sqnr_db"
+        if row["sqnr_db"] is None and key in tensors.files:
+            ratio = float(tensors.read(key))
+            row["sqnr_db"] = round(ratio, 2) if math.isfinite(ratio) else None
+
+
+def _totals(model) -> tuple[int, int]:
+    """Number of weights, and bytes of all variables at their logical bits; recorded statistics count in neither."""
+    import jax
+    from flax import nnx
+
+    from qvdjax.nn import Codes, Scale, Statistic
+
+    parameters, bits = 0, 0
+    for variable in jax.tree.leaves(nnx.state(model), is_leaf=lambda node: isinstance(node, nnx.Variable)):
+        if isinstance(variable, Statistic):
+            continue
+        value = variable.get_value()
+        width = variable.get_metadata("bits") if isinstance(variable, Codes) else 8 * value.dtype.itemsize
+        bits += value.size * width
+        parameters += 0 if isinstance(variable, Scale) else value.size
+    return parameters, math.ceil(bits / 8)
+
+
+def _facts(report: dict[str, Any]) -> list[str]:
     # The plain entries of a report, one a line; lists and tables are for --json.
     return [
         f"  {key}: {size(value) if key.endswith('bytes') else value}"
         for key, value in report.items()
-        if isinstance(value, (str, int, float)) or value is None
+        if isinstance(value, (str, int, float))
     ]

@@ -1,6 +1,6 @@
 """Verbs that run the sampler: sample and evaluate."""
 
-import dataclasses
+from typing import Any
 
 from experiments.cli import values
 from experiments.cli.arguments import Evaluate, Sample
@@ -8,14 +8,9 @@ from experiments.cli.outcome import Outcome, Table, number, size
 from experiments.cli.terminal import Progress
 
 THRESHOLDS = (
-    "max_teacher_forced_error",
-    "min_psnr",
-    "min_ssim",
-    "min_color",
-    "min_shape",
-    "min_direction",
-)
-SCORE_COLUMNS = ("", "mean", "low", "high")
+    "max_teacher_forced_error", "max_trajectory_error", "min_psnr", "min_ssim", "min_oracle", "max_bytes_ratio",
+)  # fmt: skip
+MEASURES = ("teacher_forced_error", "trajectory_error", "psnr", "ssim")
 
 
 def sample(arguments: Sample, progress: Progress | None) -> Outcome:
@@ -49,7 +44,6 @@ def evaluate(arguments: Evaluate, progress: Progress | None) -> Outcome:
     """Compare two folders at the same seeds."""
     from experiments.evaluation import evaluate
 
-    wanted = {name: getattr(arguments, name) for name in THRESHOLDS}
     report = evaluate(
         arguments.reference,
         arguments.candidate,
@@ -60,8 +54,35 @@ def evaluate(arguments: Evaluate, progress: Progress | None) -> Outcome:
         steps=arguments.steps,
         guidance_scale=arguments.guidance_scale,
         batch=arguments.batch,
-        thresholds={name: bound for name, bound in wanted.items() if bound is not None},
+        thresholds={name: getattr(arguments, name) for name in THRESHOLDS},
         execution=arguments.execution,
         mesh=values.mesh(arguments.mesh),
         progress=progress,
     )
+    lines: list[str | Table] = [_fidelity(report)]
+    if report["oracle"] is not None:
+        lines += ["", _oracle(report["oracle"])]
+    held = report["weight_bytes"]
+    lines += [
+        "",
+        f"weights: {size(held['reference'])} -> {size(held['candidate'])} ({held['ratio']:.3f})",
+        f"report: {arguments.output / 'report.html'}",
+    ]
+    return Outcome(report, lines, missed=report["failures"])
+
+
+def _fidelity(report: dict[str, Any]) -> Table:
+    """Distance of candidate from reference: mean over prompts, 95 % bootstrap interval."""
+    measured = [(name, report[name]) for name in MEASURES if report[name] is not None]
+    rows = [(name, *(number(entry[key]) for key in ("mean", "low", "high"))) for name, entry in measured]
+    return Table(
+        ("candidate against reference", "mean", "low", "high"), rows, right=frozenset({"mean", "low", "high"})
+    )
+
+
+def _oracle(oracle: dict[str, Any]) -> Table:
+    rows = [
+        (score, number(oracle["reference"][score]["mean"]), number(oracle["candidate"][score]["mean"]))
+        for score in oracle["reference"]
+    ]
+    return Table(("oracle", "reference", "candidate"), rows, right=frozenset({"reference", "candidate"}))
