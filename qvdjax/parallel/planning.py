@@ -37,8 +37,8 @@ def plan(step: Callable, *abstract_args: Any, mesh: Mesh, donate: tuple[int, ...
     limit = chip_bytes(mesh.devices.flat[0])
     report = {
         "fits": False, "bytes_per_chip": None, "chip_bytes": limit, "collectives": [],
-        "compile_seconds": None, "reason": None, "argument_bytes": None, "temporary_bytes": None, "products": [], "unknown_loops": 0,
-        "devices": mesh.devices.size,
+        "compile_seconds": None, "reason": None, "argument_bytes": None, "temporary_bytes": None,
+        "products": [], "unknown_loops": 0, "devices": mesh.devices.size,
     }  # fmt: skip
     begin = time.perf_counter()
     try:

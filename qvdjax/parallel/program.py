@@ -93,7 +93,8 @@ class Program:
         return 1
 
     def collectives(self) -> list[dict]:
-        """What one device exchanges in one run: `kind`, `dtype`, `bytes`, `count`, a row for each kind and type.
+        """What one device exchanges in one run: a row for each kind and type: `kind`, `dtype`,
+        `bytes` and `count`.
 
         The bytes of one collective are those of its larger side on one device: the gathered array of an
         all-gather, the array before the reduction of a reduce-scatter, either side of the others. An
