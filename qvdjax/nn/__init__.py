@@ -7,10 +7,11 @@ from qvdjax.nn.linear import Linear, QuantizedLinear
 from qvdjax.nn.norm import LayerNorm, RMSNorm, at_least_float32
 from qvdjax.nn.protocol import Stack, VideoModel, stacked
 from qvdjax.nn.scheme import EXECUTIONS, AttentionScheme, Execution, LayerScheme, Role
+from qvdjax.nn.swap import swap_layers
 from qvdjax.nn.variables import Codes, Param, Scale, Statistic
 
 __all__ = [
     "EXECUTIONS", "FLOAT_LAYERS", "QUANTIZED_LAYERS", "Attention", "AttentionScheme", "Codes", "Conv", "Execution", "LayerNorm", "LayerScheme", "Linear",
     "Param", "QuantizedConv", "QuantizedLinear", "RMSNorm", "Role", "Scale", "Stack", "Statistic", "VideoModel",
-    "attention", "at_least_float32", "layers_of", "quantized_attention", "stacked",
+    "attention", "at_least_float32", "layers_of", "quantized_attention", "stacked", "swap_layers",
 ]

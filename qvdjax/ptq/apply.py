@@ -1,16 +1,14 @@
-"""Put quantized layers into a model, cutting stacks into segments where neighbouring blocks differ."""
+"""Put quantized layers into a model."""
 
-import itertools
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from qvdjax.nn import (
-    FLOAT_LAYERS, QUANTIZED_LAYERS, Attention, AttentionScheme, Execution, LayerScheme, Stack, VideoModel,
+    QUANTIZED_LAYERS, Attention, AttentionScheme, Execution, LayerScheme, VideoModel, swap_layers,
 )  # fmt: skip
-from qvdjax.nn.variables import dotted, iterate, replace, shape_of
+from qvdjax.nn.variables import iterate, shape_of
 from qvdjax.ptq.layers import quantize_layer
 
 Ranges = Mapping[str, tuple]  # name in diffusers -> smallest and largest input of each channel
@@ -29,55 +27,24 @@ def apply_schemes(
         fit: Fits the transforms that schemes name.
         ranges: Smallest and largest input of each channel of the layers that need them, by name.
     """
-    model = nnx.clone(model)
-    for path, layer in iterate(model, FLOAT_LAYERS):
-        if path[0] != "stacks":
-            _settle(model, path, layer, [dotted(path)], schemes, execution, fit, ranges)
-    stacks = []
-    for stack in model.stacks:
-        stacks += _segments(stack, schemes, execution, fit, ranges)
-    model.stacks = nnx.List(stacks)
-    return model
 
-
-def _settle(root, path, layer, names, schemes, execution, fit, ranges) -> None:
-    """Give the layer at a path its scheme, which is the same for all its names."""
-    scheme = schemes.get(names[0])
-    if scheme is None:
-        return
-    if isinstance(layer, Attention) or not scheme.quantizes:
-        layer.scheme = scheme
+    def make(layer, scheme, names):
         if isinstance(layer, Attention):
-            layer.execution = execution
-        return
-    input_range = None
-    if ranges is not None and names[0] in ranges:
-        pairs = [ranges[name] for name in names]
-        input_range = pairs[0] if len(shape_of(layer.weight)) == len(layer.weight.get_metadata("axes")) else _stack_pairs(pairs)
-    replace(root, path, quantize_layer(layer, scheme, execution=execution, fit=fit, input_range=input_range))
+            layer.scheme, layer.execution = scheme, execution
+            return layer
+        if not scheme.quantizes:
+            layer.scheme = scheme
+            return layer
+        input_range = None if ranges is None or names[0] not in ranges else _rows(layer, [ranges[n] for n in names])
+        return quantize_layer(layer, scheme, execution=execution, fit=fit, input_range=input_range)
+
+    return swap_layers(model, schemes, make)
 
 
-def _stack_pairs(pairs):
-    return tuple(jnp.stack(edges) for edges in zip(*pairs, strict=True))  # [layers, in] each
-
-
-def _segments(stack: Stack, schemes, execution, fit, ranges) -> list[Stack]:
-    """The stack cut where decisions change, each part with its layers in place."""
-    layers = list(iterate(stack.block, FLOAT_LAYERS))
-    names = {path: stack.names(path) for path, _ in layers}
-    count = stack.count or 1
-    plans = [tuple(schemes.get(names[path][i]) for path, _ in layers) for i in range(count)]
-    parts, start = [], 0
-    for _, group in itertools.groupby(range(count), key=lambda i: plans[i]):
-        stop = start + len(list(group))
-        whole = stop - start == count
-        block = stack.block if whole else jax.tree.map(lambda a, s=slice(start, stop): a[s], stack.block)
-        for path, layer in list(iterate(block, FLOAT_LAYERS)):
-            _settle(block, path, layer, names[path][start:stop], schemes, execution, fit, ranges)
-        layers_here = None if stack.count is None else stop - start
-        parts.append(Stack(block, prefix=stack.prefix, start=stack.start + start, count=layers_here))
-        start = stop
-    return parts
+def _rows(layer: nnx.Module, pairs: list[tuple]) -> tuple:
+    """Ranges in the layout of a layer's arrays: [in] each, or [layers, in] for one of a stack."""
+    stacked = len(shape_of(layer.weight)) > len(layer.weight.get_metadata("axes"))
+    return tuple(jnp.stack(edges) if stacked else edges[0] for edges in zip(*pairs, strict=True))
 
 
 def set_execution(model: VideoModel, execution: Execution) -> VideoModel:
