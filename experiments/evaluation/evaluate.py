@@ -1,0 +1,194 @@
+"""The comparison from folder to folder: one reference, one or more candidates, a report."""
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.evaluation import provenance, summary
+from experiments.evaluation import thresholds as limits
+from experiments.evaluation.ceiling import speed_ceiling_of_folder
+from experiments.evaluation.measuring import compare_runs
+from experiments.evaluation.observing import Observation, observe
+from experiments.evaluation.options import Options
+from experiments.evaluation.report import render
+from experiments.evaluation.report_folder import METRICS, REPORT, VIDEOS, check_target
+from experiments.evaluation.same_model import check_same_model
+from experiments.evaluation.scoring import why_no_oracle
+from experiments.evaluation.sections import Clip
+from experiments.evaluation.setup import Setup, setup_from_folder
+from qvdjax.checkpoint.atomic import disk_errors, new_folder
+from qvdjax.errors import UserError
+from qvdjax.video import side_by_side, write_mp4
+
+MAXIMUM_CLIPS = 8
+"""Videos in a report; metrics.json has the numbers of all."""
+
+PANEL_HEIGHT = 252
+"""Pixels that small videos are enlarged to, or nearly: seven times the moving shapes' 36."""
+
+
+def evaluate(reference: Path, candidate: Path, output: Path, **options) -> dict:
+    """Compare a candidate with its reference at the same prompts and seeds, and write a report.
+
+    Both models sample from the same noise. Besides, the candidate predicts at the latents of the reference
+    (teacher forcing), which separates the error of quantization from the drift it causes.
+
+    Args:
+        reference: Model folder with a `pipeline.json`, full precision as a rule; its sampling defaults
+            hold for both.
+        candidate: Model folder of the same architecture and size.
+        output: Report folder, new or in place of an older report: metrics.json, report.html, videos/*.mp4.
+        options: Fields of `Options`.
+
+    Returns:
+        What metrics.json holds. A missed threshold is not an error: `passed` is False then and `failures`
+        has a line for each.
+
+    Raises:
+        UserError: A missing or corrupt folder, different architectures or sizes, an unknown word in a
+            prompt, an unknown threshold, a target that cannot be written, values that are not finite.
+    """
+    name = Path(candidate).resolve().name
+    comparison = _compare(Path(reference), {name: Path(candidate)}, Path(output), Options(**options))
+    metrics = comparison.metrics[name]
+    _write(comparison, Path(output), metrics)
+    return metrics
+
+
+def evaluate_many(reference: Path, candidates: Mapping[str, Path], output: Path, **options) -> dict:
+    """As `evaluate`, for several candidates by name. The reference runs once; models are held one at a time.
+
+    Returns:
+        {"candidates": {name: what `evaluate` returns}, "paired": rows of `summary.paired_entries`}, which
+        is also what metrics.json holds.
+    """
+    if not candidates:
+        raise UserError("no candidate was named", remedy="name at least one model folder")
+    folders = {name: Path(folder) for name, folder in candidates.items()}
+    comparison = _compare(Path(reference), folders, Path(output), Options(**options))
+    result = {"candidates": comparison.metrics, "paired": comparison.paired}
+    _write(comparison, Path(output), result)
+    return result
+
+
+class _Comparison(NamedTuple):
+    setup: Setup
+    metrics: dict[str, dict]
+    paired: list[dict]
+    videos: list[np.ndarray]
+    """Of the reference, then of every candidate: (samples, frames, height, width, 3) in [0, 1]."""
+
+
+def _compare(reference: Path, candidates: Mapping[str, Path], output: Path, options: Options) -> _Comparison:
+    thresholds = limits.expand(options.thresholds)
+    check_target(output)
+    for folder in candidates.values():
+        check_same_model(reference, folder)
+    setup, pipeline = setup_from_folder(
+        reference,
+        prompts=options.prompts,
+        count=options.count,
+        seeds=options.seeds,
+        steps=options.steps,
+        guidance_scale=options.guidance_scale,
+    )
+    frame_shape = pipeline.decode(np.zeros((1, *setup.latents_shape), np.float32)).shape[1:]
+    oracle_reason = why_no_oracle(setup, frame_shape)
+    limits.check_measurable(thresholds, oracle_reason)
+    shared = {
+        "oracle_reason": oracle_reason,
+        "ceiling": speed_ceiling_of_folder(reference, setup),
+        "sampling": _sampling(setup, options),
+        "device": provenance.device(),
+        "versions": provenance.versions(),
+        "command": options.command or provenance.command_line(),
+    }
+
+    def observation(name: str, folder: Path, along: np.ndarray | None) -> Observation:
+        return observe(folder, setup, pipeline, options, name=name, along=along, oracle=oracle_reason is None)
+
+    truth = observation("reference", reference, None)
+    metrics, videos = {}, [truth.video]
+    for name, folder in candidates.items():
+        started = time.perf_counter()
+        seen = observation(name, folder, truth.run.inputs)
+        entries = _measures(truth, seen, setup)
+        missed = limits.failures(thresholds, entries)
+        metrics[name] = {
+            **entries,
+            "reference": {"name": reference.resolve().name, "folder": str(reference)},
+            "candidate": {"name": name, "folder": str(folder)},
+            **shared,
+            "thresholds": thresholds,
+            "passed": not missed,
+            "failures": missed,
+            "layers": seen.layers,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        videos.append(seen.video)
+    return _Comparison(setup, metrics, summary.paired_entries(metrics), videos)
+
+
+def _measures(truth: Observation, seen: Observation, setup: Setup) -> dict:
+    """The part of metrics.json that was measured."""
+    fidelity = compare_runs(truth.run, truth.velocity, seen.run, seen.velocity, truth.video, seen.video)
+    timesteps = setup.solver.schedule(setup.steps).timesteps
+    groups = setup.prompt_of_sample
+    oracle = None
+    if truth.oracle is not None and seen.oracle is not None:
+        oracle = summary.oracle_entry(truth.oracle, seen.oracle, groups)
+    return {
+        **summary.fidelity_entries(fidelity, groups, timesteps),
+        **summary.both_entries(truth.temporal, seen.temporal, groups),
+        "oracle": oracle,
+        "weight_bytes": {
+            "reference": truth.weight_bytes,
+            "candidate": seen.weight_bytes,
+            "ratio": seen.weight_bytes / truth.weight_bytes,
+        },
+    }
+
+
+def _sampling(setup: Setup, options: Options) -> dict:
+    return {
+        "prompts": list(setup.prompts),
+        "samples": [
+            {"prompt": prompt, "seed": seed}
+            for prompt, seed in zip(setup.prompt_of_sample, setup.seeds, strict=True)
+        ],
+        "solver": setup.solver_fields,
+        "steps": setup.steps,
+        "guidance_scale": setup.guidance_scale,
+        "execution": options.execution,
+        "mesh": dict(options.mesh) if options.mesh else None,
+    }
+
+
+def _write(comparison: _Comparison, output: Path, content: dict) -> None:
+    """Make the report folder, whole or not at all."""
+    setup = comparison.setup
+    with new_folder(output, overwrite=True) as draft, disk_errors(output):
+        (draft / VIDEOS).mkdir()
+        clips = []
+        for index, (prompt, seed) in enumerate(zip(setup.prompt_texts, setup.seeds, strict=True)):
+            if index == MAXIMUM_CLIPS:
+                break
+            file = draft / VIDEOS / f"{index:02d}-{_slug(prompt)}-seed{seed}.mp4"
+            panels = [videos[index] for videos in comparison.videos]
+            scale = max(1, PANEL_HEIGHT // panels[0].shape[1])
+            write_mp4(
+                file, side_by_side(panels, ["reference", *comparison.metrics], scale=scale), fps=setup.fps
+            )
+            clips.append(Clip(prompt, seed, file.read_bytes()))
+        text = json.dumps(content, indent=1, allow_nan=False)
+        (draft / METRICS).write_text(text + "\n", encoding="utf-8")
+        (draft / REPORT).write_text(render(comparison.metrics, clips, comparison.paired), encoding="utf-8")
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]

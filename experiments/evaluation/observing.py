@@ -1,0 +1,111 @@
+"""Run one model through everything, keep the numbers, let the model go."""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+import models
+from experiments.evaluation.measuring import temporal_measures
+from experiments.evaluation.options import Options
+from experiments.evaluation.runs import FreeRun, Place, predict_along, run_freely
+from experiments.evaluation.scoring import oracle_scores
+from experiments.evaluation.setup import Setup
+from models.pipeline import Pipeline
+from qvdjax import describe
+from qvdjax.errors import UserError
+from qvdjax.nn import Codes, Statistic
+from qvdjax.parallel import make_mesh, shard_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What is kept of a model, in host memory.
+
+    Attributes:
+        run: Where it went by itself.
+        velocity: What it predicted at the reference's latents, float32 (steps, samples, frames, height,
+            width, channels).
+        video: (samples, frames, height, width, 3) in [0, 1].
+        temporal: Flicker and frame difference energy, (samples,) each.
+        oracle: Colour, shape and direction, (samples,) each, or None.
+        layers: Rows of `qvdjax.describe`.
+        weight_bytes: Of all parameters, codes at their logical bits.
+    """
+
+    run: FreeRun
+    velocity: np.ndarray
+    video: np.ndarray
+    temporal: Mapping[str, np.ndarray]
+    oracle: Mapping[str, np.ndarray] | None
+    layers: list[dict]
+    weight_bytes: int
+
+
+def observe(
+    folder: Path,
+    setup: Setup,
+    pipeline: Pipeline,
+    options: Options,
+    *,
+    name: str,
+    along: np.ndarray | None,
+    oracle: bool,
+) -> Observation:
+    """Load a model, sample with it, and let it predict at given latents.
+
+    Args:
+        folder: Model folder.
+        pipeline: Decodes the latents.
+        name: For progress.
+        along: Latents to predict at, as `FreeRun.inputs`; None for the model's own.
+        oracle: Whether to ask the oracle.
+    """
+    mesh = make_mesh(options.mesh) if options.mesh else None
+    batch = options.batch or len(setup.seeds)
+    if batch < 1:
+        raise UserError(f"the batch is {batch}", remedy="compute at least one sample at once")
+
+    def progress(stage: str):
+        def report(done: int) -> None:
+            if options.progress is not None:
+                options.progress(f"{name}: {stage}", done, len(setup.seeds))
+
+        return report
+
+    # The mesh in scope is what the models' sharding constraints refer to.
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        model = models.load(folder, mesh=mesh, execution=options.execution)
+        place: Place = jax.numpy.asarray if mesh is None else lambda rows: shard_batch(rows, mesh)
+        run = run_freely(model, setup, batch=batch, place=place, progress=progress("sampling"))
+        along = run.inputs if along is None else along
+        velocity = predict_along(
+            model, along, setup, batch=batch, place=place, progress=progress("teacher forcing")
+        )
+    video = pipeline.decode(run.latents)
+    return Observation(
+        run=run,
+        velocity=velocity,
+        video=video,
+        temporal=temporal_measures(video),
+        oracle=oracle_scores(setup, video) if oracle else None,
+        layers=describe(model),
+        weight_bytes=weight_bytes(model),
+    )
+
+
+def weight_bytes(model: nnx.Module) -> int:
+    """Bytes of all parameters: codes at their logical bits, everything else at its type's."""
+    variables = jax.tree.leaves(nnx.state(model), is_leaf=lambda node: isinstance(node, nnx.Variable))
+    bits = 0
+    for variable in variables:
+        value = variable.get_value()
+        if isinstance(variable, Statistic):
+            continue  # a record about the weights, not one of them
+        width = variable.get_metadata("bits") if isinstance(variable, Codes) else 8 * value.dtype.itemsize
+        bits += width * value.size
+    return -(-bits // 8)

@@ -1,0 +1,37 @@
+"""What can be chosen about an evaluation."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+Progress = Callable[[str, int, int], None]
+"""progress(stage, done, total), in samples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Keyword arguments of `evaluate` and `evaluate_many`.
+
+    Attributes:
+        prompts: Sentences; by default `count` captions of the moving shapes.
+        count: Number of prompts where none are given, 8 by default.
+        seeds: Every prompt is sampled at each of these. By default prompt i is sampled once, at seed i.
+        steps, guidance_scale: The reference folder's by default, for all models.
+        batch: Samples computed at once, all by default.
+        thresholds: See `thresholds.THRESHOLDS`; `min_oracle` stands for the three oracle scores.
+        execution: Of quantized layers: "integer", "simulate", or None for the best on this device.
+        mesh: Devices to use, axis name to size; by default one device.
+        command: What to print under "how it was made"; this process's command line by default.
+        progress: Called after every batch.
+    """
+
+    prompts: Sequence[str] | None = None
+    count: int | None = None
+    seeds: Sequence[int] | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    batch: int | None = None
+    thresholds: Mapping[str, float | None] | None = None
+    execution: str | None = None
+    mesh: Mapping[str, int] | None = None
+    command: str | None = None
+    progress: Progress | None = None
