@@ -8,7 +8,6 @@ from qvdjax.errors import UserError
 
 MOST_SEEDS = 10_000
 LARGEST_SEED = 2**31 - 1  # what jax.random.key takes where 64-bit integers are off
-MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 
 def seeds(text: str) -> list[int]:
@@ -37,21 +36,12 @@ def seeds(text: str) -> list[int]:
 
 
 def mesh(text: str | None) -> dict[str, int] | None:
-    """ "data=2,fsdp=4" -> {"data": 2, "fsdp": 4}; None stays None.
-
-    Raises:
-        UserError: an unknown axis, an axis named twice, or a size that is not a positive whole number.
-    """
+    """As `qvdjax.parallel.parse_mesh`; None stays None."""
     if text is None:
         return None
-    axes: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, count = (piece.strip() for piece in part.partition("="))
-        if name not in MESH_AXES or name in axes or not re.fullmatch(r"[1-9]\d*", count):
-            remedy = f"write it like data=2,fsdp=4, each axis once, of {', '.join(MESH_AXES)}"
-            raise UserError(f"--mesh {text!r} is not a mesh", remedy=remedy)
-        axes[name] = int(count)
-    return axes
+    from qvdjax.parallel import parse_mesh
+
+    return parse_mesh(text)
 
 
 def prompts(given: Sequence[str], file: Path | None) -> list[str] | None:

@@ -7,10 +7,8 @@ from experiments.cli.arguments import Convert, Export, Info
 from experiments.cli.outcome import Outcome, Table, number, size
 from experiments.cli.terminal import Progress
 
-LAYERS = Table(
-    ("path", "role", "shape", "weights", "inputs", "bytes", "SQNR dB", "why"),
-    right=frozenset({"weights", "inputs", "bytes", "SQNR dB"}),
-)
+COLUMNS = ("path", "role", "shape", "weights", "inputs", "bytes", "SQNR dB", "why")
+NUMBERS = frozenset({"weights", "inputs", "bytes", "SQNR dB"})
 
 
 def convert(arguments: Convert, progress: Progress | None) -> Outcome:
@@ -65,7 +63,7 @@ def info(arguments: Info, progress: Progress | None) -> Outcome:
         )
         for row in layers
     ]
-    table = Table(LAYERS.columns, rows, right=LAYERS.right)
+    table = Table(COLUMNS, rows, right=NUMBERS)
     total = f"{report['family']}: {parameters:,} parameters, {size(weight_bytes)}, {len(layers)} layers"
     return Outcome(report, (table, total))
 

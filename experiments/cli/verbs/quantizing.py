@@ -56,3 +56,46 @@ def _options(method: type) -> dict[str, Any]:
         for field in dataclasses.fields(method)
         if field.name not in ("weight_bits", "activation_bits")
     }
+
+
+def quantize(arguments: Quantize, progress: Progress | None) -> Outcome:
+    """Quantize a folder with a named recipe."""
+    from experiments.quantizing import quantize_folder
+
+    report = quantize_folder(
+        arguments.dir,
+        arguments.out,
+        arguments.recipe,
+        overrides=values.overrides(arguments.set),
+        calibration=arguments.calibration,
+        overwrite=arguments.overwrite,
+        progress=progress,
+    )
+    kinds: dict[tuple, list[dict[str, Any]]] = {}
+    for row in report["layers"]:
+        kinds.setdefault((row["role"], row["weight_bits"], row["activation_bits"], row["reason"]), []).append(
+            row
+        )
+    rows = [
+        (
+            role,
+            len(members),
+            weight_bits or "-",
+            activation_bits or "-",
+            size(sum(row["bytes"] for row in members)),
+            number(_lowest([row["sqnr_db"] for row in members])),
+            reason,
+        )
+        for (role, weight_bits, activation_bits, reason), members in kinds.items()
+    ]
+    columns = ("role", "layers", "weights", "inputs", "bytes", "lowest SQNR dB", "why")
+    lines = [
+        Table(columns, rows, f"{arguments.out}: {report['recipe']}", frozenset(columns[1:-1])),
+        f"{size(report['float_bytes'])} in bfloat16 -> {size(report['weight_bytes'])} ({report['ratio']:.3f}); "
+        f"every layer: qvdjax info {arguments.out}",
+    ]
+    return Outcome(report, lines)
+
+
+def _lowest(ratios: list[float | None]) -> float | None:
+    return min((ratio for ratio in ratios if ratio is not None), default=None)

@@ -1,0 +1,79 @@
+"""From a model folder to a quantized one."""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import models
+import qvdjax
+from models.pipeline import copy_pipeline
+from qvdjax import recipes
+from qvdjax.errors import UserError
+
+Progress = Callable[[str, int, int], None]
+"""progress(stage, done, total)."""
+
+
+def quantize_folder(
+    source: Path,
+    target: Path,
+    recipe: str,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    calibration: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Quantize a model folder, and take along what sampling needs beside the weights.
+
+    Args:
+        source: Full-precision model folder.
+        target: The new folder; it appears complete or not at all.
+        recipe: `<method>-w<bits>a<bits>`, see `qvdjax.recipes.names`.
+        overrides: Options of the method by name; text is read as the option's type.
+        calibration: Folder made by `calibrate_folder`. Without one, a recipe that needs it is calibrated on the
+            shipped prompts.
+        overwrite: Replace a folder that is there already.
+        progress: Called with the stage, what is done of it and its total.
+
+    Returns:
+        {recipe, calibration, layers, quantized_layers, weight_bytes, float_bytes, ratio, seconds}; the bytes
+        are those of all layers, float_bytes in bfloat16, and `layers` the rows of `qvdjax.describe`.
+
+    Raises:
+        UserError: See `models.load`, `qvdjax.recipes.get`, `qvdjax.quantize` and `models.save`.
+    """
+    check_new(target, overwrite=overwrite)
+    started = time.perf_counter()
+    chosen = recipes.get(recipe, **(overrides or {}))
+    model = models.load(source, progress=progress)
+    batches = None
+    if chosen.needs_calibration:
+        batches = calibration_batches(source, calibration, progress=progress)
+    quantized = qvdjax.quantize(model, chosen, batches)
+    with tempfile.TemporaryDirectory() as beside:
+        copy_pipeline(source, beside)
+        side_files = {path.name: path for path in Path(beside).iterdir()}
+        models.save(quantized, target, side_files=side_files, overwrite=overwrite, progress=progress)
+    layers = qvdjax.describe(quantized)
+    weight_bytes, float_bytes = (sum(row[key] for row in layers) for key in ("bytes", "float_bytes"))
+    return {
+        "recipe": chosen.name,
+        "calibration": None if calibration is None else str(calibration),
+        "quantized_layers": sum(row["execution"] != "float" for row in layers),
+        "weight_bytes": weight_bytes,
+        "float_bytes": float_bytes,
+        "ratio": weight_bytes / float_bytes,
+        "seconds": time.perf_counter() - started,
+        "layers": layers,
+    }
+
+
+def check_new(target: Path, *, overwrite: bool = False) -> None:
+    """Refuse a target that is taken before hours are spent on what cannot be written there."""
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise UserError(f"{target} exists and is not empty", remedy="choose another target or give --overwrite")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} exists and is no folder", remedy="choose another target")

@@ -1,0 +1,65 @@
+"""Small model folders for the verbs, and a way to run the program in this process."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+import models
+from experiments.cli.main import main
+from models.pipeline import Pipeline
+
+CONFIG = {
+    "_class_name": "WanTransformer3DModel",
+    "patch_size": [1, 2, 2],
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 12,
+    "out_channels": 12,
+    "text_dim": 8,
+    "freq_dim": 16,
+    "ffn_dim": 48,
+    "num_layers": 2,
+}
+# Enough of the words of the moving shapes that the shipped prompts are understood.
+WORDS = tuple(
+    "a moving on red green blue yellow magenta cyan disc ring triangle cross left right up down slowly quickly "
+    "black grey white".split()
+)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A Wan of 24 features and two blocks, with a pipeline of 3 frames of 4 x 4 latents (8 x 8 pixels)."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    models.save(models.build(CONFIG, key=jax.random.key(0)), folder)
+    Pipeline(
+        words=WORDS,
+        embeddings=np.random.default_rng(0).standard_normal((len(WORDS), 8)).astype(np.float32),
+        tokens=8,
+        frames=3,
+        height=4,
+        width=4,
+        channels=12,
+        factor=2,
+        solver="unipc",
+        shift=3.0,
+        steps=2,
+        guidance_scale=4.0,
+        fps=8.0,
+    ).save(folder)
+    return folder
+
+
+@pytest.fixture
+def qvdjax(capsys):
+    """Run the program: `qvdjax("info", folder)` -> exit code, stdout, stderr, and `report`, the JSON on stdout."""
+
+    def run(*argv):
+        code = main([str(argument) for argument in argv])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err, report=json.loads(out) if "--json" in argv else None)
+
+    return run

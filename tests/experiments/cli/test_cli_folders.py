@@ -1,0 +1,311 @@
+"""convert, info, quantize and export from folder to folder, and what they say to folders that are not in order."""
+
+import json
+import math
+import os
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from qvdjax import recipes
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+QUANTIZED = "blocks.0.attn1.to_q"
+
+
+@pytest.fixture(scope="module")
+def quantized_folder(model_folder, tmp_path_factory):
+    from experiments.quantizing import quantize_folder
+
+    target = tmp_path_factory.mktemp("quantized") / "w4a4"
+    quantize_folder(model_folder, target, "rtn-w4a4")
+    return target
+
+
+def refused(done, *names):
+    """The answer is what bad input gets: exit code 2, one line that names things, no traceback."""
+    assert done.code == 2, done.err
+    assert done.err.count("\n") == 1
+    assert done.err.startswith("qvdjax: ")
+    assert "Traceback" not in done.err
+    for name in names:
+        assert str(name) in done.err
+    if done.report is not None:
+        assert set(done.report) == {"error", "remedy", "items"}
+        assert done.report["remedy"]
+    return True
+
+
+def test_info_of_a_full_precision_folder(qvdjax, model_folder):
+    done = qvdjax("info", model_folder, "--json")
+    assert (done.code, done.err) == (0, "")
+    report = done.report
+    tensors = load_file(model_folder / WEIGHTS)
+    assert report["family"] == "wan"
+    assert report["parameters"] == sum(tensor.size for tensor in tensors.values())
+    assert report["weight_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
+    fields = {"path", "role", "shape", "weight_bits", "activation_bits", "bytes", "sqnr_db", "reason"}
+    assert all(fields <= set(row) for row in report["layers"])
+    by_path = {row["path"]: row for row in report["layers"]}
+    for key, tensor in tensors.items():
+        if key.endswith(".weight") and tensor.ndim == 2:
+            assert by_path[key.removesuffix(".weight")]["shape"] == list(tensor.shape)
+    row = by_path[QUANTIZED]
+    assert (row["role"], row["shape"], row["weight_bits"], row["sqnr_db"]) == ("query", [24, 24], 32, None)
+    assert row["bytes"] == 4 * (24 * 24 + 24)
+
+
+def test_info_of_a_quantized_folder(qvdjax, model_folder, quantized_folder):
+    report = qvdjax("info", quantized_folder, "--json").report
+    plain = qvdjax("info", model_folder, "--json").report
+    assert report["parameters"] == plain["parameters"]
+    assert report["weight_bytes"] < plain["weight_bytes"]
+    row = next(row for row in report["layers"] if row["path"] == QUANTIZED)
+    assert (row["weight_bits"], row["activation_bits"]) == (4, 4)
+    # Codes at 4 bits, a float32 scale an output channel, a float32 bias.
+    assert row["bytes"] == 24 * 24 // 2 + 4 * 24 + 4 * 24
+    # Uniform weights at 15 levels: about 6 dB a bit; 15 and 30 leave room for the odd row.
+    assert 15 < row["sqnr_db"] < 30
+    assert row["reason"]
+
+
+def test_info_for_people_names_every_layer(qvdjax, quantized_folder):
+    done = qvdjax("info", quantized_folder)
+    report = qvdjax("info", quantized_folder, "--json").report
+    assert all(row["path"] in done.out and row["reason"] in done.out for row in report["layers"])
+    assert f"{report['parameters']:,} parameters" in done.out
+
+
+def test_convert_keeps_every_bit(qvdjax, model_folder, tmp_path):
+    done = qvdjax("convert", model_folder, tmp_path / "copy", "--json")
+    assert (done.code, done.report["family"]) == (0, "wan")
+    before, after = load_file(model_folder / WEIGHTS), load_file(tmp_path / "copy" / WEIGHTS)
+    assert before.keys() == after.keys()
+    for key in before:
+        np.testing.assert_array_equal(before[key], after[key])
+        assert before[key].dtype == after[key].dtype
+    assert (tmp_path / "copy" / "pipeline.json").exists()
+
+
+def test_convert_casts(qvdjax, model_folder, tmp_path):
+    assert qvdjax("convert", model_folder, tmp_path / "half", "--dtype", "bfloat16").code == 0
+    assert load_file(tmp_path / "half" / WEIGHTS)[f"{QUANTIZED}.weight"].dtype == ml_dtypes.bfloat16
+
+
+def test_convert_keeps_float64(qvdjax, model_folder, tmp_path):
+    source = tmp_path / "double"
+    shutil.copytree(model_folder, source)
+    tensors = {key: value.astype(np.float64) for key, value in load_file(model_folder / WEIGHTS).items()}
+    save_file(tensors, source / WEIGHTS)
+    assert qvdjax("convert", source, tmp_path / "copy").code == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "copy" / WEIGHTS).values()} == {np.dtype(np.float64)}
+
+
+def test_a_dry_run_writes_nothing(qvdjax, model_folder, tmp_path):
+    done = qvdjax("convert", model_folder, tmp_path / "copy", "--dry-run", "--json")
+    assert (done.code, done.report["target"]) == (0, None)
+    assert not os.listdir(tmp_path)
+
+
+def test_quantize_writes_a_folder_that_samples(qvdjax, model_folder, tmp_path):
+    done = qvdjax("quantize", model_folder, tmp_path / "out", "--recipe", "rtn-w8a8", "--json")
+    assert done.code == 0, done.err
+    assert done.report["recipe"] == "rtn-w8a8"
+    assert 0 < done.report["quantized_layers"] < len(done.report["layers"])
+    assert math.isclose(done.report["ratio"], done.report["weight_bytes"] / done.report["float_bytes"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]
+    for name in ("pipeline.json", "word_table.safetensors"):
+        assert (tmp_path / "out" / name).exists()
+
+
+def test_set_overrides_an_option(qvdjax, model_folder, tmp_path):
+    path = QUANTIZED.replace(".", r"\.")
+    done = qvdjax("quantize", model_folder, tmp_path / "out", "-r", "rtn-w8a8", "--set", f"skip={path}", "--json")
+    row = next(row for row in done.report["layers"] if row["path"] == QUANTIZED)
+    assert (row["execution"], row["weight_bits"]) == ("float", 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["-r", "nonsense"], ["nonsense", "rtn"]),
+        (["-r", "rtn-w9a4"], ["rtn-w9a4"]),
+        (["-r", "rtn-w4a4", "--set", "alpha=1"], ["alpha"]),
+        (["-r", "rtn-w4a4", "--set", "group_size=x"], ["group_size", "x"]),
+        (["-r", "rtn-w4a4", "--set", "skip=no\\.such\\.layer"], ["no\\.such\\.layer"]),
+        (["-r", "rtn-w4a4", "--set", "skip=("], ["skip"]),
+        (["-r", "smoothquant-w4a4", "--calibration", "/no/where"], ["/no/where"]),
+    ],
+)
+def test_what_quantize_refuses(qvdjax, model_folder, tmp_path, options, names):
+    assert refused(qvdjax("quantize", model_folder, tmp_path / "out", *options), *names)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_quantized_folder_is_not_quantized_again(qvdjax, quantized_folder, tmp_path):
+    assert refused(qvdjax("quantize", quantized_folder, tmp_path / "out", "-r", "rtn-w4a4"), "quantized")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_target_that_is_taken(qvdjax, model_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep me")
+    for command in (["quantize", model_folder, tmp_path / "out", "-r", "rtn-w4a4"],
+                    ["convert", model_folder, tmp_path / "out"]):  # fmt: skip
+        assert refused(qvdjax(*command), tmp_path / "out")
+        assert os.listdir(tmp_path / "out") == ["mine.txt"]
+        assert qvdjax(*command, "--overwrite").code == 0
+        shutil.rmtree(tmp_path / "out")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine.txt").write_text("keep me")
+
+
+def test_recipes_are_listed(qvdjax):
+    done = qvdjax("recipes", "--json")
+    assert [row["name"] for row in done.report["recipes"]] == recipes.names()
+    needs = {row["name"]: row["needs_calibration"] for row in done.report["recipes"]}
+    assert not needs["rtn-w4a4"]
+    assert needs["smoothquant-w4a4"]
+    options = {method["name"]: method["options"] for method in done.report["methods"]}
+    assert options["smoothquant"]["alpha"] == 0.5
+    text = qvdjax("recipes").out
+    assert all(name in text for name in recipes.names())
+
+
+# Each case breaks a copy of a good folder; the names are what the one line must say.
+
+
+def truncated(folder):
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+    return [WEIGHTS]
+
+
+def no_safetensors(folder):
+    (folder / WEIGHTS).write_bytes(b"this is not a safetensors file at all")
+    return [WEIGHTS]
+
+
+def header_beyond_the_file(folder):
+    (folder / WEIGHTS).write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    return [WEIGHTS]
+
+
+def overlapping(folder):
+    header = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+              "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}  # fmt: skip
+    text = json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
+    return [WEIGHTS]
+
+
+def unknown_dtype(folder):
+    text = json.dumps({"a": {"dtype": "F7", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    return [WEIGHTS, "F7"]
+
+
+def edited(change):
+    def act(folder):
+        tensors = load_file(folder / WEIGHTS)
+        names = change(tensors)
+        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, folder / WEIGHTS)
+        return names
+
+    return act
+
+
+def missing_key(tensors):
+    del tensors[f"{QUANTIZED}.weight"]
+    return [f"{QUANTIZED}.weight"]
+
+
+def extra_key(tensors):
+    tensors["blocks.0.stranger.weight"] = np.zeros(3, np.float32)
+    return ["blocks.0.stranger.weight"]
+
+
+def transposed(tensors):
+    key = "blocks.1.ffn.net.2.weight"
+    tensors[key] = tensors[key].T
+    return [key]
+
+
+def nan(tensors):
+    tensors[f"{QUANTIZED}.weight"][0, 0] = np.nan
+    return [f"{QUANTIZED}.weight"]
+
+
+def infinite(tensors):
+    tensors["proj_out.weight"][1, 1] = -np.inf
+    return ["proj_out.weight"]
+
+
+def missing_shard(folder):
+    (folder / WEIGHTS).unlink()
+    index = {"weight_map": {"a": "diffusion_pytorch_model-00001-of-00002.safetensors"}}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    return ["diffusion_pytorch_model-00001-of-00002.safetensors"]
+
+
+def empty(folder):
+    for path in folder.iterdir():
+        path.unlink()
+    return [folder.name]
+
+
+def broken_config(folder):
+    (folder / "config.json").write_text('{"_class_name": ')
+    return ["config.json"]
+
+
+def strange_architecture(folder):
+    (folder / "config.json").write_text('{"_class_name": "SomethingElse"}')
+    return ["SomethingElse"]
+
+
+ON_SIGHT = [  # seen in the headers, so `info` sees it too
+    truncated, no_safetensors, header_beyond_the_file, overlapping, unknown_dtype, missing_shard, empty,
+    broken_config, strange_architecture,
+]  # fmt: skip
+IN_THE_WEIGHTS = [edited(change) for change in (missing_key, extra_key, transposed, nan, infinite)]
+NAMES = ["missing_key", "extra_key", "transposed", "nan", "infinite"]
+
+
+@pytest.mark.parametrize("damage", ON_SIGHT + IN_THE_WEIGHTS, ids=[*(d.__name__ for d in ON_SIGHT), *NAMES])
+@pytest.mark.parametrize("verb", ["info", "convert", "quantize", "export", "sample"])
+def test_damaged_folders_are_refused(qvdjax, model_folder, tmp_path, damage, verb):
+    if verb == "info" and damage in IN_THE_WEIGHTS:
+        pytest.skip("info reads no weights")
+    source, work = tmp_path / "source", tmp_path / "work"
+    shutil.copytree(model_folder, source)
+    work.mkdir()
+    names = damage(source)
+    options = {
+        "info": [], "convert": [work / "out"], "quantize": [work / "out", "-r", "rtn-w4a4"],
+        "export": [work / "out", "--format", "diffusers"], "sample": ["-o", work / "out.mp4"],
+    }  # fmt: skip
+    assert refused(qvdjax(verb, source, *options[verb], "--json"), *names)
+    assert not os.listdir(work)
+
+
+@pytest.mark.parametrize("verb", ["info", "convert", "quantize", "export", "sample"])
+def test_a_folder_that_is_not_there(qvdjax, tmp_path, verb):
+    options = {
+        "info": [], "convert": [tmp_path / "out"], "quantize": [tmp_path / "out", "-r", "rtn-w4a4"],
+        "export": [tmp_path / "out", "--format", "diffusers"], "sample": ["-o", tmp_path / "out.mp4"],
+    }  # fmt: skip
+    assert refused(qvdjax(verb, tmp_path / "nothing", *options[verb]), tmp_path / "nothing")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["/proc/out", "file/out"])
+def test_targets_that_cannot_be_written(qvdjax, model_folder, tmp_path, place):
+    (tmp_path / "file").write_text("a file where a folder should be")
+    target = tmp_path / place  # an absolute place replaces tmp_path
+    assert refused(qvdjax("convert", model_folder, target), target)
+    assert refused(qvdjax("quantize", model_folder, target, "-r", "rtn-w4a4"), target)
