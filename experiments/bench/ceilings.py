@@ -1,0 +1,72 @@
+"""How many operations a step takes, and the best ratio that quantizing some of them can reach.
+
+Floating-point operations count two for each multiply-add of a matrix product; nothing else is counted. For S video
+tokens, T text tokens, width d and hidden width h, one Wan block takes
+
+    linear products   2 S d d x 4 (self-attention) + 2 S d d x 2 + 2 T d d x 2 (cross-attention) + 2 S d h x 2
+    QK products       2 S S d + 2 S T d
+    PV products       the same
+
+A ceiling is Amdahl's law over these shares: if every product took time in proportion to its operations and those
+that are quantized ran `factor` times as fast, the whole would run
+
+    1 / (float share + linear share / linear factor + QK share / QK factor + PV share / PV factor)
+
+times as fast. The factor is what the device's own int8 and bf16 matrix rates, measured in the same run, give (for
+four-bit codes too: they are widened to int8 before the product). The ceiling ignores everything that is no matrix
+product, so a measured ratio below it is expected; a ratio above it means that the reference was not at its best.
+"""
+
+import dataclasses
+
+from experiments.bench.shapes import Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Floating-point operations of matrix products, by what they are."""
+
+    linear: float = 0.0
+    qk: float = 0.0
+    pv: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.linear + self.qk + self.pv
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.linear + other.linear, self.qk + other.qk, self.pv + other.pv)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(self.linear * times, self.qk * times, self.pv * times)
+
+
+def linear_work(rows: int, inputs: int, outputs: int) -> Work:
+    """One linear layer on `rows` tokens."""
+    return Work(linear=2.0 * rows * inputs * outputs)
+
+
+def attention_work(queries: int, keys: int, width: int) -> Work:
+    """The two products of attention over all heads (`width` = heads x head_dim)."""
+    product = 2.0 * queries * keys * width
+    return Work(qk=product, pv=product)
+
+
+def block_work(shape: Shape) -> Work:
+    """One transformer block."""
+    s, t, d, h = shape.tokens, shape.text_tokens, shape.width, shape.hidden
+    self_attention = linear_work(s, d, d) * 4 + attention_work(s, s, d)
+    cross_attention = linear_work(s, d, d) * 2 + linear_work(t, d, d) * 2 + attention_work(s, t, d)
+    return self_attention + cross_attention + linear_work(s, d, h) * 2
+
+
+def step_work(shape: Shape) -> Work:
+    """One forward pass; embedders and the output projection (below 1 %) are left out."""
+    return block_work(shape) * shape.layers
+
+
+def ceiling(work: Work, *, linear_factor: float = 1.0, qk_factor: float = 1.0, pv_factor: float = 1.0) -> float:
+    """Largest ratio of reference time to quantized time, each kind of product running `factor` times as fast."""
+    quantized = work.linear / linear_factor + work.qk / qk_factor + work.pv / pv_factor
+    return work.total / quantized
