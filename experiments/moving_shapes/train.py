@@ -3,6 +3,10 @@
     python -m experiments.moving_shapes.train OUT --steps 30000              # minutes on a GPU
     python -m experiments.moving_shapes.train OUT --minutes 6                # as many steps as fit
     python -m experiments.moving_shapes.train OUT --data FOLDER --steps 300  # precomputed latents, by grain
+    python -m experiments.moving_shapes.train OUT --teacher FOLDER --recipe rtn-w4a4 --steps 300
+
+The last starts from the teacher's weights, rounds weights and activations as the recipe says (gradients pass
+straight through), follows the teacher's velocity, and writes the quantized model.
 
 The clips are drawn on the device inside the training step, so the data is no bottleneck and depends on (seed,
 step) alone. OUT becomes a diffusers folder with `pipeline.json` and `word_table.safetensors`, also when the
@@ -10,10 +14,12 @@ time runs out. Progress goes to stdout, one JSON object a line.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,8 +33,11 @@ from experiments.moving_shapes.objective import Objective
 from experiments.moving_shapes.training import Settings, State, Trainer, last_state, save_state
 from experiments.moving_shapes.words import WIDTH, embeddings
 from models.pipeline import Pipeline
+from qvdjax import recipes
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
+from qvdjax.qat import fake_quantized
+from qvdjax.quantization import quantize
 
 CONFIG: Final = {
     "_class_name": "WanTransformer3DModel",
@@ -59,7 +68,7 @@ def pipeline() -> Pipeline:
 
 def initial_model(seed: int, config: dict[str, Any] = CONFIG) -> VideoModel:
     """A Wan model as its authors initialise it: the output projection starts at zero."""
-    model = models.build(config, key=jax.random.key(seed))
+    model = jax.jit(functools.partial(models.build, config))(key=jax.random.key(seed))
     model.proj_out.weight[...] = jnp.zeros_like(model.proj_out.weight[...])
     return model
 
@@ -154,6 +163,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--average", type=float, default=defaults.average, help="decay a step of the averaged weights")
     add("--chunk", type=int, default=200, help="steps in one call, and between two lines of the log")
     add("--data", type=Path, help="folder of precomputed latents instead of clips drawn by rule")
+    add("--teacher", type=Path, help="model folder whose velocity is followed")
+    add("--recipe", help="train the teacher's weights under this recipe's rounding, and quantize them by it")
+    add("--data-weight", type=float, default=0.0, help="with a teacher: weight of the data's own velocity")
     add("--log", type=Path, help="also write the log here, one JSON object a line")
     add("--checkpoints", type=Path, help="folder for training states (Orbax)")
     add("--save-every", type=int, default=5000, help="steps between two training states")
@@ -170,25 +182,38 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give --steps or --minutes")
     if options.resume and not options.checkpoints:
         parser.error("--resume needs --checkpoints")
+    if options.recipe and not options.teacher:
+        parser.error("--recipe needs --teacher, whose weights it starts from")
     if options.out.exists():
         parser.error(f"{options.out} exists; name a new folder")
     return options
+
+
+def student_of(model: VideoModel, recipe: str | None) -> Callable[[VideoModel], VideoModel]:
+    """What the loss evaluates in place of the model: itself, or the model rounded as a recipe says."""
+    if recipe is None:
+        return lambda model: model
+    schemes = recipes.decide(model, recipes.get(recipe)).schemes
+    return lambda model: fake_quantized(model, schemes)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train, save, and say how well it went."""
     options = arguments(argv)
     log = Log(options.log)
+    teacher = models.load(options.teacher) if options.teacher else None
+    objective = Objective() if teacher is None else Objective(data=options.data_weight, teacher=1.0)
     settings = Settings(
         seed=options.seed, batch=options.batch, learning_rate=options.learning_rate, warm_up=options.warm_up,
-        average=options.average, objective=Objective(),
+        average=options.average, objective=objective,
     )  # fmt: skip
-    model = initial_model(options.seed)
-    trainer = Trainer(model, settings)
+    model = models.load(options.teacher) if options.recipe else initial_model(options.seed)
+    trainer = Trainer(model, settings, teacher=teacher, student=student_of(model, options.recipe))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(trainer.initial))
     log(event="model", parameters=parameters, device=jax.devices()[0].device_kind, jax=jax.__version__)
     state = train(trainer, options, log)
-    save_folder(trainer.model(state), options.out)
+    trained = trainer.model(state)
+    save_folder(quantize(trained, options.recipe) if options.recipe else trained, options.out)
     log(event="saved", folder=str(options.out), step=int(state["step"]))
     if options.evaluate:
         from experiments.moving_shapes.full_precision import evaluate_full_precision

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,11 +126,6 @@ class Trainer:
         return state, loss
 
 
-CHECKPOINT_REMEDY: Final = (
-    "name the checkpoint folder of the same model and settings, or start without --resume"
-)
-
-
 def _named(state: State) -> dict[str, jax.Array]:
     """The state as a flat dictionary; Orbax then needs no knowledge of our types."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
@@ -158,11 +153,14 @@ def last_state(folder: Path, like: State) -> State | None:
     if not steps:
         return None
     path = (folder / str(steps[0])).absolute()
-    names = _named(like)
+    wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _named(like))
     with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            restored = checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, names))
-        except (KeyError, ValueError, OSError) as error:
-            message = f"{path} does not hold the state of this training ({str(error).splitlines()[0]})"
-            raise UserError(message, remedy=CHECKPOINT_REMEDY) from error
-    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in names])
+        held = {
+            name: (leaf.shape, leaf.dtype) for name, leaf in checkpointer.metadata(path).item_metadata.items()
+        }
+        here = {name: (leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
+        if different := sorted(name for name in held | here if held.get(name) != here.get(name)):
+            remedy = "name the checkpoint folder of the same model and settings, or start without --resume"
+            raise UserError(f"{path} holds the state of another training", remedy=remedy, items=different)
+        restored = checkpointer.restore(path, wanted)
+    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in wanted])

@@ -1,0 +1,130 @@
+"""Data: a pure function of (seed, step), on the device, as a grain stream and through a folder."""
+
+import json
+
+import grain
+import jax
+import numpy as np
+import pytest
+
+from experiments.moving_shapes import data, folder
+from experiments.moving_shapes.captions import WORDS, all_captions
+from experiments.moving_shapes.clips import unfold
+from experiments.moving_shapes.folder import DataFolder, write_folder
+from experiments.moving_shapes.oracle import score
+from experiments.moving_shapes.train import pipeline
+from experiments.moving_shapes.words import caption_contexts, embeddings
+from qvdjax.errors import UserError
+
+batch = jax.jit(data.batch, static_argnums=2)
+
+
+def test_words_are_orthogonal():
+    table = embeddings()
+    assert table.shape == (len(WORDS), 64)
+    assert (table @ table.T == 64 * np.eye(len(WORDS))).all()  # sums of +-1: exact
+
+
+def test_contexts_are_the_pipelines():
+    sentences = [str(caption) for caption in all_captions()]
+    assert (pipeline().encode(sentences) == caption_contexts()).all()
+    assert not pipeline().encode([""]).any()
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    one = batch(0, 3, 8)
+    assert one["latents"].shape == (8, 9, 12, 12, 27)
+    assert one["context"].shape == (8, 8, 64)
+    for other, same in ((batch(0, 3, 8), True), (batch(0, 4, 8), False), (batch(1, 3, 8), False)):
+        assert bool((one["latents"] == other["latents"]).all()) == same
+    # Rows are examples of one stream, however they are cut into batches.
+    cut = [batch(0, step, 4) for step in (6, 7)]
+    for name in one:
+        assert (one[name] == np.concatenate([part[name] for part in cut])).all()
+
+
+def test_examples_show_their_captions():
+    drawn = batch(11, 0, 64)
+    for latents, caption in zip(np.asarray(drawn["latents"]), np.asarray(drawn["caption"])):
+        result = score(unfold(latents), all_captions()[caption])
+        assert result["color"] == result["shape"] == result["direction"] == 1.0
+
+
+def test_captions_are_drawn_evenly():
+    counts = np.bincount(batch(0, 0, 4096)["caption"], minlength=1152)
+    # Poisson with mean 3.6: chi-squared over 1152 cells has mean 1151 and deviation 48; five deviations.
+    expected = 4096 / 1152
+    assert abs(((counts - expected) ** 2 / expected).sum() - 1151) < 5 * 48
+
+
+def test_the_grain_stream_is_the_same_and_resumes():
+    stream = data.stream(4)
+    assert isinstance(stream, grain.MapDataset)
+    one, rows = batch(4, 1, 4), [stream[i] for i in range(4, 8)]
+    for name in one:
+        assert (one[name] == np.stack([row[name] for row in rows])).all()
+    iterator = iter(stream.batch(4).to_iter_dataset(grain.ReadOptions(num_threads=1)))
+    next(iterator)
+    state = iterator.get_state()
+    again = iter(data.stream(4).batch(4).to_iter_dataset())
+    again.set_state(state)
+    assert (next(again)["latents"] == one["latents"]).all()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "clips"
+    data.main([str(path), "--count", "20", "--seed", "2", "--shard", "8"])
+    return path
+
+
+def test_a_folder_holds_the_stream(written):
+    read, drawn = DataFolder(written), batch(2, 0, 20)
+    assert len(read) == 20
+    assert sorted(file.name for file in written.glob("*.safetensors")) == [
+        f"data-0000{shard}.safetensors" for shard in range(3)
+    ]
+    for row in (0, 7, 8, 19):
+        for name in ("latents", "context"):
+            assert (read[row][name] == drawn[name][row]).all()
+    said = [str(all_captions()[row]) for row in drawn["caption"]]
+    assert json.loads((written / "prompts.json").read_text()) == said
+
+
+def test_batches_of_a_folder_depend_on_seed_and_step_alone(written):
+    stream = folder.stream(written, seed=5, size=4)
+    again = folder.stream(written, seed=5, size=4)
+    assert (stream[7]["latents"] == again[7]["latents"]).all()
+    assert (stream[7]["latents"] != folder.stream(written, seed=6, size=4)[7]["latents"]).any()
+    epoch = np.concatenate([stream[k]["latents"] for k in range(5)])  # 20 clips, each once
+    assert len(np.unique(epoch.reshape(20, -1), axis=0)) == 20
+
+
+def test_a_folder_is_not_overwritten(written):
+    with pytest.raises(UserError, match="not empty"):
+        write_folder(written, [])
+
+
+def test_no_examples_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no examples"):
+        write_folder(tmp_path / "empty", [])
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": "other"}'])
+def test_a_folder_without_a_manifest_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / folder.MANIFEST).write_text(content)
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        DataFolder(tmp_path)
+
+
+def test_missing_and_truncated_shards_are_named(written, tmp_path):
+    for file in written.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shard = tmp_path / "data-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(UserError, match="data-00001"):
+        DataFolder(tmp_path)[9]
+    shard.unlink()
+    with pytest.raises(UserError, match="data-00001"):
+        DataFolder(tmp_path)

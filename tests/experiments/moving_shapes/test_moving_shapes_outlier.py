@@ -1,0 +1,114 @@
+"""The outlier variant: the same function, heavy channels where real models have them, and only there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import models
+from experiments.moving_shapes import outlier, train
+from experiments.moving_shapes.outlier import outlier_variant
+from models.pipeline import Pipeline
+from qvdjax.errors import UserError
+from qvdjax.nn import Linear
+
+CONFIG = {**train.CONFIG, "num_layers": 2}
+SITES = ("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_out.0", "ffn.net.0.proj")
+
+
+def random_model(dtype) -> nnx.Module:
+    """Every parameter random, so that none is hidden behind a zero or a one."""
+    model = models.build(CONFIG, dtype=dtype)
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    for _, variable in nnx.to_flat_state(nnx.state(model)):
+        value = variable[...]
+        scale = 1.0 / value.shape[-1] ** 0.5 if value.ndim > 1 else 0.1
+        variable[...] = value + scale * jax.random.normal(next(keys), value.shape, dtype)
+    return model
+
+
+def inputs(dtype):
+    keys = jax.random.split(jax.random.key(2), 2)
+    latents = jax.random.normal(keys[0], (2, 3, 4, 6, 27), dtype)
+    context = jax.random.normal(keys[1], (2, 8, 64), dtype).at[:, 5:].set(0)
+    return latents, jnp.array([30.0, 900.0], dtype), context
+
+
+def relative(a, b) -> float:
+    return float(jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel()))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
+def test_the_function_stays_the_same(dtype, tolerance):
+    """The factors cancel exactly in the reals; what is left is rounding, 6e-8 or 1e-16 an operation, which two
+    blocks and factors of 50 raise by one to three orders."""
+    with jax.enable_x64(dtype == "float64"):
+        model = random_model(jnp.dtype(dtype))
+        variant = outlier_variant(model, seed=3)
+        call = jax.jit(lambda model, *args: model(*args))
+        one, other = call(model, *inputs(dtype)), call(variant, *inputs(dtype))
+        assert one.dtype == dtype
+        assert relative(other, one) <= tolerance
+        # The test can fail: a model with one factor left out is far off.
+        variant.stacks[0].block.attn1.to_v.bias[...] *= 2
+        assert relative(call(variant, *inputs(dtype)), one) > 1e-4
+
+
+def channel_maxima(model, monkeypatch) -> dict[str, np.ndarray]:
+    """|input| of every linear layer of the first block: the largest of each channel over batch and tokens."""
+    stack = model.stacks[0]
+    block = jax.tree.map(lambda leaf: leaf[0], stack.block)
+    names = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(block)}
+    seen, original = {}, Linear.__call__
+
+    def watched(self, x):
+        seen[names[id(self)]] = np.abs(np.asarray(x)).max(axis=tuple(range(x.ndim - 1)))
+        return original(self, x)
+
+    stream, conditioning = model.embed(*inputs("float32"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Linear, "__call__", watched)
+        block(stream, conditioning)
+    return seen
+
+
+def test_heavy_channels_are_where_they_are_said_to_be(monkeypatch):
+    model = random_model(jnp.float32)
+    ratio = lambda maxima: maxima.max() / np.median(maxima)  # noqa: E731
+    before = channel_maxima(model, monkeypatch)
+    after = channel_maxima(outlier_variant(model, channels=4), monkeypatch)
+    assert set(SITES) < set(before)
+    for site in SITES:
+        # Factors of 10 to 50 on channels whose maxima differ by less than 5 among themselves.
+        assert ratio(before[site]) < 5, site
+        assert ratio(after[site]) > 8, site
+        assert (after[site] > 5 * np.median(after[site])).sum() <= 4 + 1, site
+    np.testing.assert_allclose(
+        after["ffn.net.2"], before["ffn.net.2"], rtol=1e-3
+    )  # none behind the nonlinearity
+
+
+def test_the_seed_chooses_the_channels_and_the_model_stays_as_it_is():
+    model = random_model(jnp.float32)
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    one, same, other = (outlier_variant(model, seed=s) for s in (0, 0, 1))
+    weight = lambda model: np.asarray(model.stacks[0].block.attn1.to_q.weight[...])  # noqa: E731
+    assert (weight(one) == weight(same)).all()
+    assert (weight(one) != weight(other)).any()
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, nnx.state(model)))
+
+
+def test_models_without_an_affine_norm_are_refused():
+    model = models.build({**CONFIG, "cross_attn_norm": False, "num_layers": 1})
+    with pytest.raises(UserError, match="cross_attn_norm"):
+        outlier_variant(model)
+
+
+def test_the_command_writes_a_bench_folder(tmp_path):
+    model = random_model(jnp.float32)
+    train.save_folder(model, tmp_path / "plain")
+    outlier.main([str(tmp_path / "plain"), str(tmp_path / "heavy"), "--seed", "3"])
+    heavy = models.load(tmp_path / "heavy")
+    np.testing.assert_allclose(heavy(*inputs("float32")), model(*inputs("float32")), rtol=1e-2, atol=1e-4)
+    assert Pipeline.load(tmp_path / "heavy").words == train.pipeline().words
