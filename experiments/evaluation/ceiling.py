@@ -25,8 +25,8 @@ def count_operations(model, latents, timestep, context) -> Counter:
     """Floating-point operations of one forward pass, by kind.
 
     Counted in the traced program, so it holds for any model: a matrix product with batch axes is
-        attention (queries times keys, probabilities times values), one without is a linear layer.
-        Element-wise work is not counted.
+    attention (queries times keys, probabilities times values), one without is a linear layer.
+    Element-wise work is not counted.
 
     Args:
         model: A module, abstract or not; the other arguments are arrays or `jax.ShapeDtypeStruct`s as it

@@ -121,7 +121,11 @@ def _compare(reference: Path, candidates: Mapping[str, Path], output: Path, opti
         missed = limits.failures(thresholds, entries)
         metrics[name] = {
             **entries,
-            "reference": {"name": reference.resolve().name, "folder": str(reference)},
+            "reference": {
+                "name": reference.resolve().name,
+                "folder": str(reference),
+                "weight_bits": sorted({row["weight_bits"] for row in truth.layers if row["weight_bits"]}),
+            },
             "candidate": {"name": name, "folder": str(folder)},
             **shared,
             "thresholds": thresholds,

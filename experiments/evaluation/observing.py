@@ -17,7 +17,6 @@ from experiments.evaluation.scoring import oracle_scores
 from experiments.evaluation.setup import Setup
 from models.pipeline import Pipeline
 from qvdjax import describe
-from qvdjax.errors import UserError
 from qvdjax.nn import Codes, Statistic
 from qvdjax.parallel import make_mesh, shard_batch
 
@@ -66,9 +65,7 @@ def observe(
         oracle: Whether to ask the oracle.
     """
     mesh = make_mesh(options.mesh) if options.mesh else None
-    batch = options.batch or len(setup.seeds)
-    if batch < 1:
-        raise UserError(f"the batch is {batch}", remedy="compute at least one sample at once")
+    batch = len(setup.seeds) if options.batch is None else options.batch
 
     def progress(stage: str):
         def report(done: int) -> None:

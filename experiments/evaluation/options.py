@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+from qvdjax.errors import UserError
+
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total), in samples."""
 
@@ -35,3 +37,7 @@ class Options:
     mesh: Mapping[str, int] | None = None
     command: str | None = None
     progress: Progress | None = None
+
+    def __post_init__(self):
+        if self.batch is not None and self.batch < 1:
+            raise UserError(f"the batch is {self.batch}", remedy="compute at least one sample at once")

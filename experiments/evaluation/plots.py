@@ -1,6 +1,7 @@
 """Plots of the report as PNG bytes. Matplotlib is driven without its global state, so it needs no display."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 
 # Okabe and Ito's palette: told apart by colour-blind readers; markers differ too.
@@ -8,29 +9,30 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "os^Dv*"
 
 Series = Mapping[str, Sequence[float]]
-"""{mean, low, high, timesteps}: lists of one length."""
+"""{mean, low, high}: lists of one length."""
 
 
-def error_by_step(series: Mapping[str, Series], *, title: str, label: str) -> bytes:
+def error_by_step(series: Mapping[str, Series], *, title: str, label: str, first_step: int) -> bytes:
     """Lines of the mean over prompts at each step with their intervals as bands, on a logarithmic axis.
 
     Args:
-        series: By candidate name, as `by_step` of metrics.json.
+        series: By candidate name, as `by_step` of metrics.json. Errors of zero are not drawn, a
+            logarithmic axis has no place for them.
         title, label: Of the plot and of its vertical axis.
+        first_step: What the first entry is called on the horizontal axis.
 
     Returns:
         A PNG file.
     """
-    figure, axes = _figure(width=6.4, height=3.6)
-    lowest = min((value for one in series.values() for value in one["mean"] if value > 0), default=1e-12)
+    figure, axes = _figure()
     for index, (name, one) in enumerate(series.items()):
-        steps = range(1, len(one["mean"]) + 1)
-        # A logarithmic axis has no zero: equal models are drawn at the bottom of the plot.
-        mean, low, high = ([max(value, lowest / 3) for value in one[key]] for key in ("mean", "low", "high"))
-        color = COLORS[index % len(COLORS)]
-        axes.plot(steps, mean, color=color, marker=MARKERS[index % len(MARKERS)], markersize=4, label=name)
+        steps = range(first_step, first_step + len(one["mean"]))
+        mean, low, high = ([value or math.nan for value in one[key]] for key in ("mean", "low", "high"))
+        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+        axes.plot(steps, mean, color=color, marker=marker, markersize=4, label=name)
         axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
-    axes.set(yscale="log", title=title, xlabel="sampler step", ylabel=label)
+    scale = "log" if any(value > 0 for one in series.values() for value in one["mean"]) else "linear"
+    axes.set(yscale=scale, title=title, xlabel="sampler step", ylabel=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
     return _png(figure)
@@ -46,7 +48,7 @@ def layer_quality(rows: Sequence[Mapping], *, title: str) -> bytes:
     Returns:
         A PNG file.
     """
-    figure, axes = _figure(width=6.4, height=3.6)
+    figure, axes = _figure()
     roles = list(dict.fromkeys(row["role"] for row in rows))
     for index, role in enumerate(roles):
         points = [(place, row["sqnr_db"]) for place, row in enumerate(rows) if row["role"] == role]
@@ -59,15 +61,16 @@ def layer_quality(rows: Sequence[Mapping], *, title: str) -> bytes:
             label=role.replace("_", " "),
         )
     axes.set(title=title, xlabel="layer, in the order of the table", ylabel="weight SQNR, dB")
-    axes.legend(frameon=False, fontsize=7, ncols=2)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(frameon=False, loc="outside right upper")
     return _png(figure)
 
 
-def _figure(width: float, height: float):
+def _figure():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    figure = Figure(figsize=(6.4, 3.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)

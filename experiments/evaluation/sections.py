@@ -57,7 +57,10 @@ def overview(metrics: Mapping[str, Mapping]) -> Markup:
             for row, score in zip(rows, scores, strict=True)
         ]
     oracle = ABOUT_ORACLE if first["oracle"] else f"No oracle scores: {first['oracle_reason']}."
-    notes = (element("p", note, class_="soft") for note in (ABOUT_ERRORS, ABOUT_STEADINESS, oracle))
+    weights = (
+        f"Bytes count codes at their logical bits; {first['reference']['name']} is stored as {_types(first)}."
+    )
+    notes = (element("p", note, class_="soft") for note in (ABOUT_ERRORS, weights, ABOUT_STEADINESS, oracle))
     return _section("What was lost and what was saved", table(header, rows, caption="All models"), *notes)
 
 
@@ -83,13 +86,13 @@ def videos(labels: Sequence[str], clips: Sequence[Clip]) -> Markup:
 def error_by_step(metrics: Mapping[str, Mapping]) -> Markup:
     """Two plots, and the numbers of the first as a table."""
     pictures = []
-    for measure, title, label in (
-        ("teacher_forced_error", "At the reference's latents", "relative squared error of the prediction"),
-        ("trajectory_error", "Along each model's own path", "relative squared error of the latents"),
+    for measure, title, label, first_step in (
+        ("teacher_forced_error", "At the reference's latents", "relative squared error of the prediction", 1),
+        ("trajectory_error", "Along each model's own path", "relative squared error of the latents", 0),
     ):
         series = {name: one[measure]["by_step"] for name, one in metrics.items()}
         ends = "; ".join(f"{name} ends at {one['mean'][-1]:.2g}" for name, one in series.items())
-        png = plots.error_by_step(series, title=title, label=label)
+        png = plots.error_by_step(series, title=title, label=label, first_step=first_step)
         pictures.append(image(png, f"{title}: {label}, by step. {ends}."))
     steps = [one["teacher_forced_error"]["by_step"] for one in metrics.values()]
     rows = [
@@ -129,7 +132,7 @@ def speed_ceiling(ceiling: Mapping) -> Markup:
         f"{_percent(ceiling['convolution_share'])} in convolutions. Linear layers at twice the speed, as "
         "int8 against bfloat16 on most accelerators, make a step at most "
         f"{ceiling['ceiling_int8']:.2f} times faster; linear layers that take no time at all, {most}. "
-        "Nothing on this page was timed: `qvdjax bench` does that."
+        "Nothing on this page was timed; qvdjax bench does that."
     )
     return _section("How fast it could become", element("p", note))
 
@@ -178,6 +181,10 @@ def provenance(metrics: Mapping) -> Markup:
     }
     pairs = [join(element("dt", name), element("dd", value)) for name, value in facts.items()]
     return _section("How it was made", element("dl", *pairs))
+
+
+def _types(metrics: Mapping) -> str:
+    return " and ".join(_bits(bits) for bits in metrics["reference"]["weight_bits"])
 
 
 def _layer(row: Mapping) -> list[str]:

@@ -12,7 +12,7 @@ def per_prompt(values: np.ndarray, prompt_of_sample: Sequence[int]) -> np.ndarra
     """Mean over the seeds of each prompt: (..., samples) -> (..., prompts).
 
     Prompts, not samples, are what the bootstrap resamples: two seeds of one prompt are not independent
-        evidence about other prompts.
+    evidence about other prompts.
     """
     groups = np.asarray(prompt_of_sample)
     return np.stack([values[..., groups == prompt].mean(axis=-1) for prompt in np.unique(groups)], axis=-1)

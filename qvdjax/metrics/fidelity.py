@@ -1,7 +1,7 @@
 """Fidelity to a reference: relative squared error of tensors, PSNR and SSIM of frames.
 
 PSNR and SSIM run in NumPy and float64 on the host: their value must not depend on the accelerator, whose
-    default matrix precision is lower than float32.
+default matrix precision is lower than float32.
 """
 
 from collections.abc import Sequence

@@ -8,9 +8,9 @@ def flicker(video: ArrayLike) -> np.ndarray:
     """VBench's temporal flickering score: (255 - mean absolute difference of adjacent frames) / 255.
 
     Source: Vchitect/VBench, `vbench/temporal_flickering.py`: frames are 8-bit, the difference is averaged
-        over pixels and channels, then over the pairs of frames. VBench reads the frames from mp4 files,
-        whose compression smooths them a little; here they are the decoded frames themselves. Higher is
-        steadier, and a still picture scores 1, so read it beside a measure of motion.
+    over pixels and channels, then over the pairs of frames. VBench reads the frames from mp4 files,
+    whose compression smooths them a little; here they are the decoded frames themselves. Higher is
+    steadier, and a still picture scores 1, so read it beside a measure of motion.
 
     Args:
         video: (..., frames, height, width, channels), values in [0, 1], rounded to 8 bits here.
