@@ -35,22 +35,24 @@ def plan(
     step: Literal["sample", "train"] = "sample",
     size: str = "480p",
 ) -> dict:
-    """Does one step fit a slice, and what do its chips exchange? Compiles for it on this machine; runs nothing.
+    """Does one step fit a slice, and what do its chips exchange? Only compiles.
 
     Args:
-        model: A named configuration ("wan2.1-t2v-14b", or "wan2.1-14b" for short), or a folder with a config.json.
+        model: A named configuration ("wan2.1-t2v-14b", or "wan2.1-14b" for short), or a folder with a
+            config.json.
         recipe: Quantization by name; "none" for bfloat16.
         topology: The slice, such as "v5e:2x4".
         batch: Videos in the global batch.
-        mesh: Axis sizes, as a mapping or as "fsdp=2,context=4"; by default as many devices as divide the number of
-            heads split the tokens (`context`), and the rest spreads weights and batch (`fsdp`).
-        step: "sample", one forward pass of the model (guidance takes two); or "train", one step of flow matching with
-            AdamW: float32 master weights, bfloat16 compute, blocks recomputed in the backward pass.
+        mesh: Axis sizes, as a mapping or as "fsdp=2,context=4"; by default as many devices as divide the
+            number of heads split the tokens (`context`), and the rest spreads weights and batch (`fsdp`).
+        step: "sample", one forward pass of the model (guidance takes two); or "train", one step of flow
+            matching with AdamW: float32 master weights, bfloat16 compute, blocks recomputed in the backward
+            pass.
         size: Video size, "480p" or "720p", 81 frames.
 
     Returns:
-        What `qvdjax.parallel.plan` reports, and `model`, `recipe`, `topology`, `mesh`, `batch`, `step`, `size`,
-        `left_whole` (weights that this mesh cannot split as the rules ask).
+        What `qvdjax.parallel.plan` reports, and `model`, `recipe`, `topology`, `mesh`, `batch`, `step`,
+        `size`, `left_whole` (weights that this mesh cannot split as the rules ask).
 
     Raises:
         UserError: Unknown names, a mesh that does not fit, or a training step of a quantized model.
@@ -65,22 +67,25 @@ def plan(
     if step == "train" and recipe not in FLOAT_RECIPES:
         raise UserError(
             f"the training step of {recipe} cannot be planned yet: quantization-aware training is not there",
-            remedy="plan `--step sample` for the quantized model, or `--recipe none --step train` for the float one",
+            remedy="plan its `--step sample`, or `--recipe none --step train` for the float model",
         )
     if recipe not in FLOAT_RECIPES:
         get(recipe)  # an unknown name is said before the slice is described
     described = _mesh(topology, parallel.parse_mesh(mesh) if isinstance(mesh, str) else mesh, config)
-    abstract_model = jax.eval_shape(lambda: _build(config, recipe, jnp.float32 if step == "train" else jnp.bfloat16))
+    dtype = jnp.float32 if step == "train" else jnp.bfloat16
+    abstract_model = jax.eval_shape(lambda: _build(config, recipe, dtype))
     inputs = _inputs(config, size, batch, described)
     arguments = parallel.abstract(abstract_model, described)
     if step == "sample":
         report = parallel.plan(_sample_step, arguments, *inputs, mesh=described)
     else:
         optimizer_state = parallel.abstract(jax.eval_shape(_OPTIMIZER.init, abstract_model), described)
-        report = parallel.plan(_train_step, arguments, optimizer_state, *inputs, mesh=described, donate=(0, 1))
+        report = parallel.plan(
+            _train_step, arguments, optimizer_state, *inputs, mesh=described, donate=(0, 1)
+        )
     return {
-        **report, "model": model, "recipe": recipe, "topology": topology, "mesh": dict(described.shape), "batch": batch,
-        "step": step, "size": size, "left_whole": parallel.left_whole(abstract_model, described),
+        **report, "model": model, "recipe": recipe, "topology": topology, "mesh": dict(described.shape),
+        "batch": batch, "step": step, "size": size, "left_whole": parallel.left_whole(abstract_model, described),
     }  # fmt: skip
 
 
@@ -130,7 +135,7 @@ _OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5, weigh
 
 
 def _train_step(model, optimizer_state, latents, timestep, context):
-    """Flow matching: predict noise - clean at sigma = timestep / 1000. Returns model, optimizer state and loss."""
+    """Flow matching: predict noise - clean at sigma = timestep / 1000. Returns model, state and loss."""
     sigma = (timestep / TIMESTEPS)[:, None, None, None, None]  # (batch, 1, 1, 1, 1)
     noise = jax.random.normal(jax.random.key(0), latents.shape, latents.dtype)
 

@@ -1,20 +1,21 @@
 """How many operations a step takes, and the best ratio that quantizing some of them can reach.
 
-Floating-point operations count two for each multiply-add of a matrix product; nothing else is counted. For S video
-tokens, T text tokens, width d and hidden width h, one Wan block takes
+Floating-point operations count two for each multiply-add of a matrix product; nothing else is counted. For S
+video tokens, T text tokens, width d and hidden width h, one Wan block takes
 
     linear products   2 S d d x 4 (self-attention) + 2 S d d x 2 + 2 T d d x 2 (cross-attention) + 2 S d h x 2
     QK products       2 S S d + 2 S T d
     PV products       the same
 
-A ceiling is Amdahl's law over these shares: if every product took time in proportion to its operations and those
-that are quantized ran `factor` times as fast, the whole would run
+A ceiling is Amdahl's law over these shares: if every product took time in proportion to its operations and
+those that are quantized ran `factor` times as fast, the whole would run
 
     1 / (float share + linear share / linear factor + QK share / QK factor + PV share / PV factor)
 
-times as fast. The factor is what the device's own int8 and bf16 matrix rates, measured in the same run, give (for
-four-bit codes too: they are widened to int8 before the product). The ceiling ignores everything that is no matrix
-product, so a measured ratio below it is expected; a ratio above it means that the reference was not at its best.
+times as fast. The factor is what the device's own int8 and bf16 matrix rates, measured in the same run, give
+(for four-bit codes too: they are widened to int8 before the product). The ceiling ignores everything that is
+no matrix product, so a measured ratio below it is expected; a ratio above it means that the reference was not
+at its best.
 """
 
 import dataclasses
@@ -66,7 +67,9 @@ def step_work(shape: Shape) -> Work:
     return block_work(shape) * shape.layers
 
 
-def ceiling(work: Work, *, linear_factor: float = 1.0, qk_factor: float = 1.0, pv_factor: float = 1.0) -> float:
-    """Largest ratio of reference time to quantized time, each kind of product running `factor` times as fast."""
+def ceiling(
+    work: Work, *, linear_factor: float = 1.0, qk_factor: float = 1.0, pv_factor: float = 1.0
+) -> float:
+    """Largest ratio of reference time to quantized time, each kind of product `factor` times as fast."""
     quantized = work.linear / linear_factor + work.qk / qk_factor + work.pv / pv_factor
     return work.total / quantized

@@ -1,7 +1,7 @@
 """Named models at named video sizes, and the work that one forward pass of them is.
 
-Wan's numbers are those of the released checkpoints' config.json; 480p is 81 frames of 832 x 480 (latents 21 x 60 x
-104), 720p is 81 frames of 1280 x 720.
+Wan's numbers are those of the released checkpoints' config.json; 480p is 81 frames of 832 x 480 (latents 21 x
+60 x 104), 720p is 81 frames of 1280 x 720.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ CONFIGS = {
     "wan2.1-t2v-14b": {**_WAN, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
     # The size of the shipped bench models: for machines without an accelerator.
     "wan-tiny": {
-        "_class_name": "WanTransformer3DModel", "num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512,
-        "num_layers": 6, "in_channels": 16, "out_channels": 16, "text_dim": 64, "freq_dim": 64,
+        "_class_name": "WanTransformer3DModel", "num_attention_heads": 4, "attention_head_dim": 32,
+        "ffn_dim": 512, "num_layers": 6, "text_dim": 64, "freq_dim": 64,
     },
 }  # fmt: skip
-LATENT_SIZES = {"480p": (21, 60, 104), "720p": (21, 90, 160), "tiny": (9, 12, 16)}  # frames, height, width
+LATENT_SIZES = {"480p": (21, 60, 104), "720p": (21, 90, 160), "tiny": (9, 16, 16)}  # frames, height, width
 
 
 @dataclasses.dataclass(frozen=True)
