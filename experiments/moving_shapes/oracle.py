@@ -58,7 +58,7 @@ def measure(video: np.ndarray) -> Measurement:
         return Measurement(None, None, None, None, None, None, float("nan"), 0.0)
     video = np.clip(video, 0, 1)
     frames = video.shape[0]
-    # The shape covers at most an eighth of a frame, so the median of a frame is background.
+    # The shape covers at most a sixth of a frame, so the median of a frame is background.
     backgrounds = np.median(video.reshape(frames, -1, 3), axis=1)  # (frames, rgb)
     plain = np.median(backgrounds, axis=0)
     distance = np.linalg.norm(video - backgrounds[:, None, None], axis=-1)  # (frames, height, width)
@@ -102,7 +102,7 @@ def score(video: np.ndarray, caption: Caption) -> dict[str, float | None]:
 def _locate(distance: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Centre (x, y) and mask (height, width) of what differs from the background in one frame, or None."""
     height, width = distance.shape
-    # The smallest shape covers 5 % of a frame: the level that 3 % exceed lies inside it.
+    # The smallest shape covers 7 % of a frame: the level that 3 % exceed lies inside it.
     level = np.quantile(distance, 0.97)
     if level < CONTRAST:
         return None

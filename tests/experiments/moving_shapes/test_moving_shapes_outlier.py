@@ -30,7 +30,7 @@ def random_model(dtype) -> nnx.Module:
 
 def inputs(dtype):
     keys = jax.random.split(jax.random.key(2), 2)
-    latents = jax.random.normal(keys[0], (2, 3, 4, 6, 27), dtype)
+    latents = jax.random.normal(keys[0], (2, 3, 4, 6, CONFIG["in_channels"]), dtype)
     context = jax.random.normal(keys[1], (2, 8, 64), dtype).at[:, 5:].set(0)
     return latents, jnp.array([30.0, 900.0], dtype), context
 
@@ -41,8 +41,8 @@ def relative(a, b) -> float:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
 def test_the_function_stays_the_same(dtype, tolerance):
-    """The factors cancel exactly in the reals; what is left is rounding, 6e-8 or 1e-16 an operation, which two
-    blocks and factors of 50 raise by one to three orders."""
+    """The factors cancel exactly in the reals; what is left is rounding, 6e-8 or 1e-16 an operation, which
+    two blocks and factors of 50 raise by one to three orders."""
     with jax.enable_x64(dtype == "float64"):
         model = random_model(jnp.dtype(dtype))
         variant = outlier_variant(model, seed=3)
