@@ -4,8 +4,8 @@ pipeline.json:
 
     {"format": "qvdjax-pipeline", "version": 1,
      "context": {"kind": "word_table", "file": "word_table.safetensors", "tokens": 8},
-     "latents": {"frames": 9, "height": 12, "width": 12, "channels": 27},
-     "decoder": {"kind": "depth_to_space", "factor": 3},
+     "latents": {"frames": 9, "height": 16, "width": 16, "channels": 12},
+     "decoder": {"kind": "depth_to_space", "factor": 2},
      "solver": {"name": "unipc", "shift": 3.0, "steps": 20, "guidance_scale": 4.0},
      "fps": 8, "negative_prompt": ""}
 
@@ -105,7 +105,10 @@ class Pipeline:
         decoder, solver = fields.part("decoder"), fields.part("solver")
         context.expect("kind", "word_table")
         decoder.expect("kind", "depth_to_space")
-        words, embeddings = _read_word_table(path.parent / context.take("file", str))
+        table = context.take("file", str)
+        if Path(table).name != table:
+            raise UserError(f"{path}: 'context.file' is {table!r}", remedy="name a file of the same folder")
+        words, embeddings = _read_word_table(path.parent / table)
         pipeline = cls(
             words=words,
             embeddings=embeddings,
@@ -221,6 +224,19 @@ class Pipeline:
                 f"an array of shape {array.shape} is not (batch, frames, height, width, {channels})",
                 remedy="give it these five axes",
             )
+
+
+def side_files(folder: str | os.PathLike) -> dict[str, Path]:
+    """A folder's pipeline files by name, as `models.save` takes them along; none where there is no pipeline.
+
+    Raises `UserError` if they are corrupt.
+    """
+    path = Path(folder) / FILE
+    if not path.exists():
+        return {}
+    Pipeline.load(folder)
+    table = read_json(path)["context"]["file"]
+    return {FILE: path, table: path.parent / table}
 
 
 def copy_pipeline(source: str | os.PathLike, target: str | os.PathLike) -> bool:

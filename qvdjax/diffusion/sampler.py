@@ -1,6 +1,7 @@
 """From noise to latents: the sampling loop, as one jitted scan or step by step."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -78,42 +79,21 @@ def sample(
     schedule = solver.schedule(steps)
     if on_step is None:
         return _scan(run, model, schedule, *inputs)
-    return _loop(run, lambda *args: _step(run, *args), model, schedule, inputs, on_step)
+    return _loop(run, model, schedule, inputs, on_step)
 
 
 @dataclasses.dataclass(frozen=True)
-class CompiledSampler:
-    """A sampler compiled ahead of time for one structure of model and one set of shapes and shardings.
+class Compilation:
+    """What compiling took.
 
     Attributes:
-        compile_seconds: What tracing and compiling took.
+        seconds: For tracing and compiling.
         memory: The compiler's account of the program (`argument_size_in_bytes`, `temp_size_in_bytes`, ...),
             or None where the backend gives none.
     """
 
-    compile_seconds: float
+    seconds: float
     memory: Any
-    _run: "Run"
-    _schedule: Schedule
-    _compiled: Callable
-    _step_loop: bool
-
-    def __call__(
-        self,
-        model,
-        context,
-        negative_context=None,
-        *,
-        noise,
-        guidance_scale: float = 1.0,
-        on_step: OnStep | None = None,
-        **conditions,
-    ) -> SampleResult:
-        """Sample; arguments as for `sample`, of the shapes and shardings that were compiled for."""
-        inputs = _inputs(noise, context, negative_context, guidance_scale, conditions)
-        if not self._step_loop:
-            return self._compiled(model, self._schedule, *inputs)
-        return _loop(self._run, self._compiled, model, self._schedule, inputs, on_step)
 
 
 def compile_sampler(
@@ -129,10 +109,10 @@ def compile_sampler(
     step_loop: bool = False,
     doubled_batch: bool = False,
     **conditions,
-) -> CompiledSampler:
-    """Compile what `sample` would run with these arguments, without running it, and say how long it took.
+) -> Compilation:
+    """Compile what `sample` runs with these arguments; it then starts at once. Raises as `sample` does.
 
-    With `step_loop` a single step is compiled, and the result accepts `on_step`. Raises as `sample` does.
+    With `step_loop` it is a single step that is compiled: what `sample` runs when it is given an `on_step`.
     """
     run = Run(solver, doubled_batch=doubled_batch, unguided=guidance_scale == 1, trajectory=trajectory)
     inputs = _inputs(noise, context, negative_context, guidance_scale, conditions)
@@ -143,9 +123,10 @@ def compile_sampler(
         lowered = _step.lower(run, model, schedule.row(0), solver.init(latents), *rest)
     else:
         lowered = _scan.lower(run, model, schedule, *inputs)
+    # The program stays in jit's own cache. It is not called itself: on CPU, jax 0.10 refuses int4 arguments
+    # there that jit accepts.
     compiled = lowered.compile()
-    seconds = time.perf_counter() - start
-    return CompiledSampler(seconds, compiled.memory_analysis(), run, schedule, compiled, step_loop)
+    return Compilation(time.perf_counter() - start, compiled.memory_analysis())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,17 +159,14 @@ _scan = jax.jit(_scan_steps, static_argnums=0)
 _step = jax.jit(Run.step, static_argnums=0)
 
 
-def _loop(
-    run: Run, step: Callable, model, schedule: Schedule, inputs: tuple, on_step: OnStep | None
-) -> SampleResult:
+def _loop(run: Run, model, schedule: Schedule, inputs: tuple, on_step: OnStep) -> SampleResult:
     noise, *rest = inputs
     state, seen = run.solver.init(noise), []
     for index in range(schedule.steps):
         if run.trajectory:
             seen.append(state.latents)
-        state = step(model, schedule.row(index), state, *rest)
-        if on_step is not None:
-            on_step(index + 1, state.latents)
+        state = _step(run, model, schedule.row(index), state, *rest)
+        on_step(index + 1, state.latents)
     return SampleResult(state.latents, jnp.stack(seen) if run.trajectory else None)
 
 
@@ -202,6 +180,10 @@ def _inputs(noise, context, negative_context, guidance_scale, conditions: dict) 
         raise UserError(
             f"guidance scale {guidance_scale} needs a negative context",
             remedy="pass one (zeros, or the encoding of a negative prompt), or a guidance scale of 1",
+        )
+    if not math.isfinite(guidance_scale):
+        raise UserError(
+            f"the guidance scale is {guidance_scale}", remedy="give a finite number (1 means none)"
         )
     for name, array in {"context": context, "negative_context": negative_context, **conditions}.items():
         if array is not None and array.shape[0] != noise.shape[0]:

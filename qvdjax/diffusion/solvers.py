@@ -30,10 +30,11 @@ class Solver(Protocol):
 def get_solver(name: str, **options) -> Solver:
     """The solver called `name` ("euler" or "unipc") with its dataclass fields as options.
 
-    An option that is None keeps its default. Raises `UserError` for an unknown name or option.
+    An option that is None is as good as left out. Raises `UserError` for an unknown name or option.
     """
     if name not in SOLVERS:
         raise UserError(f"there is no solver called {name!r}", remedy=f"choose one of {', '.join(SOLVERS)}")
+    options = {key: value for key, value in options.items() if value is not None}
     fields = [field.name for field in dataclasses.fields(SOLVERS[name])]
     unknown = sorted(set(options) - set(fields))
     if unknown:
@@ -42,4 +43,4 @@ def get_solver(name: str, **options) -> Solver:
             remedy=f"its options are {', '.join(fields)}",
             items=unknown,
         )
-    return SOLVERS[name](**{key: value for key, value in options.items() if value is not None})
+    return SOLVERS[name](**options)

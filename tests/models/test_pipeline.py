@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from models.pipeline import FILE, WORD_TABLE, Pipeline, copy_pipeline
+from models.pipeline import FILE, WORD_TABLE, Pipeline, copy_pipeline, side_files
 from qvdjax.diffusion import FlowMatchEuler, UniPCFlow
 from qvdjax.errors import UserError
 
@@ -63,8 +63,10 @@ def test_copy(pipeline, tmp_path):
     source.mkdir()
     target.mkdir()
     assert copy_pipeline(source, target) is False
+    assert side_files(source) == {}
     pipeline.save(source)
     assert copy_pipeline(source, target) is True
+    assert side_files(source) == {FILE: source / FILE, WORD_TABLE: source / WORD_TABLE}
     assert (target / FILE).read_bytes() == (source / FILE).read_bytes()
     assert (target / WORD_TABLE).read_bytes() == (source / WORD_TABLE).read_bytes()
 
@@ -157,6 +159,7 @@ def changed(value, path, new):
         ("context.kind", "t5", "'context.kind' is 't5'.*'word_table'"),
         ("context", 3, "'context' is 3"),
         ("context.file", "none.safetensors", "none.safetensors"),
+        ("context.file", "../word_table.safetensors", "file of the same folder"),
         ("decoder.kind", "vae", "'decoder.kind' is 'vae'"),
     ],
 )

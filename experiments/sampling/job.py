@@ -1,0 +1,200 @@
+"""Sampling a model folder: load, compile, sample, write."""
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+import models
+from experiments.sampling.output import check_output, output_paths, write_video
+from experiments.sampling.record import device_record, memory_record, quantization_record, settings_record
+from experiments.sampling.request import Request, Settings, request_from_context, request_from_pipeline
+from models.pipeline import FILE
+from qvdjax.diffusion import compile_sampler, initial_noise, sample
+from qvdjax.errors import UserError
+from qvdjax.parallel import make_mesh, partition_spec
+
+Progress = Callable[[str, int, int], None]
+"""progress(stage, done, total): "reading" in bytes, "compiling" 0 or 1, "sampling" in videos or steps."""
+
+
+def sample_folder(
+    folder: Path,
+    output: Path,
+    *,
+    prompts: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    shift: float | None = None,
+    solver: str | None = None,
+    sigma_grid: str | None = None,
+    negative_prompt: str | None = None,
+    context_file: Path | None = None,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    fps: float | None = None,
+    scale: int | None = None,
+    dtype: str | None = None,
+    execution: str | None = None,
+    mesh: Mapping[str, int] | None = None,
+    batch: int = 8,
+    step_loop: bool = False,
+    progress: Progress | None = None,
+) -> dict:
+    """Sample every prompt at every seed and write each video, with a JSON file beside it.
+
+    Files that exist under the names to be written are replaced.
+
+    Args:
+        folder: A model folder, quantized or not. With a `pipeline.json` it samples prompts to videos; without
+            one (published models) it samples a file of text embeddings to latents.
+        output: FILE.mp4, or FILE.safetensors for the latents. Several videos are written beside it as
+            `FILE-<prompt>-<seed>.mp4`.
+        prompts: Sentences; by default the first shipped caption of the moving shapes.
+        seeds: Of the initial noise. A seed means the same video in any batch and on any number of devices, up
+            to rounding.
+        steps, guidance_scale, shift, solver, sigma_grid, negative_prompt: The folder's by default; without a
+            `pipeline.json` what Wan's own script uses (UniPC, shift 5, 50 steps, guidance 5).
+        context_file: Safetensors with `context` and `negative_context`, see `request_from_context`.
+        frames, height, width: Of the latents (not of the video); the folder's by default.
+        fps: Frames a second; the folder's by default.
+        scale: Enlarge the video by this whole factor; by default small videos to about 288 pixels.
+        dtype: Floating type of the weights; the file's by default.
+        execution: Of quantized layers: "integer", "simulate", or None for the best on this device.
+        mesh: Devices to use, axis name to size; by default the first one. A batch that the data and fsdp axes
+            do not divide is computed whole by each.
+        batch: Videos computed at once, at most.
+        step_loop: Run the steps one by one from Python and report each, instead of one compiled scan.
+        progress: Called with (stage, done, total).
+
+    Returns:
+        `files` (paths as text), `videos` (the JSON beside each), and what all share: `steps`,
+        `seconds_per_step` (of a batch), `compile_seconds`, `device`, `peak_memory_bytes`, `peak_memory_of`,
+        `quantization` and more.
+
+    Raises:
+        UserError: A missing or corrupt folder, an unknown word, sizes that the model cannot take, an output
+            that cannot be written, latents that are not finite.
+    """
+    folder, output = Path(folder), Path(output)
+    settings = Settings(
+        steps, guidance_scale, shift, solver, sigma_grid, frames, height, width, negative_prompt
+    )
+    report = progress or (lambda stage, done, total: None)
+    skeleton = models.skeleton(folder, execution=execution)
+    check_output(output, decodes=(folder / FILE).exists())
+    request = _request(folder, skeleton, prompts, seeds, context_file, settings)
+    paths = output_paths(output, request)
+
+    device_mesh = None if mesh is None else make_mesh(mesh)
+    model = models.load(folder, dtype=dtype, mesh=device_mesh, execution=execution, progress=progress)
+    with contextlib.nullcontext() if device_mesh is None else jax.set_mesh(device_mesh):
+        latents, timing = _sample(model, request, device_mesh, min(batch, len(paths)), step_loop, report)
+    if not np.isfinite(latents).all():
+        raise UserError(
+            f"{folder} sampled latents that are not finite",
+            remedy="try a lower guidance scale or float32 weights",
+        )
+    shared = {
+        "model": str(folder),
+        **settings_record(request),
+        "loop": "steps" if step_loop else "scan",
+        **timing,
+        **device_record(device_mesh),
+        **memory_record(device_mesh),
+        "quantization": quantization_record(model),
+    }
+    videos = []
+    if jax.process_index() == 0:  # all hosts hold all latents; one of them writes
+        videos = [
+            write_video(path, request, row, latents[row], shared, fps=fps, scale=scale)
+            for row, path in enumerate(paths)
+        ]
+    return {"files": [video["file"] for video in videos], **shared, "videos": videos}
+
+
+def _request(folder, skeleton, prompts, seeds, context_file, settings: Settings) -> Request:
+    if not seeds:
+        raise UserError("no seed given", remedy="give one seed per video")
+    if (folder / FILE).exists():
+        if context_file is not None:
+            raise UserError(
+                f"{folder} encodes prompts itself", remedy="give prompts instead of a context file"
+            )
+        return request_from_pipeline(folder, prompts, seeds, settings)
+    if context_file is None:
+        raise UserError(
+            f"{folder} has no {FILE}, so it cannot encode prompts",
+            remedy="give a context file: safetensors with `context` and `negative_context` (tokens, dim)",
+        )
+    return request_from_context(Path(context_file), skeleton.config.in_channels, prompts, seeds, settings)
+
+
+def _sample(
+    model, request: Request, mesh: Mesh | None, batch: int, step_loop: bool, progress: Progress
+) -> tuple[np.ndarray, dict]:
+    """All videos' latents, float32 (videos, frames, height, width, channels), and how long it took."""
+    count = len(request.seeds)
+    batch = min(batch, count)
+    chunks = [np.arange(start, start + batch).clip(max=count - 1) for start in range(0, count, batch)]
+    settings = {"solver": request.solver, "steps": request.steps, "guidance_scale": request.guidance_scale}
+    done, compilation, seconds, latents = 0, None, 0.0, []
+
+    def on_step(step: int, _) -> None:
+        progress("sampling", done * request.steps + step, len(chunks) * request.steps)
+
+    # The last chunk is filled up with its last video: another batch size would be another compilation.
+    for done, rows in enumerate(chunks):
+        inputs = _inputs(request, rows, mesh)
+        if compilation is None:
+            progress("compiling", 0, 1)
+            compilation = compile_sampler(model, **inputs, **settings, step_loop=step_loop)
+            progress("compiling", 1, 1)
+        start = time.perf_counter()
+        result = sample(model, **inputs, **settings, on_step=on_step if step_loop else None)
+        jax.block_until_ready(result.latents)
+        seconds += time.perf_counter() - start
+        latents.append(_gathered(result.latents))
+        if not step_loop:
+            progress("sampling", min((done + 1) * batch, count), count)
+    timing = {
+        "batch": batch,
+        "compile_seconds": compilation.seconds,
+        "sampling_seconds": seconds,
+        "seconds_per_step": seconds / (len(chunks) * request.steps),
+    }
+    return np.concatenate(latents)[:count], timing
+
+
+def _inputs(request: Request, rows: np.ndarray, mesh: Mesh | None) -> dict:
+    """What the sampler is given for some of the videos, on the devices that compute them."""
+    noise = initial_noise([request.seeds[row] for row in rows], request.latents_shape)
+    negative = None if request.negative_context is None else _placed(request.negative_context[rows], mesh)
+    return {
+        "context": _placed(request.context[rows], mesh),
+        "negative_context": negative,
+        "noise": _placed(np.asarray(noise), mesh),
+    }
+
+
+def _placed(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    """A batch on the first device, or split over the mesh; every host passes all rows."""
+    if mesh is None:
+        return jax.numpy.asarray(array)
+    spec, _ = partition_spec(array.shape[:1], ("batch",), mesh)
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
+
+
+def _gathered(latents: jax.Array) -> np.ndarray:
+    """All rows on every host, float32."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        latents = multihost_utils.process_allgather(latents, tiled=True)
+    return np.asarray(latents, np.float32)

@@ -1,0 +1,108 @@
+"""Where videos go: names, checks before the work starts, and the JSON file beside each."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from experiments.sampling.request import Request
+from models.pipeline import FILE
+from qvdjax.checkpoint.atomic import disk_errors
+from qvdjax.checkpoint.safetensors_file import TensorSource, write_file
+from qvdjax.errors import UserError
+from qvdjax.video import write_mp4
+
+VIDEO, LATENTS = ".mp4", ".safetensors"
+WATCHABLE = 288  # pixels of the short side that enlarging aims at
+
+
+def check_output(output: Path, *, decodes: bool) -> None:
+    """Refuse a target that cannot be written, before a model is loaded.
+
+    Raises:
+        UserError: The folder is missing or not writable; the suffix is unknown; a video is asked for where
+            nothing decodes latents.
+    """
+    if output.suffix not in (VIDEO, LATENTS):
+        raise UserError(f"{output} is neither {VIDEO} nor {LATENTS}", remedy=f"name a file ending in {VIDEO}")
+    if output.suffix == VIDEO and not decodes:
+        raise UserError(
+            f"the model folder has no {FILE}, so nothing here can decode its latents to {output}",
+            remedy=f"name an output ending in {LATENTS} and decode it with the model's own autoencoder",
+        )
+    if not output.parent.is_dir():
+        raise UserError(
+            f"the folder {output.parent} does not exist", remedy="make it, or choose another output"
+        )
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise UserError(f"{output} cannot be written", remedy="choose a file in a folder that can be written")
+
+
+def output_paths(output: Path, request: Request) -> list[Path]:
+    """`output` for a single video, `<stem>-<name of the text>-<seed><suffix>` beside it for several."""
+    if len(request.seeds) == 1:
+        return [output]
+    pairs = zip(request.names, request.seeds, strict=True)
+    return [output.with_name(f"{output.stem}-{name}-{seed}{output.suffix}") for name, seed in pairs]
+
+
+def enlargement(shape: tuple[int, int]) -> int:
+    """By how much a video of (height, width) pixels is enlarged to be watchable; 1 for an ordinary one."""
+    return max(1, round(WATCHABLE / min(shape)))
+
+
+def write_video(
+    path: Path,
+    request: Request,
+    row: int,
+    latents: np.ndarray,
+    shared: dict,
+    *,
+    fps: float | None,
+    scale: int | None,
+) -> dict:
+    """Write video `row` of a request, and the JSON file of the same name.
+
+    Args:
+        path: An mp4 file, or safetensors for the latents themselves.
+        latents: (frames, height, width, channels).
+        shared: What the JSON files of all videos say.
+        fps, scale: See `sample_folder`.
+
+    Returns:
+        What the JSON file says. Raises `UserError` if a file cannot be written.
+    """
+    record = {"file": str(path), "prompt": request.prompts[row], "seed": request.seeds[row]}
+    if path.suffix == LATENTS:
+        write_latents(path, latents)
+    else:
+        video = request.pipeline.decode(latents[None])[0]
+        frames, height, width, _ = video.shape
+        fps = request.pipeline.fps if fps is None else fps
+        scale = enlargement((height, width)) if scale is None else scale
+        write_mp4(path, video, fps=fps, scale=scale)
+        record |= {"frames": frames, "height": height, "width": width, "scale": scale, "fps": fps}
+    record |= shared
+    write_json(path.with_suffix(".json"), record)
+    return record
+
+
+def write_latents(path: Path, latents: np.ndarray) -> None:
+    """Write the latents of one video, (frames, height, width, channels), as tensor `latents`, float32.
+
+    Raises `UserError` if the file cannot be written.
+    """
+    latents = np.asarray(latents, np.float32)
+    write_file(path, [TensorSource("latents", latents.shape, latents.dtype, lambda: latents)])
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file that appears complete or not at all. Raises `UserError` if it cannot be written."""
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with disk_errors(path):
+        try:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)

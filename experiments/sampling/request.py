@@ -1,0 +1,201 @@
+"""What is to be sampled: the folder's defaults, with what was asked for instead."""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from models.pipeline import FILE, Pipeline
+from qvdjax.checkpoint import SafetensorsFile
+from qvdjax.diffusion import Solver, get_solver
+from qvdjax.errors import UserError
+
+# For a folder without pipeline.json: what Wan's own generate.py uses for text-to-video.
+PUBLISHED = {"solver": "unipc", "shift": 5.0, "steps": 50, "guidance_scale": 5.0}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """Everything that decides the videos, except the model.
+
+    Attributes:
+        prompts: Of each video; None where the context came from a file.
+        names: Of each video's text, fit for a file name, different for different texts.
+        seeds: Of each video's initial noise.
+        context, negative_context: float32 (videos, tokens, dim); the latter None without guidance.
+        latents_shape: (frames, height, width, channels) of one video.
+        negative_prompt: None where the negative context came from a file.
+        solver, steps, guidance_scale: See `qvdjax.diffusion.sample`.
+        pipeline: What decodes the latents; None if nothing does.
+    """
+
+    prompts: tuple[str | None, ...]
+    names: tuple[str, ...]
+    seeds: tuple[int, ...]
+    context: np.ndarray
+    negative_context: np.ndarray | None
+    latents_shape: tuple[int, int, int, int]
+    negative_prompt: str | None
+    solver: Solver
+    steps: int
+    guidance_scale: float
+    pipeline: Pipeline | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What may be asked for instead of a folder's defaults; None leaves them."""
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+    shift: float | None = None
+    solver: str | None = None
+    sigma_grid: str | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str | None = None
+
+    def sizes(self, default: tuple[int | None, int | None, int | None]) -> tuple[int, int, int]:
+        """Frames, height and width of the latents. Raises `UserError` if one is unknown or below 1."""
+        names = ("frames", "height", "width")
+        chosen = [
+            d if getattr(self, n) is None else getattr(self, n) for n, d in zip(names, default, strict=True)
+        ]
+        missing = [name for name, size in zip(names, chosen, strict=True) if size is None]
+        if missing:
+            raise UserError(
+                f"the folder has no {FILE} that says how large its latents are",
+                remedy="give frames, height and width of the latents, not of the video",
+                items=missing,
+            )
+        if min(chosen) < 1:
+            raise UserError(f"latents of {' x '.join(map(str, chosen))}", remedy="give sizes of at least 1")
+        return tuple(chosen)
+
+
+def request_from_pipeline(
+    folder: Path, prompts: Sequence[str] | None, seeds: Sequence[int], settings: Settings
+) -> Request:
+    """Every prompt at every seed, encoded and decoded by the folder's own pipeline.
+
+    Without prompts the first shipped caption of the moving shapes is taken.
+
+    Raises:
+        UserError: A damaged pipeline, unknown words, an unknown solver, settings out of range.
+    """
+    pipeline = Pipeline.load(folder)
+    if prompts is None:
+        from experiments.moving_shapes import captions
+
+        prompts = captions.prompts(1)
+    _refuse_repeats("prompts", prompts)
+    names = _file_names(prompts)
+    pairs = [(prompt, int(seed)) for prompt in prompts for seed in seeds]
+    negative = pipeline.negative_prompt if settings.negative_prompt is None else settings.negative_prompt
+    guidance_scale = _choose(settings.guidance_scale, pipeline.guidance_scale)
+    return Request(
+        prompts=tuple(prompt for prompt, _ in pairs),
+        names=tuple(names[prompt] for prompt, _ in pairs),
+        seeds=tuple(seed for _, seed in pairs),
+        context=pipeline.encode([prompt for prompt, _ in pairs]),
+        negative_context=None if guidance_scale == 1 else pipeline.encode([negative] * len(pairs)),
+        latents_shape=(*settings.sizes(pipeline.latents_shape[:3]), pipeline.channels),
+        negative_prompt=negative,
+        solver=pipeline.make_solver(settings.solver, shift=settings.shift, sigma_grid=settings.sigma_grid),
+        steps=_choose(settings.steps, pipeline.steps),
+        guidance_scale=guidance_scale,
+        pipeline=pipeline,
+    )
+
+
+def request_from_context(
+    file: Path, channels: int, prompts: Sequence[str] | None, seeds: Sequence[int], settings: Settings
+) -> Request:
+    """Every text embedding of a file at every seed, for a model without a pipeline; the result stays latents.
+
+    Args:
+        file: Safetensors with `context` (tokens, dim) or (texts, tokens, dim), made by the model's own text
+            encoder, and with `negative_context` (tokens, dim) unless guidance is off. Any floating type.
+        channels: Of the model's latents.
+        prompts: Must be None: nothing here could encode them.
+
+    Raises:
+        UserError: The file is missing, damaged or lacks a tensor; sizes are not given; settings out of range.
+    """
+    if prompts is not None or settings.negative_prompt is not None:
+        raise UserError(
+            f"prompts were given for a model folder without {FILE}",
+            remedy="encode them with the model's own text encoder and give the file of embeddings instead",
+        )
+    guidance_scale = _choose(settings.guidance_scale, PUBLISHED["guidance_scale"])
+    embeddings = SafetensorsFile(file)
+    context = _read_context(embeddings, "context")
+    negative = None if guidance_scale == 1 else _read_context(embeddings, "negative_context")
+    if negative is not None and negative.shape != (1, *context.shape[1:]):
+        raise UserError(
+            f"{file}: negative_context is {negative.shape[1:]} beside a context of {context.shape[1:]}",
+            remedy="store one of the context's (tokens, dim)",
+        )
+    texts = len(context)
+    rows = np.repeat(np.arange(texts), len(seeds))  # texts -> videos, seeds varying fastest
+    return Request(
+        prompts=(None,) * len(rows),
+        names=tuple(f"text{row}" for row in rows),
+        seeds=tuple(int(seed) for seed in seeds) * texts,
+        context=context[rows],
+        negative_context=None if negative is None else np.repeat(negative, len(rows), axis=0),
+        latents_shape=(*settings.sizes((None, None, None)), channels),
+        negative_prompt=None,
+        solver=get_solver(
+            settings.solver or PUBLISHED["solver"],
+            shift=_choose(settings.shift, PUBLISHED["shift"]),
+            sigma_grid=settings.sigma_grid,
+        ),
+        steps=_choose(settings.steps, PUBLISHED["steps"]),
+        guidance_scale=guidance_scale,
+        pipeline=None,
+    )
+
+
+def _read_context(file: SafetensorsFile, name: str) -> np.ndarray:
+    """float32 (texts, tokens, dim)."""
+    if name not in file.tensors:
+        raise UserError(
+            f"{file.path} holds no tensor {name!r}",
+            remedy="store `context` and, for guidance, `negative_context`, or set the guidance scale to 1",
+        )
+    values = file.read(name).astype(np.float32)
+    if values.ndim not in (2, 3) or 0 in values.shape or not np.isfinite(values).all():
+        raise UserError(
+            f"{file.path}: {name} of shape {values.shape} is no finite (texts, tokens, dim) array",
+            remedy="make the file again",
+        )
+    return values[None] if values.ndim == 2 else values  # (tokens, dim) -> (1, tokens, dim)
+
+
+def _file_names(prompts: Sequence[str]) -> dict[str, str]:
+    """A file name for each prompt: its letters and digits, and a number where two prompts share them."""
+    slugs = {
+        prompt: re.sub("[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty" for prompt in prompts
+    }
+    alike = collections.defaultdict(list)
+    for prompt, slug in slugs.items():
+        alike[slug].append(prompt)
+    return {
+        prompt: slug if len(alike[slug]) == 1 else f"{slug}-{alike[slug].index(prompt) + 1}"
+        for prompt, slug in slugs.items()
+    }
+
+
+def _refuse_repeats(what: str, values: Sequence) -> None:
+    repeated = [str(value) for value, count in collections.Counter(values).items() if count > 1]
+    if repeated:
+        raise UserError(f"some {what} are given more than once", remedy="give each once", items=repeated)
+
+
+def _choose(asked: float | None, default: float) -> float:
+    return default if asked is None else asked
