@@ -28,7 +28,7 @@ SHAPES: Final = ("disc", "ring", "triangle", "cross")
 # Unit vector (x to the right, y downwards, as pixels are counted).
 DIRECTIONS: Final = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 # Pixels a frame, uniform between the two; the gap keeps the words apart.
-SPEEDS: Final = {"slowly": (0.8, 1.1), "quickly": (1.9, 2.4)}
+SPEEDS: Final = {"slowly": (0.7, 1.0), "quickly": (1.7, 2.1)}
 
 WORDS: Final = ("a", "moving", "on", *COLORS, *SHAPES, *DIRECTIONS, *SPEEDS, *BACKGROUNDS)
 TOKENS: Final = 8

@@ -23,9 +23,9 @@ from experiments.moving_shapes.captions import (
 )
 
 FRAMES: Final = 9
-SIZE: Final = 36  # pixels, height and width
-FACTOR: Final = 3  # space-to-depth: a latent pixel is 3 x 3 pixels of RGB
-RADII: Final = (5.5, 6.75)  # pixels, half the width of a shape
+SIZE: Final = 32  # pixels, height and width
+FACTOR: Final = 2  # space-to-depth: a latent pixel is 2 x 2 pixels of RGB
+RADII: Final = (6.0, 7.25)  # pixels, half the width of a shape
 
 
 @jax.tree_util.register_dataclass
@@ -136,7 +136,7 @@ def _clip(caption: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def fold(video: jax.Array) -> jax.Array:
-    """Video (..., frames, 36, 36, rgb) in [0, 1] to latents (..., frames, 12, 12, 27) in [-1, 1].
+    """Video (..., frames, 32, 32, rgb) in [0, 1] to latents (..., frames, 16, 16, 12) in [-1, 1].
 
     Space to depth; the pipeline's `depth_to_space` undoes it.
     """
@@ -145,6 +145,6 @@ def fold(video: jax.Array) -> jax.Array:
 
 
 def unfold(latents: jax.Array) -> jax.Array:
-    """The inverse of `fold`: latents (..., 9, 12, 12, 27) to video (..., 9, 36, 36, rgb), not clipped."""
+    """The inverse of `fold`: latents (..., 9, 16, 16, 12) to video (..., 9, 32, 32, rgb), not clipped."""
     pattern = "... h w (p q c) -> ... (h p) (w q) c"
     return (einops.rearrange(latents, pattern, p=FACTOR, q=FACTOR) + 1) / 2

@@ -33,7 +33,7 @@ def test_contexts_are_the_pipelines():
 
 def test_a_batch_depends_on_seed_and_step_alone():
     one = batch(0, 3, 8)
-    assert one["latents"].shape == (8, 9, 12, 12, 27)
+    assert one["latents"].shape == (8, 9, 16, 16, 12)
     assert one["context"].shape == (8, 8, 64)
     for other, same in ((batch(0, 3, 8), True), (batch(0, 4, 8), False), (batch(1, 3, 8), False)):
         assert bool((one["latents"] == other["latents"]).all()) == same
