@@ -211,9 +211,9 @@ def test_the_same_quantized_video_on_one_device_and_on_eight(folder, tmp_path, r
     )
     assert one["quantization"]["recipe"] == recipe
     first, second = (np.stack([load_file(f)["latents"] for f in r["files"]]) for r in (one, eight))
-    # Where rounding in float32 crosses the edge of a code, a value moves by a step: a 254th of a token's range
-    # at 8 bits (a 14th at 4, sixteen times more rarely), in one of 32 summands. Two blocks and two steps later
-    # a few of those make less than a hundredth of the whole.
+    # Where rounding in float32 crosses the edge of a code, a value moves by a step: a 254th of a token's
+    # range at 8 bits (a 14th at 4, sixteen times more rarely), in one of 32 summands. Two blocks and two
+    # steps later a few of those make less than a hundredth of the whole.
     assert np.linalg.norm(first - second) / np.linalg.norm(first) < 1e-2
 
 
