@@ -8,6 +8,7 @@ from typing import Any
 
 import models
 import qvdjax
+from experiments.calibrating import calibrate_folder, open_calibration
 from models.pipeline import copy_pipeline
 from qvdjax import recipes
 from qvdjax.errors import UserError
@@ -33,13 +34,13 @@ def quantize_folder(
         target: The new folder; it appears complete or not at all.
         recipe: `<method>-w<bits>a<bits>`, see `qvdjax.recipes.names`.
         overrides: Options of the method by name; text is read as the option's type.
-        calibration: Folder made by `calibrate_folder`. Without one, a recipe that needs it is calibrated on the
-            shipped prompts.
+        calibration: Folder made by `calibrate_folder`. Without one, a recipe that needs it is calibrated on
+            the shipped prompts.
         overwrite: Replace a folder that is there already.
         progress: Called with the stage, what is done of it and its total.
 
     Returns:
-        {recipe, calibration, layers, quantized_layers, weight_bytes, float_bytes, ratio, seconds}; the bytes
+        {recipe, calibration, quantized_layers, weight_bytes, float_bytes, ratio, seconds, layers}; the bytes
         are those of all layers, float_bytes in bfloat16, and `layers` the rows of `qvdjax.describe`.
 
     Raises:
@@ -49,10 +50,14 @@ def quantize_folder(
     started = time.perf_counter()
     chosen = recipes.get(recipe, **(overrides or {}))
     model = models.load(source, progress=progress)
-    batches = None
-    if chosen.needs_calibration:
-        batches = calibration_batches(source, calibration, progress=progress)
-    quantized = qvdjax.quantize(model, chosen, batches)
+    with tempfile.TemporaryDirectory() as made:
+        batches = None
+        if calibration is not None:
+            batches = open_calibration(calibration, source)
+        elif chosen.needs_calibration:
+            calibrate_folder(source, Path(made), progress=progress)
+            batches = open_calibration(Path(made), source)
+        quantized = qvdjax.quantize(model, chosen, batches)
     with tempfile.TemporaryDirectory() as beside:
         copy_pipeline(source, beside)
         side_files = {path.name: path for path in Path(beside).iterdir()}
@@ -74,6 +79,8 @@ def quantize_folder(
 def check_new(target: Path, *, overwrite: bool = False) -> None:
     """Refuse a target that is taken before hours are spent on what cannot be written there."""
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UserError(f"{target} exists and is not empty", remedy="choose another target or give --overwrite")
+        raise UserError(
+            f"{target} exists and is not empty", remedy="choose another target or give --overwrite"
+        )
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} exists and is no folder", remedy="choose another target")

@@ -4,34 +4,29 @@ Imports the standard library and tyro only, so that `--help` answers at once: ja
 import.
 """
 
-from dataclasses import KW_ONLY, dataclass
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, UseAppendAction, arg, subcommand
+from tyro.conf import Positional, arg, subcommand
 
-Names = UseAppendAction[tuple[str, ...]]
-FromFolder = "(default: the model folder's)"
-NoThreshold = "(default: not checked)"
-Whole = Annotated[int | None, arg(metavar="N", help_behavior_hint=FromFolder)]
-Real = Annotated[float | None, arg(metavar="X", help_behavior_hint=FromFolder)]
-Threshold = Annotated[float | None, arg(metavar="X", help_behavior_hint=NoThreshold)]
-Execution = Annotated[
-    Literal["simulate", "integer"] | None,
-    arg(metavar="{simulate,integer}", help_behavior_hint="(default: best on this device)"),
-]
-Mesh = Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: one device)")]
+from experiments.cli.options import (
+    FOLDERS,
+    Common,
+    Dir,
+    Execution,
+    Mesh,
+    Names,
+    Out,
+    Prompts,
+    Sampler,
+    Threshold,
+    Whole,
+    hinted,
+)  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Common:
-    """Options every verb takes."""
-
-    _: KW_ONLY
-    json: bool = False
-    """Print exactly one JSON object on stdout and nothing else there."""
-    debug: bool = False
-    """Show the traceback of an error, and Python's and jax's warnings."""
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -42,10 +37,7 @@ class Convert(Common):
     """Folder or safetensors file to read."""
     target: Annotated[Positional[Path], arg(metavar="DST")]
     """New model folder."""
-    dtype: Annotated[
-        Literal["float64", "float32", "bfloat16", "float16"] | None,
-        arg(metavar="{float64,float32,bfloat16,float16}", help_behavior_hint="(default: the source's types)"),
-    ] = None
+    dtype: hinted(Dtype, "{float64,float32,bfloat16,float16}", "the source's types") = None
     """Cast floating-point tensors to this type."""
     dry_run: bool = False
     """Check names, shapes and types only; write nothing."""
@@ -57,56 +49,38 @@ class Convert(Common):
 class Info(Common):
     """List every layer of a model folder: what it is, its bits, its bytes, and why."""
 
-    dir: Annotated[Positional[Path], arg(metavar="DIR")]
+    dir: Dir
     """Model folder, quantized or not. No weights are read."""
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """Options of the verbs that run the sampler; what is not given is taken from the model folder."""
+class Calibrate(Sampler, Prompts, Common):
+    """Sample prompts and keep what the model was given, for `quantize --calibration`.
 
-    _: KW_ONLY
-    prompt: Annotated[Names, arg(metavar="TEXT", aliases=["-p"])] = ()
-    """A prompt; may be repeated."""
-    prompts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: the shipped ones)")] = (
-        None
-    )
-    """Text file with one prompt a line."""
-    seeds: Annotated[
-        str | None,
-        arg(metavar="SEEDS", help_behavior_hint="(default: the first prompt's is 0, the next's 1, ...)"),
-    ] = None
-    """Seeds of the initial noise for every prompt: one (7), a list (1,2,5) or a range (0-4)."""
-    steps: Whole = None
-    """Sampler steps."""
-    guidance_scale: Real = None
-    """Strength of classifier-free guidance; 1 turns it off."""
+    The same command goes on where an interrupted one stopped.
+    """
 
-
-@dataclass(frozen=True)
-class Calibrate(Sampling, Common):
-    """Run the model on prompts and keep what its blocks saw, for `quantize --calibration`."""
-
-    dir: Annotated[Positional[Path], arg(metavar="DIR")]
+    dir: Dir
     """Full-precision model folder."""
-    out: Annotated[Positional[Path], arg(metavar="OUT")]
-    """New calibration folder; must not exist yet."""
+    out: Out
+    """Calibration folder."""
+    count: Whole = 8
+    """How many of the shipped prompts to use where none are given."""
+    seeds: hinted(str, "SEEDS", "1000 for the first prompt, then 1001, ...") = None
+    """Seeds of the initial noise, for every prompt each: one (7), a list (1,2,5) or a range (0-4)."""
 
 
 @dataclass(frozen=True)
 class Quantize(Common):
     """Quantize a model folder with a named recipe."""
 
-    dir: Annotated[Positional[Path], arg(metavar="DIR")]
+    dir: Dir
     """Full-precision model folder."""
-    out: Annotated[Positional[Path], arg(metavar="OUT")]
+    out: Out
     """New model folder; must not exist yet."""
     recipe: Annotated[str, arg(metavar="NAME", aliases=["-r"])]
     """Recipe, <method>-w<bits>a<bits>; `qvdjax recipes` lists them."""
-    calibration: Annotated[
-        Path | None,
-        arg(metavar="DIR", help_behavior_hint="(default: made from the shipped prompts if needed)"),
-    ] = None
+    calibration: hinted(Path, "DIR", "made from the shipped prompts if needed") = None
     """Folder made by `calibrate`."""
     set: Annotated[Names, arg(metavar="KEY=VALUE")] = ()
     """Override one option of the recipe's method; may be repeated."""
@@ -115,31 +89,34 @@ class Quantize(Common):
 
 
 @dataclass(frozen=True)
-class Sample(Sampling, Common):
-    """Sample a video from a model folder; writes the mp4 and a JSON file beside it."""
+class Sample(Sampler, Prompts, Common):
+    """Sample videos from a model folder; writes each with a JSON file beside it.
 
-    dir: Annotated[Positional[Path], arg(metavar="DIR")]
+    Without prompts the first shipped one is taken.
+    """
+
+    dir: Dir
     """Model folder, quantized or not."""
-    output: Annotated[Path, arg(metavar="FILE.mp4", aliases=["-o"])]
-    """Video to write; several prompts or seeds become numbered files beside this name."""
-    negative_prompt: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint=FromFolder)] = None
-    """What guidance moves away from."""
-    solver: Annotated[
-        Literal["unipc", "euler"] | None, arg(metavar="{unipc,euler}", help_behavior_hint=FromFolder)
-    ] = None
-    """Sampler."""
-    shift: Real = None
-    """Shift of the noise schedule towards high noise."""
+    output: Annotated[Path, arg(metavar="FILE", aliases=["-o"])]
+    """FILE.mp4, or FILE.safetensors for the latents; several videos become FILE-<prompt>-<seed>.mp4."""
+    seeds: Annotated[str, arg(metavar="SEEDS")] = "0"
+    """Seeds of the initial noise, for every prompt each: one (7), a list (1,2,5) or a range (0-4)."""
     execution: Execution = None
     """How quantized layers compute."""
-    mesh: Mesh = None
-    """Devices as a mesh, such as data=2,fsdp=4; axes are data, fsdp, context and tensor."""
+    dtype: hinted(Dtype, "{float64,float32,bfloat16,float16}", "the file's types") = None
+    """Floating type of the weights."""
+    batch: Whole = 8
+    """Videos computed at once, at most; fewer need less memory."""
     step_loop: bool = False
     """Loop over the steps in Python, with a live bar, instead of one compiled scan."""
+    fps: hinted(float, "X", FOLDERS) = None
+    """Frames a second of the video."""
+    scale: hinted(int, "N", "small videos to about 288 pixels") = None
+    """Enlarge the video by this whole factor."""
 
 
 @dataclass(frozen=True)
-class Evaluate(Sampling, Common):
+class Evaluate(Prompts, Common):
     """Compare two models at the same seeds; writes metrics.json and an HTML report.
 
     Exit code 1 when a threshold given here is missed.
@@ -151,10 +128,12 @@ class Evaluate(Sampling, Common):
     """Model folder to judge."""
     output: Annotated[Path, arg(metavar="REPORT_DIR", aliases=["-o"])]
     """Folder for metrics.json, report.html and the videos; an older report there is replaced."""
-    count: Annotated[int, arg(metavar="N")] = 8
+    count: Whole = 8
     """How many of the shipped prompts to use where none are given."""
-    batch: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None
-    """Videos sampled at once; fewer need less memory."""
+    seeds: hinted(str, "SEEDS", "0 for the first prompt, then 1, 2, ...") = None
+    """Seeds of the initial noise, for every prompt each: one (7), a list (1,2,5) or a range (0-4)."""
+    batch: hinted(int, "N", "all") = None
+    """Videos computed at once; fewer need less memory."""
     execution: Execution = None
     """How quantized layers compute."""
     mesh: Mesh = None
@@ -175,14 +154,21 @@ class Evaluate(Sampling, Common):
 
 @dataclass(frozen=True)
 class Bench(Common):
-    """Time quantized against full-precision layers, alternating, at named shapes."""
+    """Time quantized against full-precision layers, alternating, at named shapes.
 
-    suite: Annotated[str, arg(metavar="NAME")] = "tiny"
-    """Shapes to time: tiny, wan2.1-1.3b-480p or wan2.1-14b-480p."""
-    output: Annotated[
-        Path | None, arg(metavar="FILE.json", aliases=["-o"], help_behavior_hint="(default: not written)")
-    ] = None
-    """Also write the results to this file."""
+    Exit code 1 when a case failed.
+    """
+
+    suite: Annotated[str, arg(metavar="NAME")] = "default"
+    """Shapes to time: tiny, wan2.1-1.3b-480p, wan2.1-14b-480p, or default for what suits this device."""
+    recipe: Annotated[Names, arg(metavar="NAME", help_behavior_hint="(default: rtn-w8a8 and rtn-w4a8)")] = ()
+    """Quantization to time; may be repeated."""
+    repeats: Whole = 7
+    """Rounds of the alternation."""
+    budget: Annotated[float, arg(metavar="SECONDS")] = math.inf
+    """Begin no new case after this many seconds."""
+    output: hinted(Path, "FILE.json", "not written") = None
+    """Also write the results to this file, whole after every case."""
 
 
 @dataclass(frozen=True)
@@ -190,28 +176,28 @@ class Plan(Common):
     """Compile a step for a TPU slice without having one: does it fit, and what does it communicate."""
 
     model: Annotated[str, arg(metavar="NAME")]
-    """Named configuration (wan2.1-1.3b, wan2.1-14b) or a model folder."""
+    """Named configuration (wan2.1-t2v-1.3b, wan2.1-t2v-14b) or a model folder."""
     recipe: Annotated[str, arg(metavar="NAME", aliases=["-r"])]
     """Recipe, or `none` for bfloat16."""
     topology: Annotated[str, arg(metavar="NAME")]
     """TPU slice, <generation>:<chips>x<chips>, such as v5e:2x4."""
-    batch: int = 1
-    """Clips in the global batch."""
-    mesh: Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: every chip on fsdp)")] = (
-        None
-    )
-    """Mesh of the slice, such as data=2,fsdp=4."""
+    batch: Whole = 1
+    """Videos in the global batch."""
+    mesh: hinted(str, "AXES", "tokens and weights over all chips") = None
+    """Mesh of the slice, such as fsdp=2,context=4."""
     step: Literal["sample", "train"] = "sample"
-    """One denoising step, or one training step."""
+    """One forward pass of the model, or one training step."""
+    size: Literal["480p", "720p"] = "480p"
+    """Size of the videos, of 81 frames."""
 
 
 @dataclass(frozen=True)
 class Export(Common):
     """Write a model folder in another format."""
 
-    dir: Annotated[Positional[Path], arg(metavar="DIR")]
+    dir: Dir
     """Model folder, quantized or not."""
-    out: Annotated[Positional[Path], arg(metavar="OUT")]
+    out: Out
     """New folder; must not exist yet."""
     format: Annotated[str, arg(metavar="NAME")]
     """diffusers (dequantized) or compressed-tensors."""

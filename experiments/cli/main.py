@@ -1,9 +1,9 @@
 """The program `qvdjax`: parse, run the verb, answer in one place.
 
-Exit codes: 0 done; 1 a threshold of `evaluate` was missed; 2 the input can be mended (usage, files, values:
-one line on stderr says what and how); 70 an error of ours; 130 interrupted; 141 the reader of stdout went
-away. With `--json`, stdout holds exactly one JSON object in every case, also for an error: {"error",
-"remedy", "items"}.
+Exit codes: 0 done; 1 a threshold of `evaluate` was missed or a case of `bench` failed; 2 the input can be
+mended (usage, files, values: one line on stderr says what and how); 70 an error of ours; 130 interrupted; 141
+the reader of stdout went away. With `--json`, stdout holds exactly one JSON object in every case, also for an
+error: {"error", "remedy", "items"}.
 """
 
 import contextlib
@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from experiments.cli import outcome as answer
-from experiments.cli.arguments import Command, Common
+from experiments.cli.arguments import Command
+from experiments.cli.options import Common
 from qvdjax.errors import UserError
 
 DESCRIPTION = "Quantized video diffusion in JAX. `qvdjax VERB --help` explains a verb."

@@ -7,6 +7,10 @@ from pathlib import Path
 from qvdjax.errors import UserError
 
 MOST_SEEDS = 10_000
+SETTINGS = (
+    "steps", "guidance_scale", "shift", "solver", "sigma_grid", "frames", "height", "width",
+    "negative_prompt",
+)  # fmt: skip
 LARGEST_SEED = 2**31 - 1  # what jax.random.key takes where 64-bit integers are off
 
 
@@ -65,7 +69,7 @@ def prompts(given: Sequence[str], file: Path | None) -> list[str] | None:
 
 
 def overrides(pairs: Sequence[str]) -> dict[str, str]:
-    """["alpha=0.7", "skip=a=b"] -> {"alpha": "0.7", "skip": "a=b"}; the recipe knows the types of its options.
+    """["alpha=0.7", "skip=a=b"] -> {"alpha": "0.7", "skip": "a=b"}; the recipe knows the types.
 
     Raises:
         UserError: a pair without "=", without a name, or a name given twice.

@@ -39,10 +39,13 @@ def info(arguments: Info, progress: Progress | None) -> Outcome:
     """List the layers of a folder; of its weights only the recorded signal-to-noise ratios are read."""
     import models
     import qvdjax
+    from qvdjax.checkpoint import CheckpointFolder, check_tensors, expected_tensors
 
+    folder = CheckpointFolder.open(arguments.dir)
     model = models.skeleton(arguments.dir)
+    check_tensors(expected_tensors(model), {key: folder.info(key) for key in folder.keys}, str(arguments.dir))
     layers = qvdjax.describe(model)
-    _add_recorded_ratios(layers, arguments.dir)
+    _add_recorded_ratios(layers, folder)
     parameters, weight_bytes = _totals(model)
     report = {
         "family": models.family_of(model.config.to_dict()).name,
@@ -70,18 +73,15 @@ def info(arguments: Info, progress: Progress | None) -> Outcome:
 
 def _add_recorded_ratios(layers: list[dict[str, Any]], folder) -> None:
     """Fill in `sqnr_db` from the tensors that quantizing left in the folder."""
-    from qvdjax.checkpoint import CheckpointFolder
-
-    tensors = CheckpointFolder.open(folder)
     for row in layers:
         key = f"{row['path']}.weight_sqnr_db"
-        if row["sqnr_db"] is None and key in tensors.files:
-            ratio = float(tensors.read(key))
+        if row["sqnr_db"] is None and key in folder.files:
+            ratio = float(folder.read(key))
             row["sqnr_db"] = round(ratio, 2) if math.isfinite(ratio) else None
 
 
 def _totals(model) -> tuple[int, int]:
-    """Number of weights, and bytes of all variables at their logical bits; recorded statistics count in neither."""
+    """Number of weights, and bytes of all variables at their logical bits; statistics count in neither."""
     import jax
     from flax import nnx
 

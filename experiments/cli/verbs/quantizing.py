@@ -89,9 +89,10 @@ def quantize(arguments: Quantize, progress: Progress | None) -> Outcome:
         for (role, weight_bits, activation_bits, reason), members in kinds.items()
     ]
     columns = ("role", "layers", "weights", "inputs", "bytes", "lowest SQNR dB", "why")
+    held, before = size(report["weight_bytes"]), size(report["float_bytes"])
     lines = [
         Table(columns, rows, f"{arguments.out}: {report['recipe']}", frozenset(columns[1:-1])),
-        f"{size(report['float_bytes'])} in bfloat16 -> {size(report['weight_bytes'])} ({report['ratio']:.3f}); "
+        f"{before} in bfloat16 -> {held} ({report['ratio']:.3f})",
         f"every layer: qvdjax info {arguments.out}",
     ]
     return Outcome(report, lines)
@@ -99,3 +100,23 @@ def quantize(arguments: Quantize, progress: Progress | None) -> Outcome:
 
 def _lowest(ratios: list[float | None]) -> float | None:
     return min((ratio for ratio in ratios if ratio is not None), default=None)
+
+
+def calibrate(arguments: Calibrate, progress: Progress | None) -> Outcome:
+    """Record a model's inputs while it samples prompts."""
+    from experiments.calibrating import calibrate_folder
+    from experiments.sampling.request import Settings
+
+    report = calibrate_folder(
+        arguments.dir,
+        arguments.out,
+        prompts=values.prompts(arguments.prompt, arguments.prompts),
+        count=arguments.count,
+        seeds=values.seeds(arguments.seeds),
+        context_file=arguments.context,
+        settings=Settings(**{name: getattr(arguments, name) for name in values.SETTINGS}),
+        mesh=values.mesh(arguments.mesh),
+        progress=progress,
+    )
+    line = f"{report['folder']}: {report['samples']} samples of {report['steps']} steps"
+    return Outcome(report, [f"{line}, {report['model_inputs']} inputs of the model"])

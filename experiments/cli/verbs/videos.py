@@ -8,7 +8,8 @@ from experiments.cli.outcome import Outcome, Table, number, size
 from experiments.cli.terminal import Progress
 
 THRESHOLDS = (
-    "max_teacher_forced_error", "max_trajectory_error", "min_psnr", "min_ssim", "min_oracle", "max_bytes_ratio",
+    "max_teacher_forced_error", "max_trajectory_error", "min_psnr", "min_ssim", "min_oracle",
+    "max_bytes_ratio",
 )  # fmt: skip
 MEASURES = ("teacher_forced_error", "trajectory_error", "psnr", "ssim")
 
@@ -20,15 +21,16 @@ def sample(arguments: Sample, progress: Progress | None) -> Outcome:
     report = sample_folder(
         arguments.dir,
         arguments.output,
+        **{name: getattr(arguments, name) for name in values.SETTINGS},
         prompts=values.prompts(arguments.prompt, arguments.prompts),
         seeds=values.seeds(arguments.seeds),
-        steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
-        shift=arguments.shift,
-        solver=arguments.solver,
-        negative_prompt=arguments.negative_prompt,
+        context_file=arguments.context,
+        fps=arguments.fps,
+        scale=arguments.scale,
+        dtype=arguments.dtype,
         execution=arguments.execution,
         mesh=values.mesh(arguments.mesh),
+        batch=arguments.batch,
         step_loop=arguments.step_loop,
         progress=progress,
     )

@@ -9,6 +9,7 @@ import pytest
 
 import models
 from experiments.cli.main import main
+from experiments.moving_shapes import captions
 from models.pipeline import Pipeline
 
 CONFIG = {
@@ -23,11 +24,6 @@ CONFIG = {
     "ffn_dim": 48,
     "num_layers": 2,
 }
-# Enough of the words of the moving shapes that the shipped prompts are understood.
-WORDS = tuple(
-    "a moving on red green blue yellow magenta cyan disc ring triangle cross left right up down slowly quickly "
-    "black grey white".split()
-)
 
 
 @pytest.fixture(scope="session")
@@ -36,8 +32,8 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "small"
     models.save(models.build(CONFIG, key=jax.random.key(0)), folder)
     Pipeline(
-        words=WORDS,
-        embeddings=np.random.default_rng(0).standard_normal((len(WORDS), 8)).astype(np.float32),
+        words=captions.WORDS,
+        embeddings=np.random.default_rng(0).standard_normal((len(captions.WORDS), 8)).astype(np.float32),
         tokens=8,
         frames=3,
         height=4,
@@ -55,11 +51,12 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def qvdjax(capsys):
-    """Run the program: `qvdjax("info", folder)` -> exit code, stdout, stderr, and `report`, the JSON on stdout."""
+    """Run the program: `qvdjax("info", folder)` -> code, out, err, and `report`, the JSON on stdout."""
 
     def run(*argv):
         code = main([str(argument) for argument in argv])
         out, err = capsys.readouterr()
-        return SimpleNamespace(code=code, out=out, err=err, report=json.loads(out) if "--json" in argv else None)
+        report = json.loads(out) if "--json" in argv else None
+        return SimpleNamespace(code=code, out=out, err=err, report=report)
 
     return run

@@ -1,4 +1,4 @@
-"""convert, info, quantize and export from folder to folder, and what they say to folders that are not in order."""
+"""convert, info, quantize and export from folder to folder, and what is said to folders not in order."""
 
 import json
 import math
@@ -101,7 +101,9 @@ def test_convert_keeps_float64(qvdjax, model_folder, tmp_path):
     tensors = {key: value.astype(np.float64) for key, value in load_file(model_folder / WEIGHTS).items()}
     save_file(tensors, source / WEIGHTS)
     assert qvdjax("convert", source, tmp_path / "copy").code == 0
-    assert {tensor.dtype for tensor in load_file(tmp_path / "copy" / WEIGHTS).values()} == {np.dtype(np.float64)}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "copy" / WEIGHTS).values()} == {
+        np.dtype(np.float64)
+    }
 
 
 def test_a_dry_run_writes_nothing(qvdjax, model_folder, tmp_path):
@@ -124,7 +126,9 @@ def test_quantize_writes_a_folder_that_samples(qvdjax, model_folder, tmp_path):
 
 def test_set_overrides_an_option(qvdjax, model_folder, tmp_path):
     path = QUANTIZED.replace(".", r"\.")
-    done = qvdjax("quantize", model_folder, tmp_path / "out", "-r", "rtn-w8a8", "--set", f"skip={path}", "--json")
+    done = qvdjax(
+        "quantize", model_folder, tmp_path / "out", "-r", "rtn-w8a8", "--set", f"skip={path}", "--json"
+    )
     row = next(row for row in done.report["layers"] if row["path"] == QUANTIZED)
     assert (row["execution"], row["weight_bits"]) == ("float", 32)
 
@@ -268,38 +272,46 @@ def strange_architecture(folder):
     return ["SomethingElse"]
 
 
-ON_SIGHT = [  # seen in the headers, so `info` sees it too
-    truncated, no_safetensors, header_beyond_the_file, overlapping, unknown_dtype, missing_shard, empty,
-    broken_config, strange_architecture,
-]  # fmt: skip
-IN_THE_WEIGHTS = [edited(change) for change in (missing_key, extra_key, transposed, nan, infinite)]
-NAMES = ["missing_key", "extra_key", "transposed", "nan", "infinite"]
+IN_THE_VALUES = {edited(nan): "nan", edited(infinite): "infinite"}
+IN_THE_KEYS = {edited(change): change.__name__ for change in (missing_key, extra_key, transposed)}
+ON_DISK = {
+    damage: damage.__name__
+    for damage in (truncated, no_safetensors, header_beyond_the_file, overlapping, unknown_dtype,
+                   missing_shard, empty, broken_config, strange_architecture)
+}  # fmt: skip
+DAMAGES = IN_THE_VALUES | IN_THE_KEYS | ON_DISK
+VERBS = ("info", "convert", "calibrate", "quantize", "export", "sample", "evaluate")
+# info reads the headers alone, so it cannot see a bad value.
+CASES = [
+    (verb, damage) for verb in VERBS for damage in DAMAGES if verb != "info" or damage not in IN_THE_VALUES
+]
 
 
-@pytest.mark.parametrize("damage", ON_SIGHT + IN_THE_WEIGHTS, ids=[*(d.__name__ for d in ON_SIGHT), *NAMES])
-@pytest.mark.parametrize("verb", ["info", "convert", "quantize", "export", "sample"])
+def options(verb, work, reference):
+    """What each verb needs beside the folder it reads; all that it writes goes into `work`."""
+    return {
+        "info": [], "convert": [work / "out"], "quantize": [work / "out", "-r", "rtn-w4a4"],
+        "calibrate": [work / "out", "-p", "a red disc moving left"], "sample": ["-o", work / "out.mp4"],
+        "export": [work / "out", "--format", "diffusers"], "evaluate": [reference, "-o", work / "out"],
+    }[verb]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("verb", "damage"), CASES, ids=[f"{verb}-{DAMAGES[damage]}" for verb, damage in CASES]
+)
 def test_damaged_folders_are_refused(qvdjax, model_folder, tmp_path, damage, verb):
-    if verb == "info" and damage in IN_THE_WEIGHTS:
-        pytest.skip("info reads no weights")
     source, work = tmp_path / "source", tmp_path / "work"
     shutil.copytree(model_folder, source)
     work.mkdir()
     names = damage(source)
-    options = {
-        "info": [], "convert": [work / "out"], "quantize": [work / "out", "-r", "rtn-w4a4"],
-        "export": [work / "out", "--format", "diffusers"], "sample": ["-o", work / "out.mp4"],
-    }  # fmt: skip
-    assert refused(qvdjax(verb, source, *options[verb], "--json"), *names)
+    assert refused(qvdjax(verb, source, *options(verb, work, model_folder), "--json"), *names)
     assert not os.listdir(work)
 
 
-@pytest.mark.parametrize("verb", ["info", "convert", "quantize", "export", "sample"])
-def test_a_folder_that_is_not_there(qvdjax, tmp_path, verb):
-    options = {
-        "info": [], "convert": [tmp_path / "out"], "quantize": [tmp_path / "out", "-r", "rtn-w4a4"],
-        "export": [tmp_path / "out", "--format", "diffusers"], "sample": ["-o", tmp_path / "out.mp4"],
-    }  # fmt: skip
-    assert refused(qvdjax(verb, tmp_path / "nothing", *options[verb]), tmp_path / "nothing")
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_folder_that_is_not_there(qvdjax, model_folder, tmp_path, verb):
+    missing = tmp_path / "nothing"
+    assert refused(qvdjax(verb, missing, *options(verb, tmp_path, model_folder)), missing)
     assert not os.listdir(tmp_path)
 
 

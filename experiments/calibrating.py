@@ -1,0 +1,158 @@
+"""From a model folder to a calibration set: sample prompts and keep what the model was given."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import models
+from experiments.sampling.record import settings_record
+from experiments.sampling.request import Request, Settings, request_from_context, request_from_pipeline
+from models.pipeline import FILE
+from qvdjax.calibration import CalibrationSet, Trajectory, collect
+from qvdjax.checkpoint import CheckpointFolder
+from qvdjax.diffusion import compile_sampler, initial_noise, sample
+from qvdjax.errors import UserError
+from qvdjax.parallel import make_mesh
+
+Progress = Callable[[str, int, int], None]
+"""progress(stage, done, total)."""
+
+PROMPTS = 8
+# Not what `evaluate` uses by default (captions in the order of seed 0, noise of seeds 0, 1, ...): a model
+# should not be judged on what its ranges were fitted to.
+CAPTION_ORDER, FIRST_SEED = 1, 1000
+
+
+def calibrate_folder(
+    source: Path,
+    target: Path,
+    *,
+    prompts: Sequence[str] | None = None,
+    count: int = PROMPTS,
+    seeds: Sequence[int] | None = None,
+    context_file: Path | None = None,
+    settings: Settings | None = None,
+    mesh: Mapping[str, int] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Sample prompts one by one with the model of a folder; an interrupted run goes on where it stopped.
+
+    Args:
+        source: Model folder, full precision as a rule.
+        target: Calibration folder, see `qvdjax.calibration.CalibrationSet`.
+        prompts: Sentences; by default `count` captions of the moving shapes.
+        count: Number of captions where no prompts are given.
+        seeds: Every prompt is sampled at each. By default prompt i is sampled once, at seed 1000 + i.
+        context_file: Text embeddings for a folder without a `pipeline.json`, see
+            `experiments.sampling.request.request_from_context`.
+        settings: Steps, guidance and so on instead of the folder's.
+        mesh: Devices to spread the model over, axis name to size; by default the first device.
+        progress: Called with (stage, done, total).
+
+    Returns:
+        {folder, samples, steps, guidance_scale, model_inputs}; the last counts the calls that were recorded.
+
+    Raises:
+        UserError: A missing or corrupt model folder, unknown words, a target that holds another set or cannot
+            be written, latents that are not finite.
+    """
+    config = CheckpointFolder.open(source).config
+    request = _request(source, config, prompts, count, seeds, context_file, settings or Settings())
+    made_by = {"config": _architecture(config), **settings_record(request)}
+    entries = [
+        {"prompt": prompt, "seed": seed} for prompt, seed in zip(request.prompts, request.seeds, strict=True)
+    ]
+    device_mesh = None if mesh is None else make_mesh(mesh)
+    model = models.load(source, mesh=device_mesh, progress=progress)
+    with contextlib.nullcontext() if device_mesh is None else jax.set_mesh(device_mesh):
+        made = collect(target, made_by, entries, _recorder(model, request), progress=progress)
+    branches = 1 if request.negative_context is None else 2
+    return {
+        "folder": str(target),
+        "samples": len(made),
+        "steps": request.steps,
+        "guidance_scale": request.guidance_scale,
+        "model_inputs": len(made) * request.steps * branches,
+    }
+
+
+def open_calibration(folder: Path, source: Path) -> CalibrationSet:
+    """A calibration folder for the model of `source`; UserError if it was made with another architecture."""
+    calibration = CalibrationSet.open(folder)
+    if calibration.manifest.get("config") != _architecture(CheckpointFolder.open(source).config):
+        raise UserError(
+            f"{folder} was made with a model of another architecture than {source}",
+            remedy="calibrate with this model",
+        )
+    return calibration
+
+
+def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json that decide shapes; not its quantization, nor who wrote it."""
+    kept = {key: value for key, value in config.items() if key != "quantization_config" and key[0] != "_"}
+    return {"_class_name": config.get("_class_name"), **kept}
+
+
+def _request(source, config, prompts, count, seeds, context_file, settings: Settings) -> Request:
+    if not (source / FILE).exists():
+        if context_file is None:
+            raise UserError(
+                f"{source} has no {FILE}, so it cannot encode prompts",
+                remedy="give a file of text embeddings with --context",
+            )
+        channels = models.parse_config(config).in_channels
+        return request_from_context(context_file, channels, prompts, seeds or (FIRST_SEED,), settings)
+    if context_file is not None:
+        raise UserError(f"{source} encodes prompts itself", remedy="give prompts instead of --context")
+    if prompts is None:
+        if count < 1:
+            raise UserError(f"{count} prompts", remedy="ask for at least one")
+        from experiments.moving_shapes import captions
+
+        prompts = captions.prompts(count, CAPTION_ORDER)
+    request = request_from_pipeline(source, prompts, seeds or (FIRST_SEED,), settings)
+    if seeds is None:
+        own = tuple(range(FIRST_SEED, FIRST_SEED + len(prompts)))
+        request = dataclasses.replace(request, seeds=own)
+    return request
+
+
+def _recorder(model, request: Request) -> Callable[[int], Trajectory]:
+    """A function from the number of a sample to the model's inputs while it is sampled.
+
+    Compiles now, so that settings that the model cannot take are refused before anything is written.
+    """
+
+    def inputs(number: int) -> dict[str, Any]:
+        negative = request.negative_context
+        return {
+            "context": request.context[number, None],  # tokens dim -> 1 tokens dim
+            "negative_context": None if negative is None else negative[number, None],
+            "noise": initial_noise([request.seeds[number]], request.latents_shape),
+            "guidance_scale": request.guidance_scale,
+            "solver": request.solver,
+            "steps": request.steps,
+            "trajectory": True,
+        }
+
+    compile_sampler(model, **inputs(0))
+    timestep = np.asarray(request.solver.schedule(request.steps).timesteps, np.float32)
+
+    def record(number: int) -> Trajectory:
+        given = inputs(number)
+        trajectory = sample(model, **given).trajectory
+        latents = np.asarray(trajectory, np.float32)[:, 0]  # steps 1 f h w c -> steps f h w c
+        if not np.isfinite(latents).all():
+            raise UserError(
+                "the model sampled latents that are not finite", remedy="try a lower guidance scale"
+            )
+        context, negative = given["context"][0], given["negative_context"]
+        # Without guidance the model never meets the negative prompt: its own context stands in.
+        return Trajectory(latents, timestep, context, context if negative is None else negative[0])
+
+    return record

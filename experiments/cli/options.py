@@ -1,0 +1,76 @@
+"""Options that several verbs share: base classes of those in `arguments`. Standard library and tyro only."""
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+
+def hinted(kind, metavar: str, default: str):
+    """An optional value; `default` says in the help what happens without it."""
+    return Annotated[kind | None, arg(metavar=metavar, help_behavior_hint=f"(default: {default})")]
+
+
+FOLDERS = "the model folder's"
+Dir = Annotated[Positional[Path], arg(metavar="DIR")]
+Out = Annotated[Positional[Path], arg(metavar="OUT")]
+Names = UseAppendAction[tuple[str, ...]]
+Whole = Annotated[int, arg(metavar="N")]
+WholeOfFolder = hinted(int, "N", FOLDERS)
+RealOfFolder = hinted(float, "X", FOLDERS)
+Threshold = hinted(float, "X", "not checked")
+Execution = hinted(Literal["simulate", "integer"], "{simulate,integer}", "best on this device")
+Mesh = hinted(str, "AXES", "one device")
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options of every verb."""
+
+    _: KW_ONLY
+    json: bool = False
+    """Print exactly one JSON object on stdout and nothing else there."""
+    debug: bool = False
+    """Show the traceback of an error, and Python's and jax's warnings."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is sampled, for how many steps."""
+
+    _: KW_ONLY
+    prompt: Annotated[Names, arg(metavar="TEXT", aliases=["-p"])] = ()
+    """A prompt; may be repeated."""
+    prompts: hinted(Path, "FILE", "the shipped ones") = None
+    """Text file with one prompt a line."""
+    steps: WholeOfFolder = None
+    """Sampler steps."""
+    guidance_scale: RealOfFolder = None
+    """Strength of classifier-free guidance; 1 turns it off."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How it is sampled."""
+
+    _: KW_ONLY
+    negative_prompt: hinted(str, "TEXT", FOLDERS) = None
+    """What guidance moves away from."""
+    context: hinted(Path, "FILE", "prompts are encoded by the folder") = None
+    """Safetensors with the text embeddings context and negative_context, (tokens, dim) each, for a model
+    folder without pipeline.json."""
+    solver: hinted(Literal["unipc", "euler"], "{unipc,euler}", FOLDERS) = None
+    """Sampler."""
+    sigma_grid: hinted(Literal["original", "diffusers"], "{original,diffusers}", "original") = None
+    """Noise levels of unipc: those of Wan's own code or of diffusers."""
+    shift: RealOfFolder = None
+    """Shift of the noise schedule towards high noise."""
+    frames: WholeOfFolder = None
+    """Frames of the latents (not of the video)."""
+    height: WholeOfFolder = None
+    """Height of the latents."""
+    width: WholeOfFolder = None
+    """Width of the latents."""
+    mesh: Mesh = None
+    """Devices as a mesh, such as data=2,fsdp=4; axes are data, fsdp, context and tensor."""
