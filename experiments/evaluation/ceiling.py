@@ -24,9 +24,9 @@ def speed_ceiling_of_folder(folder: Path, setup: Setup) -> dict:
 def count_operations(model, latents, timestep, context) -> Counter:
     """Floating-point operations of one forward pass, by kind.
 
-    Counted in the traced program, so it holds for any model: a matrix product with batch axes is
-    attention (queries times keys, probabilities times values), one without is a linear layer.
-    Element-wise work is not counted.
+    Counted in the traced program, so it holds for any model and any way to compute attention: a product of
+    two activations is attention (queries times keys, probabilities times values), a product of activations
+    and parameters is a linear layer. Element-wise work is not counted.
 
     Args:
         model: A module, abstract or not; the other arguments are arrays or `jax.ShapeDtypeStruct`s as it
@@ -35,8 +35,10 @@ def count_operations(model, latents, timestep, context) -> Counter:
     Returns:
         {"linear": n, "attention": n, "convolution": n}, a multiplication and an addition counted as two.
     """
-    program = jax.make_jaxpr(lambda model, *arguments: model(*arguments))(model, latents, timestep, context)
-    return _count(program.jaxpr)
+    parameters = jax.tree.leaves(model)
+    program = jax.make_jaxpr(lambda model, *inputs: model(*inputs))(model, latents, timestep, context)
+    inputs = len(program.jaxpr.invars) - len(parameters)
+    return _count(program.jaxpr, [False] * len(parameters) + [True] * inputs)[0]
 
 
 def speed_ceiling(operations: Counter) -> dict:
@@ -57,33 +59,64 @@ def speed_ceiling(operations: Counter) -> dict:
     }
 
 
-def _count(program) -> Counter:
-    total = Counter(linear=0, attention=0, convolution=0)
+def _count(program, activations: list[bool]) -> tuple[Counter, list[bool]]:
+    """Operations of a traced program.
+
+    Args:
+        program: A Jaxpr.
+        activations: Which of its arguments depend on the model's inputs; the others are parameters.
+
+    Returns:
+        The operations, and which of the results depend on the model's inputs.
+    """
+    total: Counter = Counter()
+    depends = dict(zip(program.invars, activations, strict=True))
     for equation in program.eqns:
-        name = equation.primitive.name
+        flags = [
+            not hasattr(v, "val") and depends.get(v, False) for v in equation.invars
+        ]  # literals have `val`
+        name, parameters = equation.primitive.name, equation.params
+        size = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
+        results = [any(flags)] * len(equation.outvars)
         if name == "dot_general":
-            (contracted, _), (batch, _) = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            operations = (
-                2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
-            )
-            total["attention" if batch else "linear"] += operations
+            (contracted, _), _ = parameters["dimension_numbers"]
+            terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total["attention" if all(flags) else "linear"] += 2 * size * terms
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
-            output_axis = equation.params["dimension_numbers"].rhs_spec[0]
-            per_output = math.prod(kernel) // kernel[output_axis]
-            total["convolution"] += 2 * math.prod(equation.outvars[0].aval.shape) * per_output
+            outputs = kernel[parameters["dimension_numbers"].rhs_spec[0]]
+            total["convolution"] += 2 * size * math.prod(kernel) // outputs
         elif name == "dot_product_attention_fwd_wrapper":  # cuDNN: (batch, tokens, heads, head_dim)
             query, key = (variable.aval.shape for variable in equation.invars[:2])
             total["attention"] += 4 * math.prod(query) * key[1]
+        elif name == "scan":
+            inner, results = _count_scan(parameters, flags)
+            total += inner
         else:
-            repeats = equation.params["length"] if name == "scan" else 1
-            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
-                if _is_program(inner):
-                    for kind, operations in _count(getattr(inner, "jaxpr", inner)).items():
-                        total[kind] += repeats * operations
-    return total
+            for body in _programs(parameters):
+                fits = len(body.invars) == len(flags)
+                inner, outcome = _count(body, flags if fits else [any(flags)] * len(body.invars))
+                total += inner
+                results = outcome if len(outcome) == len(results) else results
+        depends.update(zip(equation.outvars, results, strict=True))
+    return total, [not hasattr(v, "val") and depends.get(v, False) for v in program.outvars]
 
 
-def _is_program(value) -> bool:
-    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+def _count_scan(parameters, flags: list[bool]) -> tuple[Counter, list[bool]]:
+    body, constants, carried = parameters["jaxpr"].jaxpr, parameters["num_consts"], parameters["num_carry"]
+    while True:
+        once, results = _count(body, flags)
+        carry = [a or b for a, b in zip(flags[constants : constants + carried], results, strict=False)]
+        if carry == flags[constants : constants + carried]:
+            return Counter({kind: parameters["length"] * n for kind, n in once.items()}), results
+        # What depends on the inputs after one round does so in the next one from the start.
+        flags = [*flags[:constants], *carry, *flags[constants + carried :]]
+
+
+def _programs(parameters) -> list:
+    """The Jaxprs among an equation's parameters; of a condition's branches the longest."""
+    branches = parameters.get("branches")
+    if branches:
+        return [max((branch.jaxpr for branch in branches), key=lambda program: len(program.eqns))]
+    found = [value for value in parameters.values() if hasattr(value, "eqns") or hasattr(value, "jaxpr")]
+    return [getattr(value, "jaxpr", value) for value in found]

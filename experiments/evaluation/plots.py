@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 # Okabe and Ito's palette: told apart by colour-blind readers; markers differ too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-MARKERS = "os^Dv*"
+MARKERS = "os^Dv*P"
+"""Seven beside six colours: no two of 42 lines look alike."""
 
 Series = Mapping[str, Sequence[float]]
 """{mean, low, high}: lists of one length."""

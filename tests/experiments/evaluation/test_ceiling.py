@@ -7,19 +7,39 @@ import pytest
 import models
 from experiments.evaluation.ceiling import count_operations, speed_ceiling
 
+SHAPE = jax.ShapeDtypeStruct((2, 5, 4), jnp.float32)
+
+
+def count(function, *parameters):
+    """Operations of function(parameters..., latents, timestep, context), all inputs (2, 5, 4)."""
+    return count_operations(jax.tree_util.Partial(function, *parameters), SHAPE, SHAPE, SHAPE)
+
 
 def test_kinds_of_products():
-    def model(latents, timestep, context):
-        tokens = latents @ jnp.ones((4, 6))  # 2 x 5 tokens
+    def model(weight, kernel, latents, timestep, context):
+        tokens = latents @ weight  # (2, 5, 6)
         scores = jnp.einsum("bqd,bkd->bqk", tokens, tokens)
-        grid = jax.lax.conv_general_dilated(jnp.ones((1, 3, 8, 8)), jnp.ones((7, 3, 2, 2)), (2, 2), "VALID")
+        image = jnp.broadcast_to(latents.mean(), (1, 3, 8, 8))
+        grid = jax.lax.conv_general_dilated(image, kernel, (2, 2), "VALID")
         return scores, grid, timestep, context
 
-    shape = jax.ShapeDtypeStruct((2, 5, 4), jnp.float32)
-    operations = count_operations(jax.tree_util.Partial(model), shape, shape, shape)
-    assert operations["linear"] == 2 * (2 * 5) * 4 * 6
-    assert operations["attention"] == 2 * 2 * 5 * 5 * 6
-    assert operations["convolution"] == 2 * (7 * 4 * 4) * (3 * 2 * 2)
+    operations = count(model, jnp.ones((4, 6)), jnp.ones((7, 3, 2, 2)))
+    assert operations == {
+        "linear": 2 * (2 * 5) * 4 * 6,
+        "attention": 2 * 2 * 5 * 5 * 6,
+        "convolution": 2 * (7 * 4 * 4) * (3 * 2 * 2),
+    }
+
+
+def test_a_product_without_batch_axes_can_be_attention():
+    def model(weight, latents, timestep, context):
+        one_head = lambda tokens: (tokens @ weight) @ (tokens @ weight).T  # noqa: E731
+        return jax.lax.map(one_head, latents)
+
+    assert count(model, jnp.ones((4, 4))) == {
+        "linear": 2 * 2 * (2 * 5 * 4 * 4),
+        "attention": 2 * 2 * 5 * 5 * 4,
+    }
 
 
 def test_scans_and_inner_functions_count_as_often_as_they_run():
@@ -27,11 +47,19 @@ def test_scans_and_inner_functions_count_as_often_as_they_run():
     def block(x, weight):
         return jax.jit(lambda a: a @ weight)(x), None
 
-    def model(latents, timestep, context):
-        return jax.lax.scan(block, latents, jnp.ones((9, 4, 4)))[0]
+    def model(weights, latents, timestep, context):
+        return jax.lax.scan(block, latents, weights)[0]
 
-    shape = jax.ShapeDtypeStruct((3, 4), jnp.float32)
-    assert count_operations(jax.tree_util.Partial(model), shape, shape, shape)["linear"] == 9 * 2 * 3 * 4 * 4
+    assert count(model, jnp.ones((9, 4, 4))) == {"linear": 9 * 2 * (2 * 5) * 4 * 4}
+
+
+def test_what_a_loop_carries_may_become_an_activation_late():
+    # The carry starts as a parameter and takes the input in during the first round.
+    def model(weight, latents, timestep, context):
+        step = lambda carry, _: (carry @ carry.T + latents[0, :4, :4], None)  # noqa: E731
+        return jax.lax.scan(step, weight, None, length=3)[0]
+
+    assert count(model, jnp.ones((4, 4))) == {"attention": 3 * 2 * 4 * 4 * 4}
 
 
 def test_wan_by_formula():
