@@ -1,0 +1,160 @@
+"""Calibration sets: the inputs that a model met while sampling, in a folder.
+
+    manifest.json            {"format": "qvdjax-calibration", "version": 1, "samples": [...], and how it was made}
+    sample-0000.safetensors  latents (steps, frames, height, width, channels), timestep (steps,),
+                             context (tokens, dim), negative_context (tokens, dim)
+
+One file holds one prompt's whole trajectory; both guidance branches see the same latents, so these are stored once.
+Each entry of "samples" names a file, its prompt and its seed. A file appears under its name when it is complete, so an
+interrupted collection goes on with the prompts whose files are not there.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from qvdjax.checkpoint import SafetensorsFile, TensorSource, read_json, write_file
+from qvdjax.checkpoint.atomic import disk_errors
+from qvdjax.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT, VERSION = "qvdjax-calibration", 1
+TENSORS = ("latents", "timestep", "context", "negative_context")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """The model's inputs while one video was sampled.
+
+    Attributes:
+        latents: float32 (steps, frames, height, width, channels), before each step.
+        timestep: float32 (steps,).
+        context, negative_context: float32 (tokens, dim) each.
+    """
+
+    latents: np.ndarray
+    timestep: np.ndarray
+    context: np.ndarray
+    negative_context: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationSet:
+    """A folder of trajectories.
+
+    Attributes:
+        path: The folder.
+        manifest: Its description.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> Self:
+        """Read the manifest.
+
+        Raises:
+            UserError: No manifest, another format or version, or samples whose files are missing.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            raise UserError(f"{path} holds no {MANIFEST}", remedy="name a folder made by `qvdjax calibrate`")
+        manifest = read_json(path / MANIFEST)
+        if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+            raise UserError(f"{path / MANIFEST} is no {FORMAT} of version {VERSION}", remedy="calibrate again")
+        samples = manifest.get("samples")
+        if not isinstance(samples, list) or not all(isinstance(s, dict) and isinstance(s.get("file"), str) for s in samples):
+            raise UserError(f"{path / MANIFEST} lists no samples", remedy="calibrate again")
+        if missing := [s["file"] for s in samples if not (path / s["file"]).is_file()]:
+            raise UserError(f"{path} lacks samples", remedy="run `qvdjax calibrate` again to complete it", items=missing)
+        return cls(path, manifest)
+
+    def __len__(self) -> int:
+        return len(self.manifest["samples"])
+
+    def trajectory(self, number: int) -> Trajectory:
+        """One sample; UserError where its file is corrupt."""
+        return read_trajectory(self.path / self.manifest["samples"][number]["file"])
+
+    def batches(self, batch: int = 8) -> Iterator[dict[str, np.ndarray]]:
+        """Keyword arguments of the model's call: every step of every sample, with the prompt and with the
+        negative prompt; `batch` rows at a time (the last of a branch may have fewer)."""
+        for number in range(len(self)):
+            sample = self.trajectory(number)
+            for context in (sample.context, sample.negative_context):
+                for start in range(0, len(sample.timestep), batch):
+                    rows = slice(start, start + batch)
+                    latents = sample.latents[rows]
+                    spread = np.broadcast_to(context, (len(latents), *context.shape))  # batch tokens dim
+                    yield {"latents": latents, "timestep": sample.timestep[rows], "context": spread}
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self.batches()
+
+
+def read_trajectory(path: Path) -> Trajectory:
+    """One sample file.
+
+    Raises:
+        UserError: It is corrupt, lacks a tensor, or its tensors do not belong together.
+    """
+    file = SafetensorsFile(path)
+    if missing := [name for name in TENSORS if name not in file.tensors]:
+        raise UserError(f"{path} lacks tensors", remedy="delete it and calibrate again", items=missing)
+    sample = Trajectory(**{name: np.asarray(file.read(name), np.float32) for name in TENSORS})
+    steps = len(sample.timestep)
+    fits = sample.latents.ndim == 5 and len(sample.latents) == steps and sample.context.ndim == 2
+    if not fits or sample.context.shape != sample.negative_context.shape:
+        raise UserError(f"{path}: its tensors do not belong together", remedy="delete it and calibrate again")
+    return sample
+
+
+def collect(
+    path: str | os.PathLike, made_by: Mapping[str, Any], samples: list[Mapping[str, Any]],
+    make: Callable[[int], Trajectory], *, progress: Callable[[str, int, int], None] | None = None,
+) -> CalibrationSet:  # fmt: skip
+    """Fill a folder, going on where an earlier call was interrupted.
+
+    Args:
+        path: The folder; made if it is not there.
+        made_by: How the set is made (model, solver, steps, guidance ...), for the manifest.
+        samples: What each sample is (prompt, seed).
+        make: Number of a sample -> its trajectory.
+        progress: Called with ("calibrating", samples done, samples in all).
+
+    Raises:
+        UserError: The folder holds a set made in another way, or cannot be written.
+    """
+    path = Path(path)
+    entries = [{"file": f"sample-{i:04d}.safetensors", **sample} for i, sample in enumerate(samples)]
+    manifest = {"format": FORMAT, "version": VERSION, **made_by, "samples": entries}
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        if (path / MANIFEST).exists():
+            if read_json(path / MANIFEST) != json.loads(json.dumps(manifest)):
+                raise UserError(f"{path} holds a set made in another way", remedy="choose another folder or delete it")
+        elif any(path.iterdir()):
+            raise UserError(f"{path} exists and is not empty", remedy="choose another folder")
+        else:
+            _write_json(path / MANIFEST, manifest)
+    for number, entry in enumerate(entries):
+        if not (path / entry["file"]).exists():
+            sample = make(number)
+            arrays = {name: np.ascontiguousarray(getattr(sample, name), np.float32) for name in TENSORS}
+            sources = [TensorSource(name, a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()]
+            write_file(path / entry["file"], sources)
+        if progress:
+            progress("calibrating", number + 1, len(entries))
+    return CalibrationSet.open(path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=2))
+    os.replace(temporary, path)
