@@ -22,6 +22,7 @@ from qvdjax.checkpoint import (
     floating_dtype,
     write_folder,
 )
+from qvdjax.checkpoint.folder import nonfinite_error
 from qvdjax.errors import UserError
 
 
@@ -103,9 +104,9 @@ def checked_cast(tensors: Mapping[str, SourceTensor], key: str, dtype: np.dtype,
     values = tensors[key].read()
     if not all_finite(values):
         bad = [name for name, tensor in tensors.items() if name == key or not all_finite(tensor.read())]
-        remedy = "download or train the checkpoint again"
-        raise UserError(f"{path} holds NaN or infinite weights", remedy=remedy, items=bad)
-    cast = values.astype(dtype, copy=False)
+        raise nonfinite_error(str(path), bad)
+    with np.errstate(over="ignore"):  # told below, by name
+        cast = values.astype(dtype, copy=False)
     if cast.dtype != values.dtype and not all_finite(cast):
         raise UserError(
             f"{path}: {key} overflows {dtype}", remedy="choose a type with a wider range (bfloat16)"

@@ -17,7 +17,6 @@ from qvdjax.checkpoint.safetensors_file import (
     SafetensorsWriter,
     TensorSource,
     aligned,
-    all_finite,
 )
 from qvdjax.errors import UserError
 
@@ -166,11 +165,10 @@ def read_shards(index: Path) -> dict[str, SafetensorsFile]:
     return files
 
 
-def nonfinite_error(folder: CheckpointFolder, first: str) -> UserError:
-    """What the user reads when tensor `first` holds NaN or infinity; reads on to name all that do."""
-    others = (key for key in folder.keys if key != first and not all_finite(folder.read(key)))
+def nonfinite_error(where: str, bad: Iterable[str]) -> UserError:
+    """What the user reads about tensors that hold NaN or infinity."""
     remedy = "download or train the checkpoint again"
-    return UserError(f"{folder.path} holds NaN or infinite weights", remedy=remedy, items=[first, *others])
+    return UserError(f"{where} holds NaN or infinite weights", remedy=remedy, items=list(bad))
 
 
 def write_folder(
@@ -220,18 +218,13 @@ def write_folder(
                     done += tensor.nbytes
                     if progress:
                         progress("writing", done, total)
-        with disk_errors(Path(path)):
-            if many:
-                where = {tensor.name: name for name, shard in zip(files, shards) for tensor in shard}
-                _write_json(
-                    folder / INDEX,
-                    {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
-                )
-            _write_json(folder / CONFIG, dict(config))
-            for name, content in (side_files or {}).items():
-                (folder / name).write_bytes(
-                    content if isinstance(content, bytes) else Path(content).read_bytes()
-                )
+        if many:
+            where = {tensor.name: name for name, shard in zip(files, shards) for tensor in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+            _write(folder / INDEX, _json(index))
+        _write(folder / CONFIG, _json(dict(config)))
+        for name, content in (side_files or {}).items():
+            _write(folder / name, content if isinstance(content, bytes) else Path(content).read_bytes())
 
 
 def writing_order(tensors: Iterable[TensorSource], limit: int = MAX_SHARD_BYTES) -> list[list[TensorSource]]:
@@ -246,5 +239,10 @@ def writing_order(tensors: Iterable[TensorSource], limit: int = MAX_SHARD_BYTES)
     return [aligned(shard) for shard in shards]
 
 
-def _write_json(path: Path, value: dict):
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _write(path: Path, content: bytes):
+    with disk_errors(path), path.open("wb") as file:
+        file.write(content)

@@ -84,14 +84,14 @@ def _header_bytes(path: Path, size: int, file) -> bytes:
         raise UserError(f"{path} ends within its first eight bytes", remedy=_AGAIN)
     length = int.from_bytes(start, "little")
     # A pickle, a zip archive, HTML or a git-lfs pointer gives an absurd length: say which of the two it is.
+    foreign = f"{path} is not a safetensors file (its first bytes are {start!r})"
     if length > HEADER_LIMIT or length < 2:
-        raise UserError(
-            f"{path} is not a safetensors file (its first bytes are {start!r})", remedy=_remedy(start)
-        )
+        raise UserError(foreign, remedy=_remedy(start))
     if 8 + length > size:
-        raise UserError(
-            f"{path} is truncated: its header needs {8 + length} bytes, the file has {size}", remedy=_AGAIN
-        )
+        if (remedy := _remedy(start)) != _AGAIN:
+            raise UserError(foreign, remedy=remedy)
+        what = f"its header needs {8 + length} bytes, the file has {size}"
+        raise UserError(f"{path} is truncated: {what}", remedy=_AGAIN)
     text = file.read(length)
     if len(text) < length:
         raise UserError(f"{path} is truncated within its header", remedy=_AGAIN)
@@ -101,7 +101,8 @@ def _header_bytes(path: Path, size: int, file) -> bytes:
 
 
 def _remedy(start: bytes) -> str:
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")):
+    # PyTorch writes zip archives or pickles; the byte after a pickle's version is an instruction, never zero.
+    if start.startswith(b"PK\x03\x04") or (start[0] == 0x80 and start[1] in (2, 3, 4, 5) and start[2]):
         return "it looks like a PyTorch pickle: save it as safetensors first"
     if start.startswith(b"version "):
         return "it looks like a git-lfs pointer: fetch the real file with `git lfs pull`"
@@ -121,6 +122,7 @@ def _unique(pairs: Iterable[tuple[str, object]]) -> dict:
 def _parse(path: Path, size: int, text: bytes) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        json.dumps(header, ensure_ascii=False).encode()  # half a surrogate pair could never be printed
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise UserError(f"{path} has a corrupt header: {error}", remedy=_AGAIN) from None
     metadata = header.pop("__metadata__", {})

@@ -74,7 +74,14 @@ def load_variables(
         wanted = _dtype_of(one, folder, dtype)
         if (kept := jax.dtypes.canonicalize_dtype(wanted)) != wanted:
             narrowed.append(one.names[0])
-        leaves.append((one.path, one.variable.replace(_array(one, folder, kept, place(one.path)))))
+        try:
+            array = _array(one, folder, kept, place(one.path))
+        except _Nonfinite:
+            # Read on, so that every such tensor is named rather than the first alone.
+            names = [name for other in stored if not other.statistic for name in other.names]
+            bad = [name for name in names if not all_finite(folder.read(name))]
+            raise nonfinite_error(str(folder.path), bad) from None
+        leaves.append((one.path, one.variable.replace(array)))
         done += sum(folder.info(name).nbytes for name in one.names)
         if progress:
             progress("reading", done, folder.nbytes)
@@ -85,6 +92,10 @@ def load_variables(
             stacklevel=2,
         )
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+class _Nonfinite(Exception):
+    """The tensor of this name holds NaN or infinity."""
 
 
 def _placement(shardings: Any):
@@ -180,11 +191,13 @@ def _read_row(
         codes = codes.reshape(-1, *one.row_shape[1:])  # [rows, width] -> [rows, ...]
         return codes[(slice(None), *index[1:])].astype(dtype)
     found = folder.read(name, index)
-    finite = one.statistic or all_finite(found)
-    if not finite:
-        raise nonfinite_error(folder, name)
-    values = found.astype(dtype, copy=False)
-    if values.dtype != found.dtype and not one.statistic and not all_finite(values):
+    if one.statistic:
+        return found.astype(dtype, copy=False)
+    if not all_finite(found):
+        raise _Nonfinite(name)
+    with np.errstate(over="ignore"):  # told below, by name
+        values = found.astype(dtype, copy=False)
+    if values.dtype != found.dtype and not all_finite(values):
         raise UserError(
             f"{folder.path}: {name} overflows {dtype}", remedy="choose a type with a wider range (bfloat16)"
         )

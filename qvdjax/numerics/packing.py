@@ -15,9 +15,9 @@ def packed_width(width: int, bits: int) -> int:
 def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
     """Pack signed codes into 32-bit words, row by row.
 
-    Row by row along the last axis: code q is stored as the unsigned number q + 2**(bits-1), lowest bit first, with
-    nothing between two codes; the last word is filled up with zero bits. This is byte for byte the
-    `weight_packed` of compressed-tensors (`compressors/pack_quantized`, `pack_to_int32`).
+    Row by row along the last axis: code q is stored as the unsigned number q + 2**(bits-1), lowest bit
+    first, with nothing between two codes; the last word is filled up with zero bits. This is byte for byte
+    the `weight_packed` of compressed-tensors (`compressors/pack_quantized`, `pack_to_int32`).
 
     Args:
         codes: int8 [..., out, in], each in [-2**(bits-1), 2**(bits-1) - 1].
@@ -41,7 +41,9 @@ def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
     for start in range(0, len(rows), step):
         # Adding half modulo 256 and taking the low bits equals q + 2**(bits-1).
         unsigned = rows[start : start + step].view(np.uint8) + np.uint8(half)
-        stream = np.unpackbits(unsigned[..., None], axis=-1, count=bits, bitorder="little")  # [rows, in, bits]
+        stream = np.unpackbits(
+            unsigned[..., None], axis=-1, count=bits, bitorder="little"
+        )  # [rows, in, bits]
         stream = stream.reshape(len(unsigned), width * bits)  # [rows, in, bits] -> [rows, (in bits)]
         packed = np.packbits(stream, axis=-1, bitorder="little")  # [rows, octets]
         octets[start : start + step, : packed.shape[1]] = packed
@@ -60,7 +62,8 @@ def unpack_bits(packed: np.ndarray, bits: int, width: int) -> np.ndarray:
         int8 [..., out, width].
 
     Raises:
-        ValueError: The number of words is not what `width` codes of `bits` bits need, or `bits` is out of range.
+        ValueError: The number of words is not what `width` codes of `bits` bits need, or `bits` is out of
+            range.
     """
     _check_bits(bits)
     packed = np.ascontiguousarray(packed, "<i4")
