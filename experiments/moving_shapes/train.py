@@ -160,6 +160,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=defaults.seed, help="of the initial weights, the clips and the noise")
     add("--learning-rate", type=float, default=defaults.learning_rate, help="peak")
     add("--warm-up", type=int, default=defaults.warm_up, help="steps of linear warm-up")
+    add("--frames", type=int, help="train on the first so many frames of each clip only, which is cheaper")
+    add("--start", type=Path, help="begin with the weights of this model folder")
     add("--average", type=float, default=defaults.average, help="decay a step of the averaged weights")
     add("--chunk", type=int, default=200, help="steps in one call, and between two lines of the log")
     add("--data", type=Path, help="folder of precomputed latents instead of clips drawn by rule")
@@ -205,9 +207,10 @@ def main(argv: list[str] | None = None) -> None:
     objective = Objective() if teacher is None else Objective(data=options.data_weight, teacher=1.0)
     settings = Settings(
         seed=options.seed, batch=options.batch, learning_rate=options.learning_rate, warm_up=options.warm_up,
-        average=options.average, objective=objective,
+        average=options.average, frames=options.frames, objective=objective,
     )  # fmt: skip
-    model = models.load(options.teacher) if options.recipe else initial_model(options.seed)
+    start = options.start or (options.teacher if options.recipe else None)
+    model = models.load(start) if start else initial_model(options.seed)
     trainer = Trainer(model, settings, teacher=teacher, student=student_of(model, options.recipe))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(trainer.initial))
     log(event="model", parameters=parameters, device=jax.devices()[0].device_kind, jax=jax.__version__)

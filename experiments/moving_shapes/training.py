@@ -31,6 +31,7 @@ class Settings:
     weight_decay: float = 0.01
     clip: float = 1.0
     average: float = 0.9995
+    frames: int | None = None  # train on the first so many frames of each clip; None for all
     objective: Objective = Objective()
 
     @property
@@ -111,6 +112,7 @@ class Trainer:
 
     def _step(self, state: State, data: dict[str, jax.Array], rest, teacher) -> tuple[State, jax.Array]:
         settings, step = self.settings, state["step"]
+        data = {**data, "latents": data["latents"][:, : settings.frames]}
         key = jax.random.fold_in(jax.random.key(settings.seed ^ 0x5EED), step)  # apart from the data's keys
 
         def loss_of(params):
