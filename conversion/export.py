@@ -1,0 +1,170 @@
+"""Our folders in the layouts of other programs."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+import models
+from conversion import compressed_tensors, wan_original
+from conversion.source import SIDE_FILES
+from conversion.stored_layers import StoredLayer, stored_layers
+from qvdjax.checkpoint import (
+    CheckpointFolder,
+    Expected,
+    Progress,
+    TensorSource,
+    all_finite,
+    check_tensors,
+    expected_tensors,
+    floating_dtype,
+    write_folder,
+)
+from qvdjax.checkpoint.folder import nonfinite_error
+from qvdjax.errors import UserError
+from qvdjax.nn import Attention, Linear, layers_of
+
+Format = Literal["diffusers", "wan-original", "compressed-tensors"]
+EXPORT_FORMATS: tuple[str, ...] = get_args(Format)
+
+
+def export(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    format: Format,
+    *,
+    dtype: Any = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a model folder for other programs, tensor by tensor.
+
+    "diffusers": floats under diffusers' names; quantized weights become the numbers their codes stand for,
+    with channel scales taken off again. What only happens to activations is lost.
+    "wan-original": the same under Wan's original names, with the original config.json.
+    "compressed-tensors": codes and scales as that library reads them (see `conversion.compressed_tensors`).
+    Quantized convolutions, which its readers do not know, become floats.
+
+    Args:
+        source: A model folder, plain or quantized.
+        target: The new folder; it appears complete or not at all.
+        format: One of `EXPORT_FORMATS`.
+        dtype: Floating type of the weights; None keeps each as it is and makes dequantized ones float32.
+            Scales are never cast.
+        overwrite: Replace a folder that is there already.
+        progress: Called with ("writing", bytes done, bytes in all) after each tensor.
+
+    Returns:
+        A report: source, target, format, number of tensors, bytes, names of dequantized layers, names of
+        attentions whose quantized products the layout does not say, the side files copied along, and for
+        compressed-tensors how much rounding zero points changed.
+
+    Raises:
+        UserError: Unknown format; the source is no model folder of ours, or incomplete; the layout cannot
+            say what the model is; weights are NaN, infinite or overflow `dtype`; the target exists or cannot
+            be written.
+    """
+    if format not in EXPORT_FORMATS:
+        raise UserError(f"unknown export format {format!r}", remedy=f"use one of {', '.join(EXPORT_FORMATS)}")
+    wanted = None if dtype is None else floating_dtype(dtype)
+    folder = CheckpointFolder.open(source)
+    check_tensors(
+        expected_tensors(models.skeleton(source)), {k: folder.info(k) for k in folder.keys}, str(source)
+    )
+    layers = stored_layers(folder)
+    side_files = {name: folder.path / name for name in SIDE_FILES if (folder.path / name).is_file()}
+    report: dict[str, Any] = {"source": str(source), "target": str(target), "format": format}
+    if format == "compressed-tensors":
+        tensors, config, details = _compressed(folder, layers, wanted)
+        report |= details
+    else:
+        tensors = _float_tensors(folder, layers, wanted)
+        config = _float_config(folder)
+        report["dequantized"] = sorted(layers)
+    if format == "wan-original":
+        tensors, config, side_files = _original(tensors, config), wan_original.original_config(config), {}
+    write_folder(target, config, tensors, side_files=side_files, overwrite=overwrite, progress=progress)
+    attentions = layers_of(models.skeleton(source), (Attention,))
+    report["attention_left_out"] = [
+        n for names, _, a in attentions if a.scheme.qk_bits or a.scheme.pv_bits for n in names
+    ]
+    return report | {
+        "tensors": len(tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "side_files": sorted(side_files),
+    }
+
+
+def _float_config(folder: CheckpointFolder) -> dict[str, Any]:
+    return {name: value for name, value in folder.config.items() if name != "quantization_config"}
+
+
+def _float_tensors(
+    folder: CheckpointFolder,
+    layers: Mapping[str, StoredLayer],
+    wanted: np.dtype | None,
+    without: Collection[str] = (),
+) -> list[TensorSource]:
+    """All tensors of the float model, but for the keys in `without`."""
+    by_key = {f"{name}.weight": layer for name, layer in layers.items()}
+    expected = expected_tensors(models.abstract(_float_config(folder)))
+    kept = [tensor for key, tensor in expected.items() if key not in without]
+    return [_float_tensor(folder, tensor, by_key.get(tensor.key), wanted) for tensor in kept]
+
+
+def _float_tensor(
+    folder: CheckpointFolder, expected: Expected, layer: StoredLayer | None, wanted: np.dtype | None
+) -> TensorSource:
+    """One tensor of the float model, made from codes where `layer` is given."""
+    key = expected.key
+    found = folder.info(key).dtype if layer is None else np.dtype(np.float32)
+    read = functools.partial(folder.read, key) if layer is None else layer.weight
+    dtype = expected.cast_to(found, wanted)
+
+    def make() -> np.ndarray:
+        values = read()
+        if not all_finite(values):
+            raise nonfinite_error(str(folder.path), [key])
+        with np.errstate(over="ignore"):  # told below, by name
+            cast = values.astype(dtype, copy=False)
+        if not all_finite(cast):
+            remedy = "choose a type with a wider range (bfloat16)"
+            raise UserError(f"{folder.path}: {key} overflows {dtype}", remedy=remedy)
+        return cast
+
+    return TensorSource(key, expected.shape, dtype, make)
+
+
+def _original(tensors: list[TensorSource], config: Mapping[str, Any]) -> list[TensorSource]:
+    """The same tensors under Wan's original names."""
+    if models.family_of(dict(config)).name != "wan":
+        raise UserError("only Wan models have Wan's original names", remedy="export to diffusers")
+    names = {tensor.name: wan_original.to_original(tensor.name) for tensor in tensors}
+    if lost := [name for name, original in names.items() if original is None]:
+        raise UserError(
+            "tensors have no name in Wan's original layout", remedy="export to diffusers", items=lost
+        )
+    return [dataclasses.replace(tensor, name=names[tensor.name]) for tensor in tensors]
+
+
+def _compressed(
+    folder: CheckpointFolder, layers: Mapping[str, StoredLayer], wanted: np.dtype | None
+) -> tuple[list[TensorSource], dict[str, Any], dict[str, Any]]:
+    """Tensors, config.json and what to report, in compressed-tensors' layout."""
+    if not layers:
+        raise UserError(f"{folder.path} is not quantized", remedy="quantize it first, or export to diffusers")
+    compressed_tensors.refuse_transforms(layers.values())
+    linear = {name: layer for name, layer in layers.items() if not layer.convolution}
+    convolutions = {name: layer for name, layer in layers.items() if layer.convolution}
+    # Everything but the weights of quantized linear layers is as in the float model.
+    tensors = _float_tensors(folder, convolutions, wanted, without={f"{name}.weight" for name in linear})
+    for layer in linear.values():
+        tensors += compressed_tensors.layer_tensors(layer)
+    floats = [name for names, _, _ in layers_of(models.skeleton(folder.path), (Linear,)) for name in names]
+    config = _float_config(folder)
+    config["quantization_config"] = compressed_tensors.quantization_config(linear.values(), floats)
+    rounded = dataclasses.asdict(compressed_tensors.rounding(linear.values()))
+    return tensors, config, {"dequantized": sorted(convolutions), "rounded_zero_points": rounded}

@@ -1,0 +1,100 @@
+"""The quantized layers of a folder, read back as floats one block's layer at a time."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+import models
+from qvdjax.checkpoint import CheckpointFolder, expected_tensors
+from qvdjax.errors import UserError
+from qvdjax.nn import QUANTIZED_LAYERS, LayerScheme, layers_of
+from qvdjax.nn.conv import QuantizedConv
+from qvdjax.numerics.packing import unpack_bits
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredLayer:
+    """One quantized layer of one block.
+
+    Attributes:
+        folder: Where its tensors lie.
+        name: Its name in diffusers.
+        scheme: What it was quantized to.
+        shape: Shape of its float weight.
+        convolution: Whether it is a convolution.
+    """
+
+    folder: CheckpointFolder
+    name: str
+    scheme: LayerScheme
+    shape: tuple[int, ...]
+    convolution: bool
+
+    def tensor(self, part: str) -> np.ndarray | None:
+        """One of its tensors ("weight_scale"), None where it has none of that name."""
+        key = f"{self.name}.{part}"
+        return self.folder.read(key) if key in self.folder.files else None
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether its weight is quantized, not only its input."""
+        return self.scheme.weight is not None
+
+    def codes(self) -> np.ndarray:
+        """Signed codes int8 [out, in] (of a convolution [out, in * kernel])."""
+        packed = self.tensor("weight_packed")
+        if packed is None:
+            return self.tensor("weight")
+        return unpack_bits(packed, self.scheme.weight.bits, math.prod(self.shape[1:]))
+
+    def weight(self) -> np.ndarray:
+        """The float weight [out, in, *kernel] that its codes stand for, with transforms undone; float32 or
+        wider.
+
+        Raises:
+            UserError: It has a transform whose effect on the weight is not known here.
+        """
+        if not self.has_codes:
+            return self._untransformed(self.tensor("weight"))
+        codes, scale, zero_point = self.codes(), self.tensor("weight_scale"), self.tensor("weight_zero_point")
+        groups = scale.shape[-1]
+        real = codes.astype(scale.dtype).reshape(
+            len(codes), groups, -1
+        )  # [out, (groups size)] -> [out, groups, size]
+        if zero_point is not None:
+            real -= zero_point[..., None]
+        real *= scale[..., None]
+        return self._untransformed(real.reshape(len(codes), -1)).reshape(
+            self.shape
+        )  # [out, width] -> [out, in, ...]
+
+    def _untransformed(self, weight: np.ndarray) -> np.ndarray:
+        """The weight [out, in] that meets the layer's own input instead of the transformed one."""
+        for transform in reversed(self.scheme.transforms):
+            if transform != "smooth_scale":
+                raise UserError(
+                    f"{self.name} has the transform {transform}, which cannot be undone here",
+                    remedy="quantize the model with a recipe without it",
+                )
+            weight = weight / self.tensor(
+                "transform.smooth_scale"
+            )  # the product had its columns multiplied by it
+        return weight
+
+
+def stored_layers(folder: CheckpointFolder) -> dict[str, StoredLayer]:
+    """Name in diffusers -> layer, for every quantized layer and block of a folder.
+
+    Raises:
+        UserError: See `models.skeleton`.
+    """
+    config = {name: value for name, value in folder.config.items() if name != "quantization_config"}
+    shapes = {key: tensor.shape for key, tensor in expected_tensors(models.abstract(config)).items()}
+    return {
+        name: StoredLayer(
+            folder, name, layer.scheme, shapes[f"{name}.weight"], isinstance(layer, QuantizedConv)
+        )
+        for names, _, layer in layers_of(models.skeleton(folder.path), QUANTIZED_LAYERS)
+        for name in names
+    }
