@@ -12,15 +12,15 @@ import numpy as np
 from experiments.evaluation import provenance, summary
 from experiments.evaluation import thresholds as limits
 from experiments.evaluation.ceiling import speed_ceiling_of_folder
-from experiments.evaluation.measuring import compare_runs
+from experiments.evaluation.measuring import TEMPORAL_MEASURES, compare_runs
 from experiments.evaluation.observing import Observation, observe
 from experiments.evaluation.options import Options
 from experiments.evaluation.report import render
 from experiments.evaluation.report_folder import METRICS, REPORT, VIDEOS, check_target
 from experiments.evaluation.same_model import check_same_model
-from experiments.evaluation.scoring import why_no_oracle
+from experiments.evaluation.scoring import NO_DECODER, why_no_oracle
 from experiments.evaluation.sections import Clip
-from experiments.evaluation.setup import Setup, setup_from_folder
+from experiments.evaluation.setup import Setup, make_setup
 from qvdjax.checkpoint.atomic import disk_errors, new_folder
 from qvdjax.errors import UserError
 from qvdjax.video import side_by_side, write_mp4
@@ -28,8 +28,8 @@ from qvdjax.video import side_by_side, write_mp4
 MAXIMUM_CLIPS = 8
 """Videos in a report; metrics.json has the numbers of all."""
 
-PANEL_HEIGHT = 252
-"""Pixels that small videos are enlarged to, or nearly: seven times the moving shapes' 36."""
+PANEL_HEIGHT = 256
+"""Pixels that small videos are enlarged to, or nearly: eight times the moving shapes' 32."""
 
 
 def evaluate(reference: Path, candidate: Path, output: Path, **options) -> dict:
@@ -39,8 +39,8 @@ def evaluate(reference: Path, candidate: Path, output: Path, **options) -> dict:
     (teacher forcing), which separates the error of quantization from the drift it causes.
 
     Args:
-        reference: Model folder with a `pipeline.json`, full precision as a rule; its sampling defaults
-            hold for both.
+        reference: Model folder, full precision as a rule. Its `pipeline.json` holds the sampling defaults for
+            both; a folder without one needs a context file.
         candidate: Model folder of the same architecture and size.
         output: Report folder, new or in place of an older report: metrics.json, report.html, videos/*.mp4.
         options: Fields of `Options`.
@@ -80,7 +80,7 @@ class _Comparison(NamedTuple):
     setup: Setup
     metrics: dict[str, dict]
     paired: list[dict]
-    videos: list[np.ndarray]
+    videos: list[np.ndarray | None]
     """Of the reference, then of every candidate: (samples, frames, height, width, 3) in [0, 1]."""
 
 
@@ -89,19 +89,13 @@ def _compare(reference: Path, candidates: Mapping[str, Path], output: Path, opti
     check_target(output)
     for folder in candidates.values():
         check_same_model(reference, folder)
-    setup, pipeline = setup_from_folder(
-        reference,
-        prompts=options.prompts,
-        count=options.count,
-        seeds=options.seeds,
-        steps=options.steps,
-        guidance_scale=options.guidance_scale,
-    )
-    frame_shape = pipeline.decode(np.zeros((1, *setup.latents_shape), np.float32)).shape[1:]
-    oracle_reason = why_no_oracle(setup, frame_shape)
-    limits.check_measurable(thresholds, oracle_reason)
+    setup = make_setup(reference, options)
+    oracle_reason = why_no_oracle(setup)
+    video_reason = NO_DECODER if setup.pipeline is None else None
+    limits.check_measurable(thresholds, oracle_reason=oracle_reason, video_reason=video_reason)
     shared = {
         "oracle_reason": oracle_reason,
+        "video_reason": video_reason,
         "ceiling": speed_ceiling_of_folder(reference, setup),
         "sampling": _sampling(setup, options),
         "device": provenance.device(),
@@ -110,7 +104,7 @@ def _compare(reference: Path, candidates: Mapping[str, Path], output: Path, opti
     }
 
     def observation(name: str, folder: Path, along: np.ndarray | None) -> Observation:
-        return observe(folder, setup, pipeline, options, name=name, along=along, oracle=oracle_reason is None)
+        return observe(folder, setup, options, name=name, along=along, oracle=oracle_reason is None)
 
     truth = observation("reference", reference, None)
     metrics, videos = {}, [truth.video]
@@ -146,9 +140,13 @@ def _measures(truth: Observation, seen: Observation, setup: Setup) -> dict:
     oracle = None
     if truth.oracle is not None and seen.oracle is not None:
         oracle = summary.oracle_entry(truth.oracle, seen.oracle, groups)
+    if truth.temporal is None or seen.temporal is None:
+        temporal = dict.fromkeys(TEMPORAL_MEASURES)
+    else:
+        temporal = summary.both_entries(truth.temporal, seen.temporal, groups)
     return {
         **summary.fidelity_entries(fidelity, groups, timesteps),
-        **summary.both_entries(truth.temporal, seen.temporal, groups),
+        **temporal,
         "oracle": oracle,
         "weight_bytes": {
             "reference": truth.weight_bytes,
@@ -177,21 +175,25 @@ def _write(comparison: _Comparison, output: Path, content: dict) -> None:
     """Make the report folder, whole or not at all."""
     setup = comparison.setup
     with new_folder(output, overwrite=True) as draft, disk_errors(output):
-        (draft / VIDEOS).mkdir()
-        clips = []
-        for index, (prompt, seed) in enumerate(zip(setup.prompt_texts, setup.seeds, strict=True)):
-            if index == MAXIMUM_CLIPS:
-                break
-            file = draft / VIDEOS / f"{index:02d}-{_slug(prompt)}-seed{seed}.mp4"
-            panels = [videos[index] for videos in comparison.videos]
-            scale = max(1, PANEL_HEIGHT // panels[0].shape[1])
-            write_mp4(
-                file, side_by_side(panels, ["reference", *comparison.metrics], scale=scale), fps=setup.fps
-            )
-            clips.append(Clip(prompt, seed, file.read_bytes()))
+        clips = [] if setup.pipeline is None else _write_clips(comparison, draft / VIDEOS)
         text = json.dumps(content, indent=1, allow_nan=False)
         (draft / METRICS).write_text(text + "\n", encoding="utf-8")
         (draft / REPORT).write_text(render(comparison.metrics, clips, comparison.paired), encoding="utf-8")
+
+
+def _write_clips(comparison: _Comparison, folder: Path) -> list[Clip]:
+    setup, labels = comparison.setup, ["reference", *comparison.metrics]
+    folder.mkdir()
+    clips = []
+    for index, (prompt, seed) in enumerate(zip(setup.prompt_texts, setup.seeds, strict=True)):
+        if index == MAXIMUM_CLIPS:
+            break
+        file = folder / f"{index:02d}-{_slug(prompt)}-seed{seed}.mp4"
+        panels = [videos[index] for videos in comparison.videos]
+        scale = max(1, PANEL_HEIGHT // panels[0].shape[1])
+        write_mp4(file, side_by_side(panels, labels, scale=scale), fps=setup.pipeline.fps)
+        clips.append(Clip(prompt, seed, file.read_bytes()))
+    return clips
 
 
 def _slug(prompt: str) -> str:

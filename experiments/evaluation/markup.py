@@ -48,14 +48,16 @@ def video(mp4: bytes, label: str) -> Markup:
     )
 
 
-def table(header: list, rows: list[list], *, caption: str, row_headers: bool = True) -> Markup:
-    """A table whose first column, with `row_headers`, names the rows. On a narrow screen it scrolls."""
+def table(header: list, rows: list[list], *, caption: str, class_: str | None = None) -> Markup:
+    """A table whose first column names the rows. On a narrow screen it scrolls by itself."""
     head = element("tr", *(element("th", cell, scope="col") for cell in header))
     body = []
     for first, *rest in rows:
-        lead = element("th", first, scope="row") if row_headers else element("td", first)
-        body.append(element("tr", lead, *(element("td", cell) for cell in rest)))
-    inner = element("table", element("caption", caption), element("thead", head), element("tbody", *body))
+        cells = (element("td", cell) for cell in rest)
+        body.append(element("tr", element("th", first, scope="row"), *cells))
+    inner = element(
+        "table", element("caption", caption), element("thead", head), element("tbody", *body), class_=class_
+    )
     return element("div", inner, class_="scroll", tabindex="0", role="region", aria_label=caption)
 
 

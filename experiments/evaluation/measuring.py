@@ -64,9 +64,12 @@ def compare_runs(
     )
 
 
+TEMPORAL_MEASURES = ("flicker", "frame_difference_energy")
+
+
 def temporal_measures(video: np.ndarray) -> Mapping[str, np.ndarray]:
     """Measures of one model's videos (samples, frames, height, width, 3) alone, each (samples,)."""
-    return {"flicker": flicker(video), "frame_difference_energy": frame_difference_energy(video)}
+    return dict(zip(TEMPORAL_MEASURES, (flicker(video), frame_difference_energy(video)), strict=True))
 
 
 def _error_by_step(estimate: np.ndarray, reference: np.ndarray) -> np.ndarray:

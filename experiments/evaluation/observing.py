@@ -15,7 +15,6 @@ from experiments.evaluation.options import Options
 from experiments.evaluation.runs import FreeRun, Place, predict_along, run_freely
 from experiments.evaluation.scoring import oracle_scores
 from experiments.evaluation.setup import Setup
-from models.pipeline import Pipeline
 from qvdjax import describe
 from qvdjax.nn import Codes, Statistic
 from qvdjax.parallel import make_mesh, shard_batch
@@ -29,8 +28,8 @@ class Observation:
         run: Where it went by itself.
         velocity: What it predicted at the reference's latents, float32 (steps, samples, frames, height,
             width, channels).
-        video: (samples, frames, height, width, 3) in [0, 1].
-        temporal: Flicker and frame difference energy, (samples,) each.
+        video: (samples, frames, height, width, 3) in [0, 1]; None where nothing decodes latents.
+        temporal: Flicker and frame difference energy, (samples,) each; None without videos.
         oracle: Colour, shape and direction, (samples,) each, or None.
         layers: Rows of `qvdjax.describe`.
         weight_bytes: Of all parameters, codes at their logical bits.
@@ -38,8 +37,8 @@ class Observation:
 
     run: FreeRun
     velocity: np.ndarray
-    video: np.ndarray
-    temporal: Mapping[str, np.ndarray]
+    video: np.ndarray | None
+    temporal: Mapping[str, np.ndarray] | None
     oracle: Mapping[str, np.ndarray] | None
     layers: list[dict]
     weight_bytes: int
@@ -48,7 +47,6 @@ class Observation:
 def observe(
     folder: Path,
     setup: Setup,
-    pipeline: Pipeline,
     options: Options,
     *,
     name: str,
@@ -59,7 +57,6 @@ def observe(
 
     Args:
         folder: Model folder.
-        pipeline: Decodes the latents.
         name: For progress.
         along: Latents to predict at, as `FreeRun.inputs`; None for the model's own.
         oracle: Whether to ask the oracle.
@@ -83,13 +80,13 @@ def observe(
         velocity = predict_along(
             model, along, setup, batch=batch, place=place, progress=progress("teacher forcing")
         )
-    video = pipeline.decode(run.latents)
+    video = None if setup.pipeline is None else setup.pipeline.decode(run.latents)
     return Observation(
         run=run,
         velocity=velocity,
         video=video,
-        temporal=temporal_measures(video),
-        oracle=oracle_scores(setup, video) if oracle else None,
+        temporal=None if video is None else temporal_measures(video),
+        oracle=None if video is None or not oracle else oracle_scores(setup, video),
         layers=describe(model),
         weight_bytes=weight_bytes(model),
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from qvdjax.errors import UserError
 
@@ -18,6 +19,9 @@ class Options:
         count: Number of prompts where none are given, 8 by default.
         seeds: Every prompt is sampled at each of these. By default prompt i is sampled once, at seed i.
         steps, guidance_scale: The reference folder's by default, for all models.
+        context_file: For folders without a `pipeline.json`, instead of prompts: safetensors with `context`
+            and `negative_context` as `qvdjax sample` reads them. There is no video then, only latents.
+        frames, height, width: Of the latents, for such folders.
         batch: Samples computed at once, all by default.
         thresholds: See `thresholds.THRESHOLDS`; `min_oracle` stands for the three oracle scores.
         execution: Of quantized layers: "integer", "simulate", or None for the best on this device.
@@ -31,6 +35,10 @@ class Options:
     seeds: Sequence[int] | None = None
     steps: int | None = None
     guidance_scale: float | None = None
+    context_file: Path | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
     batch: int | None = None
     thresholds: Mapping[str, float | None] | None = None
     execution: str | None = None

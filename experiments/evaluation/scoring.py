@@ -8,15 +8,18 @@ from qvdjax.errors import UserError
 ORACLE_SCORES = ("color", "shape", "direction")
 
 
-def why_no_oracle(setup: Setup, video_shape: tuple[int, ...]) -> str | None:
-    """Why the oracle cannot judge these samples, or None if it can.
+NO_DECODER = "the folder has no pipeline.json, so its latents are not decoded"
 
-    Args:
-        video_shape: (frames, height, width, 3) of one decoded video.
-    """
+
+def why_no_oracle(setup: Setup) -> str | None:
+    """Why the oracle cannot judge these samples, or None if it can."""
     from experiments.moving_shapes.captions import Caption
     from experiments.moving_shapes.clips import FRAMES, SIZE
 
+    if setup.pipeline is None:
+        return NO_DECODER
+    latents = np.zeros((1, *setup.latents_shape), np.float32)
+    video_shape = setup.pipeline.decode(latents).shape[1:]  # (frames, height, width, 3)
     if tuple(video_shape) != (FRAMES, SIZE, SIZE, 3):
         sizes = " x ".join(map(str, video_shape[:3]))
         return f"the oracle measures moving shapes of {FRAMES} x {SIZE} x {SIZE}, these videos are {sizes}"

@@ -31,37 +31,34 @@ class Clip:
 def overview(metrics: Mapping[str, Mapping]) -> Markup:
     """The table that says it all, one row a model."""
     first = next(iter(metrics.values()))
+    name = first["reference"]["name"]
     header = ["model", "weights", "of reference", "teacher-forced error", "error of final latents"]
-    header += ["PSNR, dB", "SSIM", "steadiness"]
-    reference = [
-        first["reference"]["name"],
-        _bytes(first["weight_bytes"]["reference"]),
-        "1",
-        "0",
-        "0",
-        "",
-        "",
-    ]
-    reference += [_interval(first["flicker"]["reference"])]
-    rows = [reference]
-    for name, one in metrics.items():
+    rows = [[name, _bytes(first["weight_bytes"]["reference"]), "1", "0", "0"]]
+    for candidate_name, one in metrics.items():
         bytes_, ratio = one["weight_bytes"]["candidate"], one["weight_bytes"]["ratio"]
         errors = [_interval(one[measure], 2) for measure in ("teacher_forced_error", "trajectory_error")]
-        pictures = [_interval(entry) for entry in (one["psnr"], one["ssim"], one["flicker"]["candidate"])]
-        rows.append([name, _bytes(bytes_), f"{ratio:.3f}", *errors, *pictures])
+        rows.append([candidate_name, _bytes(bytes_), f"{ratio:.3f}", *errors])
+    notes = [ABOUT_ERRORS, f"Bytes count codes at their logical bits; {name} is stored as {_types(first)}."]
+    if first["psnr"]:
+        header += ["PSNR, dB", "SSIM", "steadiness"]
+        rows[0] += ["", "", _interval(first["flicker"]["reference"])]
+        for row, one in zip(rows[1:], metrics.values(), strict=True):
+            row += [_interval(entry) for entry in (one["psnr"], one["ssim"], one["flicker"]["candidate"])]
+        notes.append(ABOUT_STEADINESS)
+    else:
+        notes.append(f"No measures of videos: {first['video_reason']}.")
     if first["oracle"]:
         header += ["colour", "shape", "direction"]
         scores = [first["oracle"]["reference"], *(one["oracle"]["candidate"] for one in metrics.values())]
-        rows = [
-            [*row, *(_interval(score[name], 2) for name in ("color", "shape", "direction"))]
-            for row, score in zip(rows, scores, strict=True)
-        ]
-    oracle = ABOUT_ORACLE if first["oracle"] else f"No oracle scores: {first['oracle_reason']}."
-    weights = (
-        f"Bytes count codes at their logical bits; {first['reference']['name']} is stored as {_types(first)}."
+        for row, score in zip(rows, scores, strict=True):
+            row += [_interval(score[name], 2) for name in ("color", "shape", "direction")]
+        notes.append(ABOUT_ORACLE)
+    else:
+        notes.append(f"No oracle scores: {first['oracle_reason']}.")
+    paragraphs = (element("p", note, class_="soft") for note in notes)
+    return _section(
+        "What was lost and what was saved", table(header, rows, caption="All models"), *paragraphs
     )
-    notes = (element("p", note, class_="soft") for note in (ABOUT_ERRORS, weights, ABOUT_STEADINESS, oracle))
-    return _section("What was lost and what was saved", table(header, rows, caption="All models"), *notes)
 
 
 def videos(labels: Sequence[str], clips: Sequence[Clip]) -> Markup:
@@ -147,8 +144,10 @@ def candidate(name: str, metrics: Mapping) -> Markup:
         png = plots.layer_quality(quality, title=f"Quantized weights of {name}")
         picture = element("div", image(png, alt), class_="plots")
     header = ["layer", "role", "shape", "weight bits", "activation bits", "bytes", "SQNR, dB", "why"]
-    layers = table(header, [_layer(row) for row in metrics["layers"]], caption=f"Layers of {name}")
-    measures = ["teacher_forced_error", "trajectory_error", "psnr", "ssim"]
+    layers = table(
+        header, [_layer(row) for row in metrics["layers"]], caption=f"Layers of {name}", class_="layers"
+    )
+    measures = ["teacher_forced_error", "trajectory_error", *(["psnr", "ssim"] if metrics["psnr"] else [])]
     prompts = table(
         ["prompt", *(measure.replace("_", " ") for measure in measures)],
         [

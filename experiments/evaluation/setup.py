@@ -7,9 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
+import models
+from experiments.evaluation.options import Options
 from experiments.moving_shapes import captions
-from models.pipeline import Pipeline
-from qvdjax.diffusion import Solver, initial_noise
+from experiments.sampling.request import Settings, request_from_context
+from models.pipeline import FILE, Pipeline
+from qvdjax.diffusion import SOLVERS, Solver, initial_noise
 from qvdjax.errors import UserError
 
 DEFAULT_PROMPTS = 8
@@ -20,32 +23,37 @@ class Setup:
     """Everything that decides a sample, except the model.
 
     Attributes:
-        prompts: Different sentences.
+        prompts: Different sentences, or names of texts that came as embeddings.
         prompt_of_sample: Which prompt each sample follows.
         seeds: Of each sample's initial noise.
-        context, negative_context: float32 (samples, tokens, dim).
+        context: float32 (samples, tokens, dim).
+        negative_context: The same; None without guidance.
         latents_shape: (frames, height, width, channels) of one sample.
         solver, steps, guidance_scale: See `qvdjax.diffusion.sample`.
-        solver_fields: The solver's name and options, to be reported.
-        fps: Frames a second of the videos in the report.
+        pipeline: What decodes the latents; None where nothing does.
     """
 
     prompts: tuple[str, ...]
     prompt_of_sample: tuple[int, ...]
     seeds: tuple[int, ...]
     context: np.ndarray
-    negative_context: np.ndarray
+    negative_context: np.ndarray | None
     latents_shape: tuple[int, int, int, int]
     solver: Solver
-    solver_fields: dict
     steps: int
     guidance_scale: float
-    fps: float
+    pipeline: Pipeline | None
 
     @property
     def unguided(self) -> bool:
         """Whether one pass without the negative context is all there is."""
         return self.guidance_scale == 1
+
+    @property
+    def solver_fields(self) -> dict:
+        """The solver's name and options, to be reported."""
+        name = next(name for name, kind in SOLVERS.items() if isinstance(self.solver, kind))
+        return {"name": name, **dataclasses.asdict(self.solver)}
 
     @property
     def prompt_texts(self) -> list[str]:
@@ -57,55 +65,77 @@ class Setup:
         return initial_noise([self.seeds[row] for row in rows], self.latents_shape)
 
 
-def setup_from_folder(
-    folder: Path,
-    *,
-    prompts: Sequence[str] | None = None,
-    count: int | None = None,
-    seeds: Sequence[int] | None = None,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-) -> tuple[Setup, Pipeline]:
-    """Read the sampling defaults of a model folder, and apply what was asked for instead.
+def make_setup(folder: Path, options: Options) -> Setup:
+    """What to sample: the reference folder's defaults, with what was asked for instead.
 
     Args:
-        folder: A model folder with a `pipeline.json`.
-        prompts, count, seeds, steps, guidance_scale: As in `Options`.
-
-    Returns:
-        The setup, and the pipeline that decodes its latents.
+        folder: The reference's folder.
 
     Raises:
-        UserError: No `pipeline.json`, an unknown word in a prompt, repeated prompts or seeds, or a count
-            below one.
+        UserError: Neither a `pipeline.json` nor a context file, or both; an unknown word in a prompt;
+            repeated prompts or seeds; a count or a number of steps below one.
     """
+    has_pipeline = (folder / FILE).exists()
+    if has_pipeline and options.context_file is not None:
+        raise UserError(f"{folder} encodes prompts itself", remedy="give prompts instead of a context file")
+    if not has_pipeline and options.context_file is None:
+        raise UserError(
+            f"{folder} has no {FILE}, so it cannot encode prompts",
+            remedy="give a context file: safetensors with `context` and `negative_context`",
+        )
+    setup = _from_pipeline(folder, options) if has_pipeline else _from_context(folder, options)
+    setup.solver.schedule(setup.steps)  # refuses a number of steps one cannot take, before models are loaded
+    return setup
+
+
+def _from_pipeline(folder: Path, options: Options) -> Setup:
     pipeline = Pipeline.load(folder)
-    prompts = tuple(prompts) if prompts else _default_prompts(count)
+    prompts = tuple(options.prompts) if options.prompts else _default_prompts(options.count)
     _refuse_repeats("prompts", prompts)
-    if seeds:
-        _refuse_repeats("seeds", seeds)
-        pairs = [(index, int(seed)) for index in range(len(prompts)) for seed in seeds]
-    else:
-        pairs = [(index, index) for index in range(len(prompts))]
-    prompt_of_sample, sample_seeds = zip(*pairs, strict=True)
-    context = pipeline.encode([prompts[index] for index in prompt_of_sample])
-    setup = Setup(
+    guidance_scale = pipeline.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    prompt_of_sample, seeds = _pairs(len(prompts), options.seeds)
+    return Setup(
         prompts=prompts,
         prompt_of_sample=prompt_of_sample,
-        seeds=sample_seeds,
-        context=context,
-        negative_context=pipeline.encode([pipeline.negative_prompt] * len(pairs)),
+        seeds=seeds,
+        context=pipeline.encode([prompts[index] for index in prompt_of_sample]),
+        negative_context=pipeline.encode([pipeline.negative_prompt] * len(seeds)),
         latents_shape=pipeline.latents_shape,
         solver=pipeline.make_solver(),
-        solver_fields={"name": pipeline.solver, **dataclasses.asdict(pipeline.make_solver())},
-        steps=pipeline.steps if steps is None else steps,
-        guidance_scale=float(pipeline.guidance_scale if guidance_scale is None else guidance_scale),
-        fps=pipeline.fps,
+        steps=pipeline.steps if options.steps is None else options.steps,
+        guidance_scale=float(guidance_scale),
+        pipeline=pipeline,
     )
-    setup.solver.schedule(
-        setup.steps
-    )  # a number of steps one cannot take is refused before models are loaded
-    return setup, pipeline
+
+
+def _from_context(folder: Path, options: Options) -> Setup:
+    sizes = {name: getattr(options, name) for name in ("frames", "height", "width")}
+    settings = Settings(steps=options.steps, guidance_scale=options.guidance_scale, **sizes)
+    channels = models.skeleton(folder).config.in_channels
+    texts = request_from_context(Path(options.context_file), channels, options.prompts, [0], settings)
+    prompt_of_sample, seeds = _pairs(len(texts.context), options.seeds)
+    rows = list(prompt_of_sample)
+    return Setup(
+        prompts=texts.names,
+        prompt_of_sample=prompt_of_sample,
+        seeds=seeds,
+        context=texts.context[rows],
+        negative_context=None if texts.negative_context is None else texts.negative_context[rows],
+        latents_shape=texts.latents_shape,
+        solver=texts.solver,
+        steps=texts.steps,
+        guidance_scale=float(texts.guidance_scale),
+        pipeline=None,
+    )
+
+
+def _pairs(prompts: int, seeds: Sequence[int] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Prompt and seed of each sample: every prompt at every seed, or prompt i at seed i."""
+    if not seeds:
+        return tuple(range(prompts)), tuple(range(prompts))
+    _refuse_repeats("seeds", seeds)
+    pairs = [(index, int(seed)) for index in range(prompts) for seed in seeds]
+    return tuple(index for index, _ in pairs), tuple(seed for _, seed in pairs)
 
 
 def _default_prompts(count: int | None) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ THRESHOLDS = {
 }
 """Threshold -> where in metrics.json its value is found. `max_` and `min_` say on which side it must stay."""
 
+VIDEO_THRESHOLDS = ("min_psnr", "min_ssim")
 ORACLE_THRESHOLDS = ("min_color", "min_shape", "min_direction")
 
 
@@ -35,22 +36,20 @@ def expand(thresholds: Mapping[str, float | None] | None) -> dict[str, float]:
     return given
 
 
-def check_measurable(thresholds: Mapping[str, float], oracle_reason: str | None) -> None:
+def check_measurable(
+    thresholds: Mapping[str, float], *, oracle_reason: str | None, video_reason: str | None
+) -> None:
     """Refuse thresholds on what this evaluation will not measure, before it runs.
 
     Args:
-        oracle_reason: Why there are no oracle scores, or None if there will be some.
+        oracle_reason, video_reason: Why there are no oracle scores or no videos; None if there will be some.
 
     Raises:
         UserError: As said.
     """
-    wanted = [name for name in ORACLE_THRESHOLDS if name in thresholds]
-    if oracle_reason and wanted:
-        raise UserError(
-            f"the oracle cannot score these videos ({oracle_reason})",
-            remedy="drop its thresholds",
-            items=wanted,
-        )
+    for reason, names in ((video_reason, VIDEO_THRESHOLDS), (oracle_reason, ORACLE_THRESHOLDS)):
+        if reason and (wanted := [name for name in names if name in thresholds]):
+            raise UserError(f"thresholds cannot be checked: {reason}", remedy="drop them", items=wanted)
 
 
 def failures(thresholds: Mapping[str, float], metrics: Mapping) -> list[str]:

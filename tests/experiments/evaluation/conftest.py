@@ -16,15 +16,15 @@ CONFIG = {
     "_class_name": "WanTransformer3DModel",
     "num_attention_heads": 2,
     "attention_head_dim": 32,
-    "in_channels": 27,
-    "out_channels": 27,
+    "in_channels": 12,
+    "out_channels": 12,
     "text_dim": 64,
     "freq_dim": 32,
     "ffn_dim": 96,
     "num_layers": 2,
 }
 PIPELINE = Pipeline(
-    words=WORDS, embeddings=embeddings(), tokens=8, frames=9, height=12, width=12, channels=27, factor=3,
+    words=WORDS, embeddings=embeddings(), tokens=8, frames=9, height=16, width=16, channels=12, factor=2,
     solver="unipc", shift=3.0, steps=3, guidance_scale=2.0, fps=8,
 )  # fmt: skip
 

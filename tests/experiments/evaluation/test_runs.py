@@ -30,10 +30,9 @@ def setup(samples: int, steps: int = 3, guidance_scale: float = 2.0) -> Setup:
         negative_context=0.5 * context,
         latents_shape=(2, 3, 4, 5),
         solver=get_solver("euler", shift=1.0),
-        solver_fields={"name": "euler", "shift": 1.0},
         steps=steps,
         guidance_scale=guidance_scale,
-        fps=8,
+        pipeline=None,
     )
 
 

@@ -54,6 +54,8 @@ def test_unknown_names_are_refused():
 
 
 def test_oracle_thresholds_need_an_oracle():
-    thresholds.check_measurable({"min_psnr": 1}, "no captions")
+    thresholds.check_measurable({"min_psnr": 1}, oracle_reason="no captions", video_reason=None)
     with pytest.raises(UserError, match="no captions"):
-        thresholds.check_measurable({"min_color": 1}, "no captions")
+        thresholds.check_measurable({"min_color": 1}, oracle_reason="no captions", video_reason=None)
+    with pytest.raises(UserError, match="no decoder"):
+        thresholds.check_measurable({"min_ssim": 1}, oracle_reason=None, video_reason="no decoder")
