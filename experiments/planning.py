@@ -85,7 +85,8 @@ def plan(
         )
     return {
         **report, "model": model, "recipe": recipe, "topology": topology, "mesh": dict(described.shape),
-        "batch": batch, "step": step, "size": size, "left_whole": parallel.left_whole(abstract_model, described),
+        "batch": batch, "step": step, "size": size,
+        "left_whole": parallel.left_whole(abstract_model, described),
     }  # fmt: skip
 
 

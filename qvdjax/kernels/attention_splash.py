@@ -1,0 +1,79 @@
+"""Flash attention on TPU: jax's splash kernel, heads split over the mesh in scope."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from qvdjax.parallel.rules import partition_spec
+
+BLOCK = 512  # rows and columns of scores that are held at a time
+
+
+def splash_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, block: int = BLOCK, interpret: bool = False
+) -> jax.Array:
+    """softmax(q k^T / sqrt(head_dim)) v without mask; scores are never written to memory.
+
+    Tokens are padded to whole blocks and the padding is kept apart by segment numbers. Under a mesh
+    (`jax.set_mesh`) heads are split as the rule `attention_heads` says, so that every device holds all tokens
+    of its heads: callers that keep tokens split pin query, key and value to tokens first, and XLA exchanges
+    heads for tokens (all-to-all).
+
+    Args:
+        query: [batch, queries, heads, head_dim]; head_dim a multiple of 128.
+        key, value: [batch, keys, heads, head_dim].
+        block: Multiple of 128.
+        interpret: Run the kernel's arithmetic on any device, slowly (for tests).
+
+    Returns:
+        Like query. Scores and softmax are float32.
+
+    Raises:
+        ValueError: A head_dim or block that the kernel cannot take.
+    """
+    if query.shape[-1] % 128 or block % 128:
+        raise ValueError(f"splash attention takes multiples of 128, not {query.shape[-1]} features, {block} rows")
+    mesh = jax.sharding.get_abstract_mesh()
+    attend = functools.partial(_attend, block=block, interpret=interpret)
+    if mesh.empty:
+        return attend(query, key, value)
+    axes = ("batch", None, "attention_heads", None)
+    spec: PartitionSpec = partition_spec(query.shape, axes, mesh)[0]
+    # The kernel says nothing about which outputs vary over which axes, so that check is off.
+    return jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(query, key, value)
+
+
+def _attend(query, key, value, *, block: int, interpret: bool):
+    """On one device. All [batch, tokens, heads, head_dim]."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    queries, keys, heads = query.shape[1], key.shape[1], query.shape[2]
+    # [batch, tokens, heads, head_dim] -> [batch, heads, whole blocks of tokens, head_dim]
+    query = _blocks(query * (1 / math.sqrt(query.shape[-1])), block)
+    key, value = _blocks(key, block), _blocks(value, block)
+    everywhere = masks.FullMask((query.shape[2], key.shape[2]))
+    sides = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    kernel = kernels.make_splash_mha(
+        masks.MultiHeadMask([everywhere] * heads),
+        block_sizes=kernels.BlockSizes(**dict.fromkeys(sides, block), block_q_dq=block, block_kv_dq=block),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    segments = kernels.SegmentIds(_is_padding(query.shape[2], queries), _is_padding(key.shape[2], keys))
+    out = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(query, key, value)
+    return out.transpose(0, 2, 1, 3)[:, :queries].astype(query.dtype)  # [batch, tokens, heads, head_dim]
+
+
+def _blocks(x, block):
+    padding = -x.shape[1] % block
+    return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+
+
+def _is_padding(length: int, tokens: int) -> jax.Array:
+    """Segment numbers [length]: 0 for tokens, 1 for padding, which attends to itself alone."""
+    return (jnp.arange(length) >= tokens).astype(jnp.int32)

@@ -1,0 +1,40 @@
+import pytest
+
+from experiments.bench.ceilings import Work, attention_work, ceiling, linear_work, step_work
+from experiments.bench.shapes import SHAPES, shape
+from qvdjax.errors import UserError
+
+
+def test_operations_count_two_for_each_multiply_add():
+    assert linear_work(3, 5, 7) == Work(linear=2 * 3 * 5 * 7)
+    assert attention_work(11, 13, 6) == Work(qk=2 * 11 * 13 * 6, pv=2 * 11 * 13 * 6)
+
+
+# Published operation counts of one forward pass at 81 frames of 832 x 480, 10^12 operations, as linear and
+# attention: counted independently of this code from the configurations (cross-attention included).
+@pytest.mark.parametrize(
+    ("name", "linear", "attention"), [("wan2.1-1.3b-480p", 82, 201), ("wan2.1-14b-480p", 785, 893)]
+)
+def test_the_work_of_a_wan_step(name, linear, attention):
+    work = step_work(shape(name))
+    assert work.linear / 1e12 == pytest.approx(linear, abs=0.5)  # given as whole numbers
+    assert (work.qk + work.pv) / 1e12 == pytest.approx(attention, abs=0.5)
+
+
+def test_a_ceiling_is_amdahls_law():
+    work = Work(linear=50, qk=25, pv=25)
+    assert ceiling(work) == 1
+    assert ceiling(work, linear_factor=2) == pytest.approx(1 / 0.75)
+    assert ceiling(work, linear_factor=2, qk_factor=2) == pytest.approx(1 / 0.625)
+    assert ceiling(work, linear_factor=1e12) == pytest.approx(2)
+    assert ceiling(work, linear_factor=0.5) < 1  # a device whose integers are slower
+
+
+def test_tokens_are_whole_patches_of_the_latents():
+    assert shape("wan2.1-14b-480p").tokens == 21 * 30 * 52
+    assert all(s.latents[1] % 2 == s.latents[2] % 2 == 0 for s in SHAPES.values())
+
+
+def test_an_unknown_shape_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="wan2.1-14b-480p"):
+        shape("wan")
