@@ -13,7 +13,7 @@ import qvdjax
 from experiments.bench.ceilings import Work, attention_work, block_work, linear_work, step_work
 from experiments.bench.shapes import Shape
 from qvdjax import recipes
-from qvdjax.nn import AttentionScheme, Codes, VideoModel, attention, quantized_attention
+from qvdjax.nn import AttentionScheme, Codes, VideoModel, dot_product_attention, quantized_attention
 
 # What jax raises when a device lacks the memory or an operation.
 DEVICE_ERRORS = (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError, ValueError)
@@ -158,11 +158,9 @@ def _attention(shape: Shape, dtype) -> Case:
     query, key, value = (
         jax.random.normal(jax.random.key(k), size, jnp.float32).astype(dtype) for k in range(3)
     )
-    variants = [Variant(_name(dtype), attention, (query, key, value))]
-    if (
-        jax.default_backend() != "cpu"
-    ):  # what the quantized products, which have no kernel yet, should be held against
-        plain = lambda q, k, v: attention(q, k, v, implementation="xla")  # noqa: E731
+    variants = [Variant(_name(dtype), dot_product_attention, (query, key, value))]
+    if jax.default_backend() != "cpu":  # what the quantized products, which have no kernel yet, compare with
+        plain = lambda q, k, v: dot_product_attention(q, k, v, implementation="xla")  # noqa: E731
         variants.append(Variant(f"{_name(dtype)}-without-kernel", plain, (query, key, value)))
     for label, scheme, kinds in (
         ("int8-qk", AttentionScheme(qk_bits=8), ("qk",)),
@@ -177,7 +175,7 @@ def _attention(shape: Shape, dtype) -> Case:
     def truth():
         q, k, v = (a.astype(jnp.float32) for a in (compared(query), key, value))
         with jax.default_matmul_precision("highest"):
-            return jax.jit(lambda *a: attention(*a, implementation="xla"))(q, k, v)
+            return jax.jit(lambda *a: dot_product_attention(*a, implementation="xla"))(q, k, v)
 
     return Case(
         "attention", shape, attention_work(shape.tokens, shape.tokens, shape.width), variants, truth, compared

@@ -9,8 +9,8 @@ from models import abstract
 from qvdjax.errors import UserError
 
 SMALL = {
-    "_class_name": "WanTransformer3DModel", "num_attention_heads": 8, "attention_head_dim": 32, "ffn_dim": 1024,
-    "num_layers": 4, "in_channels": 16, "out_channels": 16, "text_dim": 128, "freq_dim": 64,
+    "_class_name": "WanTransformer3DModel", "num_attention_heads": 8, "attention_head_dim": 32,
+    "ffn_dim": 1024, "num_layers": 4, "in_channels": 16, "out_channels": 16, "text_dim": 128, "freq_dim": 64,
 }  # fmt: skip
 CONTRACT = {"fits", "bytes_per_chip", "chip_bytes", "collectives", "compile_seconds"}
 
