@@ -1,6 +1,6 @@
 """Layers with one interface in float, simulated and integer execution, and the protocol models are written to."""
 
-from qvdjax.nn.attention import Attention, attention, quantized_attention
+from qvdjax.nn.attention import Attention, dot_product_attention, quantized_attention
 from qvdjax.nn.conv import Conv, QuantizedConv
 from qvdjax.nn.layers import FLOAT_LAYERS, QUANTIZED_LAYERS, layers_of
 from qvdjax.nn.linear import Linear, QuantizedLinear
@@ -13,5 +13,5 @@ from qvdjax.nn.variables import Codes, Param, Scale, Statistic
 __all__ = [
     "EXECUTIONS", "FLOAT_LAYERS", "QUANTIZED_LAYERS", "Attention", "AttentionScheme", "Codes", "Conv", "Execution", "LayerNorm", "LayerScheme", "Linear",
     "Param", "QuantizedConv", "QuantizedLinear", "RMSNorm", "Role", "Scale", "Stack", "Statistic", "VideoModel",
-    "attention", "at_least_float32", "layers_of", "quantized_attention", "stacked", "swap_layers",
+    "at_least_float32", "dot_product_attention", "layers_of", "quantized_attention", "stacked", "swap_layers",
 ]

@@ -29,11 +29,11 @@ class Attention(nnx.Module):
         """query [batch, queries, heads, head_dim], key and value [batch, keys, heads, head_dim] -> like query."""
         scheme = self.scheme
         if scheme.qk_bits is None and scheme.pv_bits is None:
-            return attention(query, key, value, implementation=self.implementation)
+            return dot_product_attention(query, key, value, implementation=self.implementation)
         return quantized_attention(query, key, value, scheme=scheme, execution=self.execution)
 
 
-def attention(query, key, value, *, implementation: Implementation | None = None) -> jax.Array:
+def dot_product_attention(query, key, value, *, implementation: Implementation | None = None) -> jax.Array:
     """Float attention; shapes as in `Attention`. Scores and softmax are at least float32.
 
     `implementation`:

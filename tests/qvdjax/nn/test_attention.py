@@ -1,0 +1,86 @@
+"""Attention: its implementations agree, and quantized products are what they should be."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qvdjax.nn import AttentionScheme, dot_product_attention, quantized_attention
+
+
+def qkv(queries=9, keys=13, heads=3, width=8, dtype=jnp.float32):
+    make = lambda i, t: jax.random.normal(jax.random.key(i), (2, t, heads, width), dtype)  # noqa: E731
+    return make(0, queries), make(1, keys), make(2, keys)
+
+
+def textbook(query, key, value):
+    query, key, value = (np.asarray(a, np.float64) for a in (query, key, value))
+    scores = np.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(query.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), value)
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "mapped"])
+def test_dot_product_attention(implementation):
+    arrays = qkv()
+    out = dot_product_attention(*arrays, implementation=implementation)
+    chex.assert_trees_all_close(np.asarray(out, np.float64), textbook(*arrays), atol=1e-6)  # float32 averages near 1
+
+
+def test_blocks_of_queries_change_nothing(monkeypatch):
+    arrays = qkv(queries=300, keys=40)
+    whole = dot_product_attention(*arrays, implementation="xla")
+    monkeypatch.setattr("qvdjax.nn.attention.MAXIMUM_SCORES", 2 * 3 * 40 * 130)  # 300 queries in 3 blocks of 128
+    blocked = dot_product_attention(*arrays, implementation="xla")
+    chex.assert_trees_all_close(blocked, whole, atol=1e-6)
+    scheme = AttentionScheme(8, 8)
+    blocked = quantized_attention(*arrays, scheme=scheme, execution="integer")
+    monkeypatch.undo()
+    chex.assert_trees_all_close(blocked, quantized_attention(*arrays, scheme=scheme, execution="integer"), atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "mapped"])
+def test_gradients(implementation):
+    arrays = qkv()
+    loss = lambda *a: (dot_product_attention(*a, implementation=implementation) ** 2).sum()  # noqa: E731
+    gradients, direction = jax.grad(loss, (0, 1, 2))(*arrays), qkv()[::-1]
+    direction = [jax.random.normal(jax.random.key(i), a.shape) for i, a in enumerate(arrays)]
+    step = 1e-2
+    moved = [loss(*(a + s * step * d for a, d in zip(arrays, direction, strict=True))) for s in (1, -1)]
+    slope = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True))
+    # A central difference in float32: its error is the third derivative times step**2, about 1e-3 of the slope.
+    np.testing.assert_allclose((moved[0] - moved[1]) / (2 * step), slope, rtol=2e-2)
+
+
+@pytest.mark.parametrize("scheme", [AttentionScheme(8), AttentionScheme(None, 8), AttentionScheme(8, 8),
+                                    AttentionScheme(4, 6), AttentionScheme(8, 8, smooth_key=False)])  # fmt: skip
+def test_integer_and_simulated_execution_agree(scheme):
+    arrays = qkv()
+    integer, simulated = (quantized_attention(*arrays, scheme=scheme, execution=e) for e in ("integer", "simulate"))
+    # Scores differ by float32 rounding, so a probability at the edge of two codes may take either: one code of 255
+    # (or of 63) of one value out of 13 keys.
+    allowed = 1e-5 if scheme.pv_bits is None else 3 / (2**scheme.pv_bits - 1)
+    chex.assert_trees_all_close(integer, simulated, atol=allowed)
+    assert float(jnp.mean(jnp.abs(integer - simulated))) < 1e-3
+
+
+def test_eight_bits_are_near_lossless():
+    arrays = qkv(queries=64, keys=64, width=32)
+    exact = textbook(*arrays)
+    for scheme, allowed in ((AttentionScheme(8), 0.01), (AttentionScheme(8, 8), 0.02)):
+        error = np.linalg.norm(quantized_attention(*arrays, scheme=scheme, execution="integer") - exact)
+        assert error / np.linalg.norm(exact) < allowed  # two 8-bit operands a product: about 2**-8 each
+
+
+def test_smoothing_keys_saves_a_large_offset():
+    query, key, value = qkv(queries=64, keys=64, width=32)
+    key = key + 50 * jax.random.normal(jax.random.key(9), (1, 1, 3, 32))
+    exact = textbook(query, key, value)
+    error = lambda s: np.linalg.norm(quantized_attention(query, key, value, scheme=s, execution="integer") - exact)  # noqa: E731
+    assert error(AttentionScheme(8)) < 0.2 * error(AttentionScheme(8, smooth_key=False))
+
+
+def test_unknown_implementation():
+    with pytest.raises(ValueError, match="unknown"):
+        dot_product_attention(*qkv(), implementation="magic")
