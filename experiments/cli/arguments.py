@@ -200,7 +200,11 @@ class Export(Common):
     out: Out
     """New folder; must not exist yet."""
     format: Annotated[str, arg(metavar="NAME")]
-    """diffusers (dequantized) or compressed-tensors."""
+    """diffusers or wan-original (quantized weights dequantized), or compressed-tensors (codes kept)."""
+    dtype: hinted(Dtype, "{float64,float32,bfloat16,float16}", "the folder's types") = None
+    """Cast floating-point tensors to this type."""
+    overwrite: bool = False
+    """Replace OUT if it is there already."""
 
 
 @dataclass(frozen=True)

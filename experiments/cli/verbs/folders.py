@@ -31,7 +31,14 @@ def export(arguments: Export, progress: Progress | None) -> Outcome:
     """Write a folder in another format."""
     import conversion
 
-    report = conversion.export(arguments.dir, arguments.out, format=arguments.format, progress=progress)
+    report = conversion.export(
+        arguments.dir,
+        arguments.out,
+        arguments.format,
+        dtype=arguments.dtype,
+        overwrite=arguments.overwrite,
+        progress=progress,
+    )
     return Outcome(report, (f"{arguments.out}: {arguments.format} from {arguments.dir}", *_facts(report)))
 
 

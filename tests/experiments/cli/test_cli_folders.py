@@ -168,6 +168,22 @@ def test_a_target_that_is_taken(qvdjax, model_folder, tmp_path):
         (tmp_path / "out" / "mine.txt").write_text("keep me")
 
 
+def test_export_dequantizes_and_refuses_what_it_does_not_know(
+    qvdjax, model_folder, quantized_folder, tmp_path
+):
+    done = qvdjax("export", quantized_folder, tmp_path / "plain", "--format", "diffusers", "--json")
+    assert (done.code, done.report["format"]) == (0, "diffusers")
+    plain, before = load_file(tmp_path / "plain" / WEIGHTS), load_file(model_folder / WEIGHTS)
+    assert plain.keys() == before.keys()
+    weight, original = plain[f"{QUANTIZED}.weight"], before[f"{QUANTIZED}.weight"]
+    # Rounding to 15 levels moves a weight by half a step at most, a fourteenth of the row's largest.
+    assert (np.abs(weight - original) <= 1.001 * np.abs(original).max(axis=1, keepdims=True) / 14).all()
+    assert (weight != original).any()
+    refusal = qvdjax("export", quantized_folder, tmp_path / "other", "--format", "gguf")
+    assert refused(refusal, "gguf", "compressed-tensors")
+    assert os.listdir(tmp_path) == ["plain"]
+
+
 def test_recipes_are_listed(qvdjax):
     done = qvdjax("recipes", "--json")
     assert [row["name"] for row in done.report["recipes"]] == recipes.names()
