@@ -17,17 +17,19 @@ help:
 	@echo 'make bench      time full precision against quantized layers at the "tiny" shapes'
 	@echo 'make clean      remove .venv and what tests and the demo left behind'
 
-$(VENV)/pyvenv.cfg:
+# A stamp of its own: `venv` writes its first files long before pip is there.
+$(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
+	@touch $@
 
 # What running needs.
-$(VENV)/.installed: pyproject.toml | $(VENV)/pyvenv.cfg
+$(VENV)/.installed: pyproject.toml | $(VENV)/.made
 	$(INSTALL) --editable .
 	@touch $@
 
 # What testing needs: also PyTorch and diffusers (the reference the models are compared with) and libtpu
 # (compiles for TPU slices, needs no TPU).
-$(VENV)/.installed-test: pyproject.toml | $(VENV)/pyvenv.cfg
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/.made
 	$(INSTALL) --editable '.[test,torch,tpu]'
 	@touch $@ $(VENV)/.installed
 
