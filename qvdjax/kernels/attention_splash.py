@@ -35,7 +35,7 @@ def splash_attention(
         ValueError: A head_dim or block that the kernel cannot take.
     """
     if query.shape[-1] % 128 or block % 128:
-        raise ValueError(f"splash attention takes multiples of 128: head_dim {query.shape[-1]}, block {block}")
+        raise ValueError(f"splash takes multiples of 128: head_dim {query.shape[-1]}, block {block}")
     mesh = jax.sharding.get_abstract_mesh()
     attend = functools.partial(_attend, block=block, interpret=interpret)
     if mesh.empty:
