@@ -7,9 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from models.families import build
-from qvdjax.checkpoint import CheckpointFolder, Progress, load_variables, save_variables
+from qvdjax.checkpoint import (
+    CheckpointFolder,
+    Progress,
+    check_tensors,
+    expected_tensors,
+    load_variables,
+    save_variables,
+    stored_variables,
+)
 from qvdjax.checkpoint.quantization_config import from_config, schemes_of, to_config
 from qvdjax.errors import UserError
 from qvdjax.nn import EXECUTIONS, QUANTIZED_LAYERS, Execution, VideoModel, layers_of
@@ -19,12 +28,20 @@ from qvdjax.quantization import best_execution
 
 
 def skeleton(path: str | os.PathLike, *, execution: Execution | None = None) -> VideoModel:
-    """The model of a folder as shapes and dtypes; quantized layers are in place, no weight is read.
+    """The model of a folder as shapes and the file's dtypes; quantized layers are in place, no weight is read.
 
     Raises:
         UserError: See `load`.
     """
-    return _skeleton(CheckpointFolder.open(path), execution)
+    folder = CheckpointFolder.open(path)
+    model = _skeleton(folder, execution)
+    check_tensors(expected_tensors(model), {key: folder.info(key) for key in folder.keys}, str(folder.path))
+    graph, state = nnx.split(model)
+    leaves = []
+    for stored in stored_variables(model):
+        dtype = stored.value.dtype if stored.codes else folder.info(stored.names[0]).dtype
+        leaves.append((stored.path, stored.variable.replace(jax.ShapeDtypeStruct(stored.value.shape, dtype))))
+    return nnx.merge(graph, nnx.from_flat_state(leaves))
 
 
 def _skeleton(folder: CheckpointFolder, execution: Execution | None) -> VideoModel:

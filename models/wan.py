@@ -16,6 +16,7 @@ from qvdjax.nn import (
     Attention, Conv, LayerNorm, Linear, Param, RMSNorm, Stack, VideoModel, at_least_float32, stacked,
 )  # fmt: skip
 from qvdjax.nn.embeddings import axial_rope, rotate_adjacent_pairs, timestep_sinusoid
+from qvdjax.parallel.rules import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +152,7 @@ class WanBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, conditioning: WanConditioning) -> jax.Array:
         """x (batch, tokens, width) -> the same. Norms, modulation and gates are float32 islands."""
+        x = constrain(x, "batch", "tokens", None)
         table = at_least_float32(self.scale_shift_table[...]) + conditioning.modulation  # (b, tokens or 1, 6, width)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (table[..., i, :] for i in range(6))
 
@@ -162,7 +164,7 @@ class WanBlock(nnx.Module):
         x = x + self.attn2(normalised, conditioning.context)
 
         normalised = modulate(self.norm3(x), ffn_scale, ffn_shift, x.dtype)
-        return (at_least_float32(x) + self.ffn(normalised) * ffn_gate).astype(x.dtype)
+        return constrain((at_least_float32(x) + self.ffn(normalised) * ffn_gate).astype(x.dtype), "batch", "tokens", None)
 
 
 class ConditionEmbedder(nnx.Module):
@@ -233,6 +235,7 @@ class WanModel(VideoModel):
         dtype = self.patch_embedding.weight[...].dtype
         x = rearrange(self.patch_embedding(latents.astype(dtype)), "b f h w d -> b (f h w) d")
         embedding, modulation, text = self.condition_embedder(timestep, context, dtype)
+        text = constrain(text, "batch", None, None)
         tables = axial_rope(grid, config.rope_widths, theta=10000.0)
         cosines, sines = (jnp.asarray(table, jnp.promote_types(dtype, jnp.float32)) for table in tables)
         return x, WanConditioning(embedding, modulation, text, cosines, sines, grid)

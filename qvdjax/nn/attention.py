@@ -11,6 +11,7 @@ from flax import nnx
 from qvdjax.nn.norm import at_least_float32
 from qvdjax.nn.scheme import AttentionScheme, Execution
 from qvdjax.numerics import Grid, QTensor, Quantizer, quantize
+from qvdjax.parallel.rules import constrain
 
 Implementation = Literal["xla", "mapped", "cudnn"]
 
@@ -28,9 +29,21 @@ class Attention(nnx.Module):
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         """query [batch, queries, heads, head_dim], key and value [batch, keys, heads, head_dim] -> like query."""
         scheme = self.scheme
+        query, key, value = (self._heads_apart(a) for a in (query, key, value))
         if scheme.qk_bits is None and scheme.pv_bits is None:
-            return dot_product_attention(query, key, value, implementation=self.implementation)
-        return quantized_attention(query, key, value, scheme=scheme, execution=self.execution)
+            out = dot_product_attention(query, key, value, implementation=self.implementation)
+        else:
+            out = quantized_attention(query, key, value, scheme=scheme, execution=self.execution)
+        out = constrain(out, "batch", None, "attention_heads", None)
+        return constrain(out, "batch", "tokens", None, None)
+
+    def _heads_apart(self, x: jax.Array) -> jax.Array:
+        """On a mesh: from tokens split to heads split, one all-to-all of the activation (Ulysses, arXiv 2309.14509).
+
+        Without the first pin, XLA gathers the whole quantized activation instead.
+        """
+        x = constrain(x, "batch", "tokens", None, None)
+        return constrain(x, "batch", None, "attention_heads", None)
 
 
 def dot_product_attention(query, key, value, *, implementation: Implementation | None = None) -> jax.Array:
@@ -96,7 +109,8 @@ def _by_query_blocks(attend, query, keys: int):
     block = max(128, MAXIMUM_SCORES // (batch * heads * keys) // 128 * 128)
     blocks = -(-queries // block)
     padded = jnp.pad(query, ((0, 0), (0, blocks * block - queries), (0, 0), (0, 0)))
-    out = jax.lax.map(attend, rearrange(padded, "b (blocks q) h d -> blocks b q h d", blocks=blocks))
+    # Recomputed in the backward pass, which would otherwise keep the scores of all blocks.
+    out = jax.lax.map(jax.checkpoint(attend), rearrange(padded, "b (blocks q) h d -> blocks b q h d", blocks=blocks))
     return rearrange(out, "blocks b q h d -> b (blocks q) h d")[:, :queries]
 
 

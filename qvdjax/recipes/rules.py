@@ -23,6 +23,9 @@ class Rule:
     roles: tuple[str, ...] = ()
     path: str = ""
 
+    def __post_init__(self):
+        re.compile(self.path)  # re.error here rather than in the middle of a model
+
     def matches(self, name: str, role: str) -> bool:
         """Whether a layer is meant."""
         return (not self.roles or role in self.roles) and (not self.path or re.fullmatch(self.path, name) is not None)

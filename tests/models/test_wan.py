@@ -1,0 +1,150 @@
+"""The Wan model: parity with diffusers, timesteps a token, remat, sizes, parameter counts."""
+
+import json
+import os
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import models
+from qvdjax.errors import UserError
+from small_models import WAN, wan, wan_inputs
+
+PARITY = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np, torch
+from diffusers import WanTransformer3DModel
+import models
+
+config, folder = json.loads(sys.argv[1]), sys.argv[2]
+torch.manual_seed(0)
+reference = WanTransformer3DModel(**{k: v for k, v in config.items() if not k.startswith("_")}).double().eval()
+with torch.no_grad():
+    for parameter in reference.parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 0
+        parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * (1.5 / fan_in**0.5 if fan_in else 0.5))
+reference.save_pretrained(folder)
+model = models.load(folder)
+
+random = np.random.default_rng(0)
+latents, context = random.standard_normal((2, 5, 3, 8, 6)), random.standard_normal((2, 7, 24))
+errors = {}
+for name, timestep in json.loads(sys.argv[3]).items():
+    timestep = np.asarray(timestep, np.float64)
+    with torch.no_grad():
+        theirs = reference(*(torch.tensor(a) for a in (latents, timestep, context))).sample.numpy()
+    ours = jax.jit(lambda m, *a: m(*a))(model, jnp.asarray(latents.transpose(0, 2, 3, 4, 1)), timestep, context)
+    assert ours.dtype == jnp.float64
+    ours = np.asarray(ours).transpose(0, 4, 1, 2, 3)
+    errors[name] = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+print(json.dumps(errors))
+"""
+
+
+def parity(tmp_path, config, timesteps) -> dict[str, float]:
+    """Relative L2 errors against diffusers in float64, in a process of its own (JAX's 64 bits are global)."""
+    arguments = [json.dumps(config), str(tmp_path / "reference"), json.dumps(timesteps)]
+    environment = {**os.environ, "JAX_ENABLE_X64": "1", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", PARITY, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+TOKENS = 3 * 4 * 3
+
+
+@pytest.mark.parametrize(("name", "fields"), {
+    "plain": {}, "no cross-attention norm": {"cross_attn_norm": False}, "uneven rope": {"attention_head_dim": 34},
+    "two frames a patch": {"patch_size": [3, 2, 1]},
+}.items())  # fmt: skip
+def test_parity_with_diffusers(tmp_path, name, fields):
+    timesteps = {"zero": [0, 0], "ordinary": [999, 317]}
+    if name == "plain":
+        timesteps["a token"] = [[0] * TOKENS, [0] * TOKENS]
+        timesteps["a token, ordinary"] = [[999] * 20 + [0] * (TOKENS - 20), [317] * TOKENS]
+    errors = parity(tmp_path, {**WAN, **fields}, timesteps)
+    for case, error in errors.items():
+        # diffusers computes norms, modulation and the timestep's sinusoid in float32 even for float64 models. At
+        # timestep 0 the sinusoid is exact and rounding of the rest stays below 1e-6; at ordinary timesteps the
+        # float32 sinusoid of a large argument is off by up to 3e-5.
+        assert error <= (5e-5 if "ordinary" in case else 1e-6), errors
+
+
+@pytest.mark.parametrize(("fields", "count"), [
+    ({"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, 1_418_996_800),
+    ({}, 14_288_491_584),
+])  # fmt: skip
+def test_parameter_counts_of_the_published_models(fields, count):
+    model = models.abstract({"_class_name": "WanTransformer3DModel", **fields})
+    assert sum(leaf.size for leaf in jax.tree.leaves(model)) == count
+
+
+def test_every_parameter_names_its_axes():
+    for path, variable in nnx.to_flat_state(nnx.state(models.abstract(WAN))):
+        array, axes = variable.get_value(), variable.get_metadata("axes")
+        leading = 1 if path[0] == "stacks" else 0
+        assert array.ndim == leading + len(axes), path
+
+
+def test_one_timestep_for_all_tokens_or_the_same_for_each():
+    model, inputs = wan(), wan_inputs()
+    spread = jnp.broadcast_to(inputs["timestep"][:, None], (2, TOKENS))
+    # The same operations on equal numbers, in another shape: float32 rounding.
+    chex.assert_trees_all_close(model(**inputs), model(**{**inputs, "timestep": spread}), atol=1e-5)
+
+
+def test_remat_changes_neither_value_nor_gradient():
+    model, inputs = wan(), wan_inputs()
+    loss = lambda m, remat: (m(**inputs, remat=remat) ** 2).mean()  # noqa: E731
+    plain, remat = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(model, r) for r in (False, True))
+    # Recomputation fuses differently: float32 rounding.
+    chex.assert_trees_all_close(jax.tree.leaves(plain), jax.tree.leaves(remat), rtol=1e-3, atol=1e-5)
+
+
+def test_bfloat16_keeps_its_float32_islands():
+    model, inputs = wan(dtype=jnp.bfloat16), wan_inputs()
+    out = model(**inputs)
+    assert out.dtype == jnp.bfloat16
+    exact = wan()(**inputs)  # the same draws, rounded to bfloat16 above
+    error = jnp.linalg.norm(out.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+    assert error < 0.05  # bfloat16 keeps 8 bits; three blocks of some ten roundings each
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"latents": jnp.zeros((2, 3, 7, 6, 5))}, "latent height 7 is no multiple"),
+    ({"latents": jnp.zeros((2, 3, 8, 6, 4))}, "5 channels"),
+    ({"latents": jnp.zeros((2, 40, 8, 6, 5))}, "rotary table"),
+    ({"latents": jnp.zeros((2, 0, 8, 6, 5))}, "latent frames 0"),
+    ({"context": jnp.zeros((2, 7, 23))}, "24"),
+])  # fmt: skip
+def test_wrong_sizes_are_said(change, message):
+    with pytest.raises(UserError, match=message):
+        wan()(**{**wan_inputs(), **change})
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    ({"_class_name": "Magic"}, "not known"),
+    ({**WAN, "wings": 2}, "fields"),
+    ({**WAN, "num_layers": 0}, "positive integer"),
+    ({**WAN, "ffn_dim": "many"}, "positive integer"),
+    ({**WAN, "qk_norm": "other"}, "qk_norm"),
+    ({**WAN, "image_dim": 1280}, "image-to-video"),
+])  # fmt: skip
+def test_wrong_configurations_are_said(config, message):
+    with pytest.raises(UserError, match=message):
+        models.parse_config(config)
+
+
+def test_a_config_survives_the_round_trip():
+    config = models.parse_config(WAN)
+    assert models.parse_config(config.to_dict()) == config
+    assert np.prod(config.rope_widths) > 0
+    assert sum(config.rope_widths) == config.attention_head_dim

@@ -1,0 +1,45 @@
+"""Small models with random weights, shared by tests of every storey."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import models
+
+WAN = {
+    "_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "num_attention_heads": 2,
+    "attention_head_dim": 32, "in_channels": 5, "out_channels": 5, "text_dim": 24, "freq_dim": 32, "ffn_dim": 96,
+    "num_layers": 3, "rope_max_seq_len": 32,
+}  # fmt: skip
+
+
+def randomised(model, seed: int = 0):
+    """Every parameter drawn anew, so that a zero or one of the initialisation cannot hide a mistake.
+
+    Matrices have standard deviation 1.5 / sqrt(fan-in): large enough that a wrong GELU or epsilon shows.
+    """
+    random = np.random.default_rng(seed)
+
+    def draw(variable):
+        array = variable.get_value()
+        own = array.shape[array.ndim - len(variable.get_metadata("axes")) :]
+        spread = 1.5 / np.sqrt(np.prod(own[1:])) if len(own) > 1 else 0.5
+        return variable.replace(jnp.asarray(spread * random.standard_normal(array.shape), array.dtype))
+
+    return jax.tree.map(draw, model, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def wan(seed: int = 0, dtype=jnp.float32, **fields):
+    """A Wan model of three blocks with random parameters."""
+    return randomised(models.build({**WAN, **fields}, dtype=dtype), seed)
+
+
+def wan_inputs(batch: int = 2, seed: int = 0, dtype=jnp.float32) -> dict:
+    """Inputs of that model: three frames, not square, two timesteps."""
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return {
+        "latents": jax.random.normal(keys[0], (batch, 3, 8, 6, 5), dtype),
+        "timestep": jnp.linspace(317.0, 999.0, batch, dtype=dtype),
+        "context": jax.random.normal(keys[1], (batch, 7, 24), dtype),
+    }
