@@ -2,7 +2,8 @@
 
     python -m experiments.moving_shapes.data OUT [--count N] [--seed S]
 
-writes a folder of precomputed latents and text embeddings (`folder.py` documents the format).
+writes a folder of precomputed latents and text embeddings (`experiments/training/latents.py` documents the
+format).
 """
 
 import argparse
@@ -61,7 +62,7 @@ def stream(seed: int) -> Any:
 
 def main(argv: list[str] | None = None) -> None:
     """Write a data folder."""
-    from experiments.moving_shapes.folder import write_folder
+    from experiments.training.latents import write_folder
 
     parser = argparse.ArgumentParser(
         prog="python -m experiments.moving_shapes.data", description=main.__doc__,

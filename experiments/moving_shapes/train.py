@@ -16,9 +16,7 @@ time runs out. Progress goes to stdout, one JSON object a line.
 import argparse
 import functools
 import itertools
-import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -29,9 +27,12 @@ import jax.numpy as jnp
 import models
 from experiments.moving_shapes.captions import TOKENS, WORDS
 from experiments.moving_shapes.clips import FACTOR, FRAMES, SIZE
-from experiments.moving_shapes.objective import Objective
-from experiments.moving_shapes.training import Settings, State, Trainer, last_state, save_state
+from experiments.moving_shapes.data import batch
 from experiments.moving_shapes.words import WIDTH, embeddings
+from experiments.training.log import Log
+from experiments.training.objective import Objective
+from experiments.training.states import last_state, save_state
+from experiments.training.trainer import Settings, State, Trainer
 from models.pipeline import Pipeline
 from qvdjax import recipes
 from qvdjax.errors import UserError
@@ -79,26 +80,6 @@ def save_folder(model: VideoModel, path: Path) -> None:
     pipeline().save(path)
 
 
-class Log:
-    """JSON lines on stdout and, if asked for, in a file."""
-
-    def __init__(self, file: Path | None):
-        self.file, self.start = file, time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Since the log was opened."""
-        return time.perf_counter() - self.start
-
-    def __call__(self, **fields: Any) -> None:
-        """Write one line."""
-        line = json.dumps({**fields, "seconds": round(self.seconds, 1)})
-        print(line, flush=True)
-        if self.file:
-            with self.file.open("a") as out:
-                out.write(line + "\n")
-
-
 def steps_that_fit(seconds_a_step: float, minutes: float, elapsed: float) -> int:
     """How many more steps fit in `minutes`, `elapsed` seconds of them gone; a twentieth is for saving."""
     return max(1, int((minutes * 60 * 0.95 - elapsed) / seconds_a_step))
@@ -112,7 +93,7 @@ def train(trainer: Trainer, options: argparse.Namespace, log: Log) -> State:
         log(event="start", step=int(state["step"]))
     batches = None
     if options.data:
-        from experiments.moving_shapes.folder import stream
+        from experiments.training.latents import stream
 
         batches = stream(options.data, seed=options.seed, size=options.batch)
     saved = int(state["step"])
@@ -202,7 +183,7 @@ def student_of(model: VideoModel, recipe: str | None) -> Callable[[VideoModel], 
 def main(argv: list[str] | None = None) -> None:
     """Train, save, and say how well it went."""
     options = arguments(argv)
-    log = Log(options.log)
+    log = Log(options.log, echo=True)
     teacher = models.load(options.teacher) if options.teacher else None
     objective = Objective() if teacher is None else Objective(data=options.data_weight, teacher=1.0)
     settings = Settings(
@@ -211,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     start = options.start or (options.teacher if options.recipe else None)
     model = models.load(start) if start else initial_model(options.seed)
-    trainer = Trainer(model, settings, teacher=teacher, student=student_of(model, options.recipe))
+    trainer = Trainer(model, settings, teacher=teacher, student=student_of(model, options.recipe), draw=batch)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(trainer.initial))
     log(event="model", parameters=parameters, device=jax.devices()[0].device_kind, jax=jax.__version__)
     state = train(trainer, options, log)

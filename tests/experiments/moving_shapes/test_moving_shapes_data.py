@@ -7,14 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.moving_shapes import data, folder
+from experiments.moving_shapes import data
 from experiments.moving_shapes.captions import WORDS, all_captions
 from experiments.moving_shapes.clips import unfold
-from experiments.moving_shapes.folder import DataFolder, write_folder
 from experiments.moving_shapes.oracle import score
 from experiments.moving_shapes.train import pipeline
 from experiments.moving_shapes.words import caption_contexts, embeddings
-from qvdjax.errors import UserError
+from experiments.training.latents import DataFolder
 
 batch = jax.jit(data.batch, static_argnums=2)
 
@@ -45,8 +44,8 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 def test_examples_show_their_captions():
     drawn = batch(11, 0, 64)
-    for latents, caption in zip(np.asarray(drawn["latents"]), np.asarray(drawn["caption"])):
-        result = score(unfold(latents), all_captions()[caption])
+    for example, caption in zip(np.asarray(drawn["latents"]), np.asarray(drawn["caption"])):
+        result = score(unfold(example), all_captions()[caption])
         assert result["color"] == result["shape"] == result["direction"] == 1.0
 
 
@@ -89,42 +88,3 @@ def test_a_folder_holds_the_stream(written):
             assert (read[row][name] == drawn[name][row]).all()
     said = [str(all_captions()[row]) for row in drawn["caption"]]
     assert json.loads((written / "prompts.json").read_text()) == said
-
-
-def test_batches_of_a_folder_depend_on_seed_and_step_alone(written):
-    stream = folder.stream(written, seed=5, size=4)
-    again = folder.stream(written, seed=5, size=4)
-    assert (stream[7]["latents"] == again[7]["latents"]).all()
-    assert (stream[7]["latents"] != folder.stream(written, seed=6, size=4)[7]["latents"]).any()
-    epoch = np.concatenate([stream[k]["latents"] for k in range(5)])  # 20 clips, each once
-    assert len(np.unique(epoch.reshape(20, -1), axis=0)) == 20
-
-
-def test_a_folder_is_not_overwritten(written):
-    with pytest.raises(UserError, match="not empty"):
-        write_folder(written, [])
-
-
-def test_no_examples_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no examples"):
-        write_folder(tmp_path / "empty", [])
-
-
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": "other"}'])
-def test_a_folder_without_a_manifest_is_refused(tmp_path, content):
-    if content is not None:
-        (tmp_path / folder.MANIFEST).write_text(content)
-    with pytest.raises(UserError, match=r"manifest\.json"):
-        DataFolder(tmp_path)
-
-
-def test_missing_and_truncated_shards_are_named(written, tmp_path):
-    for file in written.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    shard = tmp_path / "data-00001.safetensors"
-    shard.write_bytes(shard.read_bytes()[:1000])
-    with pytest.raises(UserError, match="data-00001"):
-        DataFolder(tmp_path)[9]
-    shard.unlink()
-    with pytest.raises(UserError, match="data-00001"):
-        DataFolder(tmp_path)

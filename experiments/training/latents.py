@@ -11,6 +11,7 @@ The manifest is written last: a folder without one is unfinished.
 """
 
 import bisect
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -99,11 +100,13 @@ class DataFolder:
             raise UserError(
                 f"{self.path / MANIFEST} is not a qvdjax-data manifest of version 1", remedy=remedy
             )
-        self.shapes = {name: tuple(manifest[name]) for name in _FIELDS}
-        self.files = [self.path / shard["file"] for shard in manifest["shards"]]
-        self.starts = [0]
-        for shard in manifest["shards"]:
-            self.starts.append(self.starts[-1] + shard["count"])
+        try:
+            self.shapes = {name: tuple(int(size) for size in manifest[name]) for name in _FIELDS}
+            self.files = [self.path / shard["file"] for shard in manifest["shards"]]
+            self.starts = list(itertools.accumulate((int(s["count"]) for s in manifest["shards"]), initial=0))
+        except (KeyError, TypeError, ValueError) as error:
+            message = f"{self.path / MANIFEST} lacks or misspells a field ({error})"
+            raise UserError(message, remedy=remedy) from error
         missing = [file.name for file in self.files if not file.is_file()]
         if missing:
             raise UserError(
@@ -116,15 +119,25 @@ class DataFolder:
         return self.starts[-1]
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """One example.
+
+        Raises:
+            UserError: Its shard is damaged, holds other shapes than the manifest says, or values not finite.
+        """
         shard = bisect.bisect_right(self.starts, index) - 1
-        row = index - self.starts[shard]
+        file, row = self.files[shard], index - self.starts[shard]
         try:
             # The file is opened again for every example: mapped pages stay resident while it is open.
-            with safe_open(self.files[shard], framework="numpy") as file:
-                return {name: file.get_slice(name)[row] for name in _FIELDS}
-        except SafetensorError as error:
-            message = f"{self.files[shard]} is not a readable data shard ({error})"
+            with safe_open(file, framework="numpy") as opened:
+                example = {name: opened.get_slice(name)[row] for name in _FIELDS}
+        except (SafetensorError, IndexError, OSError) as error:
+            message = f"{file} is not a readable data shard ({error})"
             raise UserError(message, remedy="make the folder again") from error
+        for name, value in example.items():
+            if value.shape != self.shapes[name] or not np.isfinite(value).all():
+                message = f"{file}: {name} of example {row} is no finite array of shape {self.shapes[name]}"
+                raise UserError(message, remedy="make the folder again")
+        return example
 
 
 def stream(path: Path, *, seed: int, size: int) -> Any:

@@ -1,9 +1,8 @@
-"""The training step and its state: AdamW, warm-up and cosine, averaged weights, many steps in one call."""
+"""The training step: AdamW, warm-up and cosine, averaged weights, many steps in one call."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,12 +10,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments.moving_shapes.data import batch as draw
-from experiments.moving_shapes.objective import Objective, Velocity
-from qvdjax.errors import UserError
+from experiments.training.objective import Objective, Velocity
 
 State = dict[str, Any]
 """params and average (nnx.State of Param), optimizer (optax state), step and total (int32 ())."""
+
+Draw = Callable[[int, jax.Array, int], dict[str, jax.Array]]
+"""draw(seed, step, size) -> the batch of a step, {latents, context}; works inside jit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Settings:
         cosine = (
             self.final_rate + (self.learning_rate - self.final_rate) * (1 + jnp.cos(jnp.pi * progress)) / 2
         )
-        return cosine * jnp.minimum(1, (step + 1) / self.warm_up)
+        return cosine * jnp.minimum(1, (step + 1) / max(self.warm_up, 1))
 
     def average_decay(self, step: jax.Array) -> jax.Array:
         """Early averages forget quickly, so that they do not hold the initial weights."""
@@ -66,14 +66,15 @@ class Trainer:
         teacher: Frozen, or None.
         student: Turns the model with the current parameters into what the loss evaluates (fake quantization
             belongs here); the model itself by default.
+        draw: The data of `advance`, drawn inside the step; not needed where batches are given.
     """
 
     def __init__(
         self, model: nnx.Module, settings: Settings, *, teacher: nnx.Module | None = None,
-        student: Callable[[nnx.Module], Velocity] = lambda model: model,
+        student: Callable[[nnx.Module], Velocity] = lambda model: model, draw: Draw | None = None,
     ):  # fmt: skip
         self.graph, self.initial, self.rest = nnx.split(model, nnx.Param, ...)
-        self.settings, self.teacher, self.student = settings, teacher, student
+        self.settings, self.teacher, self.student, self.draw = settings, teacher, student, draw
         self.run = jax.jit(self._run, donate_argnums=0)
         self.run_on = jax.jit(self._run_on, donate_argnums=0)
 
@@ -92,7 +93,7 @@ class Trainer:
         # The bound is data, so runs of every length are the same compiled loop and continue bit for bit.
         def body(_, carry):
             state, total = carry
-            data = draw(self.settings.seed, state["step"], self.settings.batch)
+            data = self.draw(self.settings.seed, state["step"], self.settings.batch)
             state, loss = self._step(state, data, rest, teacher)
             return state, total + loss
 
@@ -126,43 +127,3 @@ class Trainer:
         average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), state["average"], params)
         state = {**state, "params": params, "average": average, "optimizer": optimizer, "step": step + 1}
         return state, loss
-
-
-def _named(state: State) -> dict[str, jax.Array]:
-    """The state as a flat dictionary; Orbax then needs no knowledge of our types."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): leaf
-            for path, leaf in leaves}  # fmt: skip
-
-
-def save_state(folder: Path, state: State) -> None:
-    """Write the state to the Orbax checkpoint `folder`/`step`, which appears under its name when complete."""
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((folder / str(int(state["step"]))).absolute(), _named(state))
-
-
-def last_state(folder: Path, like: State) -> State | None:
-    """The newest checkpoint of a folder, or None where there is none.
-
-    Raises:
-        UserError: It belongs to another model or optimizer than `like`.
-    """
-    import orbax.checkpoint as ocp
-
-    steps = sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True)
-    if not steps:
-        return None
-    path = (folder / str(steps[0])).absolute()
-    wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _named(like))
-    with ocp.StandardCheckpointer() as checkpointer:
-        held = {
-            name: (leaf.shape, leaf.dtype) for name, leaf in checkpointer.metadata(path).item_metadata.items()
-        }
-        here = {name: (leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
-        if different := sorted(name for name in held | here if held.get(name) != here.get(name)):
-            remedy = "name the checkpoint folder of the same model and settings, or start without --resume"
-            raise UserError(f"{path} holds the state of another training", remedy=remedy, items=different)
-        restored = checkpointer.restore(path, wanted)
-    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in wanted])

@@ -1,4 +1,4 @@
-"""What the bench models are trained on: flow matching, alone or towards a teacher."""
+"""What is minimised: the error of flow matching, alone or towards a teacher."""
 
 import dataclasses
 from collections.abc import Callable
