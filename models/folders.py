@@ -87,8 +87,8 @@ def load(
         progress: Called with (stage, bytes done, bytes in all).
 
     Raises:
-        UserError: A missing, truncated or corrupt file; unknown, missing or mis-shaped keys; weights that are not finite;
-            an unknown architecture; a quantization that is not ours.
+        UserError: A missing, truncated or corrupt file; unknown, missing or mis-shaped keys; weights that are not
+            finite; an unknown architecture; a quantization that is not ours.
     """
     folder = CheckpointFolder.open(path)
     abstract = _skeleton(folder, execution)

@@ -26,7 +26,7 @@ from typing import Any, Self
 import numpy as np
 from einops import rearrange
 
-from qvdjax.checkpoint.atomic import disk_errors
+from qvdjax.checkpoint.atomic import new_file
 from qvdjax.checkpoint.folder import read_json
 from qvdjax.checkpoint.safetensors_file import SafetensorsFile, TensorSource, write_file
 from qvdjax.diffusion import Solver, get_solver
@@ -152,13 +152,8 @@ class Pipeline:
             },
             indent=2,
         )
-        temporary = folder / f".{FILE}.partial-{os.getpid()}"
-        with disk_errors(folder / FILE):
-            try:
-                temporary.write_text(text + "\n", encoding="utf-8")
-                os.replace(temporary, folder / FILE)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with new_file(folder / FILE) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
 
     @property
     def latents_shape(self) -> tuple[int, int, int, int]:

@@ -13,7 +13,16 @@ from flax import nnx
 
 from qvdjax.errors import UserError
 from qvdjax.nn import (
-    Attention, Conv, LayerNorm, Linear, Param, RMSNorm, Stack, VideoModel, at_least_float32, stacked,
+    Attention,
+    Conv,
+    LayerNorm,
+    Linear,
+    Param,
+    RMSNorm,
+    Stack,
+    VideoModel,
+    at_least_float32,
+    stacked,
 )  # fmt: skip
 from qvdjax.nn.embeddings import axial_rope, rotate_adjacent_pairs, timestep_sinusoid
 from qvdjax.parallel.rules import constrain
@@ -164,7 +173,9 @@ class WanBlock(nnx.Module):
         x = x + self.attn2(normalised, conditioning.context)
 
         normalised = modulate(self.norm3(x), ffn_scale, ffn_shift, x.dtype)
-        return constrain((at_least_float32(x) + self.ffn(normalised) * ffn_gate).astype(x.dtype), "batch", "tokens", None)
+        return constrain(
+            (at_least_float32(x) + self.ffn(normalised) * ffn_gate).astype(x.dtype), "batch", "tokens", None
+        )
 
 
 class ConditionEmbedder(nnx.Module):

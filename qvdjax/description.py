@@ -8,7 +8,16 @@ import numpy as np
 from flax import nnx
 
 from qvdjax.nn import (
-    FLOAT_LAYERS, QUANTIZED_LAYERS, Attention, Codes, Conv, Linear, QuantizedLinear, Statistic, VideoModel, layers_of,
+    FLOAT_LAYERS,
+    QUANTIZED_LAYERS,
+    Attention,
+    Codes,
+    Conv,
+    Linear,
+    QuantizedLinear,
+    Statistic,
+    VideoModel,
+    layers_of,
 )  # fmt: skip
 from qvdjax.nn.variables import shape_of
 

@@ -39,7 +39,7 @@ def quantize(
         A new model of the same call. `qvdjax.describe` lists what every layer became.
 
     Raises:
-        UserError: Unknown recipe, a path rule that matches nothing, a missing calibration, a model that is quantized already.
+        UserError: Unknown recipe, a path rule that matches nothing, a missing calibration, a quantized model.
     """
     if isinstance(recipe, str):
         recipe = get(recipe)

@@ -69,10 +69,14 @@ class CalibrationSet:
         if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
             raise UserError(f"{path / MANIFEST} is no {FORMAT} of version {VERSION}", remedy="calibrate again")
         samples = manifest.get("samples")
-        if not isinstance(samples, list) or not all(isinstance(s, dict) and isinstance(s.get("file"), str) for s in samples):
+        if not isinstance(samples, list) or not all(
+            isinstance(s, dict) and isinstance(s.get("file"), str) for s in samples
+        ):
             raise UserError(f"{path / MANIFEST} lists no samples", remedy="calibrate again")
         if missing := [s["file"] for s in samples if not (path / s["file"]).is_file()]:
-            raise UserError(f"{path} lacks samples", remedy="run `qvdjax calibrate` again to complete it", items=missing)
+            raise UserError(
+                f"{path} lacks samples", remedy="run `qvdjax calibrate` again to complete it", items=missing
+            )
         return cls(path, manifest)
 
     def __len__(self) -> int:

@@ -50,7 +50,9 @@ def watch(model: VideoModel) -> VideoModel:
 def _observe(model: VideoModel, inputs: Mapping[str, jax.Array]) -> tuple[list, list]:
     """Ranges of one batch: of the layers outside stacks, and of each stack's layers; dead code but for them goes."""
     _, in_stacks = model.run(**inputs, collect=Statistic)
-    outside = [(layer.low[...], layer.high[...]) for _, path, layer in layers_of(model, (Watched,)) if path[0] != "stacks"]
+    outside = [
+        (layer.low[...], layer.high[...]) for _, path, layer in layers_of(model, (Watched,)) if path[0] != "stacks"
+    ]
     return outside, [nnx.to_pure_dict(state) for state in in_stacks]
 
 

@@ -1,7 +1,7 @@
 """`quantization_config` of config.json: what every layer became, in compressed-tensors' vocabulary and in full.
 
-`config_groups` and `ignore` say it as compressed-tensors does (num_bits, type, symmetric, strategy, group_size, dynamic;
-targets by layer name), which is enough for plain layers. The `qvdjax` part holds the schemes themselves, with
+`config_groups` and `ignore` say it as compressed-tensors does (num_bits, type, symmetric, strategy, group_size,
+dynamic; targets by layer name), which is enough for plain layers. The `qvdjax` part holds the schemes themselves, with
 transforms and reasons, and is what this project reads.
 """
 
@@ -77,7 +77,8 @@ def from_config(config: Mapping[str, Any], where: str) -> tuple[dict[str, Scheme
     if not isinstance(part, Mapping):
         method = config.get("quant_method") if isinstance(config, Mapping) else config
         raise UserError(
-            f"{where}: quantization_config is {method!r}, not qvdjax's", remedy="start from the full-precision checkpoint"
+            f"{where}: quantization_config is {method!r}, not qvdjax's",
+            remedy="start from the full-precision checkpoint",
         )
     if part.get("version") != VERSION:
         raise UserError(

@@ -40,9 +40,7 @@ def quantized_matmul(x: QTensor, weight: QTensor, *, implementation: Implementat
 
 def _contract_float(x: jax.Array, weight: jax.Array) -> jax.Array:
     # HIGHEST: the default precision of accelerators (bf16 or tf32 passes) would not simulate integers.
-    return jax.lax.dot_general(
-        x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST
-    )
+    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
 
 
 def contract_integers(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -147,7 +147,8 @@ class QuantizedConv(nnx.Module):
 
     def _pad(self, codes, fill):
         """Pad the spatial axes of codes [batch, *space, in] with `fill` [batch or 1, 1, ...]."""
-        for axis, (before, after) in enumerate(self.padding, start=1):
-            edge = lambda n, a=axis: jnp.broadcast_to(fill, (*codes.shape[:a], n, *codes.shape[a + 1 :]))  # noqa: E731
-            codes = jnp.concatenate([edge(before), codes, edge(after)], axis=axis)
+        for axis, ends in enumerate(self.padding, start=1):
+            shapes = [(*codes.shape[:axis], n, *codes.shape[axis + 1 :]) for n in ends]
+            before, after = (jnp.broadcast_to(fill, shape) for shape in shapes)
+            codes = jnp.concatenate([before, codes, after], axis=axis)
         return codes

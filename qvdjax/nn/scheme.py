@@ -55,7 +55,8 @@ class AttentionScheme:
 
     Attributes:
         qk_bits: Bits of queries and keys (one symmetric range a token and head), None for float.
-        pv_bits: Bits of probabilities (unsigned range [0, 1], one a row) and values (one range a channel), None for float.
+        pv_bits: Bits of probabilities (unsigned range [0, 1], one a row) and values (one range a channel),
+            None for float.
         smooth_key: Subtract the mean key over tokens first, which leaves the softmax unchanged and takes away
             the channel offsets that waste the range (SageAttention, arXiv 2410.02367 section 3.1).
         reason: Why, in words.

@@ -8,7 +8,7 @@ from qvdjax.nn.variables import Scale
 
 
 class ChannelScale(nnx.Module):
-    """Divides each input channel by `smooth_scale` [in]; the weight's columns carry the factor instead (SmoothQuant)."""
+    """Divides each input channel by `smooth_scale` [in]; the weight's columns carry the factor (SmoothQuant)."""
 
     name = "smooth_scale"
 

@@ -79,7 +79,7 @@ class Quantizer:
         return low, high
 
     def scale_of(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Scale and zero point for x [..., rows, width]: each [..., rows or 1, groups], zero point None if symmetric."""
+        """Scale and zero point for x [..., rows, width]: each [..., rows or 1, groups]; no zero point if symmetric."""
         low, high = self.range_of(x)
         if self.range_method == "search":
             low, high = self._search(x, low, high)

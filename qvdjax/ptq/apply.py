@@ -6,7 +6,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qvdjax.nn import (
-    QUANTIZED_LAYERS, Attention, AttentionScheme, Execution, LayerScheme, VideoModel, swap_layers,
+    QUANTIZED_LAYERS,
+    Attention,
+    AttentionScheme,
+    Execution,
+    LayerScheme,
+    VideoModel,
+    swap_layers,
 )  # fmt: skip
 from qvdjax.nn.variables import iterate, shape_of
 from qvdjax.ptq.layers import quantize_layer

@@ -33,7 +33,9 @@ def quantize_layer(
     """
     convolution = isinstance(layer, Conv)
     if convolution and scheme.transforms:
-        raise UserError(f"a convolution cannot carry {scheme.transforms}", remedy="give its role a rule without transform")
+        raise UserError(
+            f"a convolution cannot carry {scheme.transforms}", remedy="give its role a rule without transform"
+        )
     stacked = len(shape_of(layer.weight)) > (2 + len(layer.kernel) if convolution else 2)
     weight = layer.weight[...]
     if convolution:

@@ -26,7 +26,8 @@ class Method:
         weight_symmetric, activation_symmetric: No zero point.
         group_size: Input channels that share a weight range; None for one range an output channel.
         weight_range: "minmax", or "search" for the range of least error.
-        attention_qk_bits, attention_pv_bits: Bits of the products of attention; None leaves them float, as the papers do.
+        attention_qk_bits, attention_pv_bits: Bits of the products of attention; None leaves them float, as
+            the papers do.
         skip: Regular expression of further paths that stay float; empty for none.
     """
 
@@ -62,7 +63,7 @@ class Method:
 
     def transform(self):
         """What fits the transform of a product's input; None for none."""
-        return None
+        return
 
     def recipe(self) -> Recipe:
         """The rules in order; the first that matches a layer decides."""
@@ -76,7 +77,8 @@ class Method:
         rules += [
             Rule(LayerScheme(reason="embedders stay float: few weights that everything after depends on"),
                  roles=("embedder", "time")),
-            Rule(LayerScheme(reason="the output projection stays float: its error is the prediction's"), roles=("head",)),
+            Rule(LayerScheme(reason="the output projection stays float: its error is the prediction's"),
+                 roles=("head",)),
             Rule(LayerScheme(weight, reason="weights only: its input is one vector a step"),
                  roles=("modulation", "temporal_feature")),
             Rule(LayerScheme(weight, activation, transforms, "a product over all tokens"), roles=PRODUCTS),
@@ -84,6 +86,8 @@ class Method:
                  roles=("convolution",)),
         ]  # fmt: skip
         if self.attention_qk_bits or self.attention_pv_bits:
-            products = AttentionScheme(self.attention_qk_bits, self.attention_pv_bits, reason="the option attention_*_bits")
+            products = AttentionScheme(
+                self.attention_qk_bits, self.attention_pv_bits, reason="the option attention_*_bits"
+            )
             rules.append(Rule(products, roles=("attention",)))
         return Recipe(self.recipe_name, tuple(rules), transform)

@@ -26,10 +26,14 @@ def method_of(name: str) -> tuple[type[Method], int, int]:
     """Method, weight bits and activation bits of `<method>-w<bits>a<bits>`; UserError for anything else."""
     match = re.fullmatch(r"(.+)-w(\d+)a(\d+)", name)
     if not match or match[1] not in METHODS:
-        raise UserError(f"unknown recipe {name!r}", remedy=f"write METHOD-wBITSaBITS with METHOD of {', '.join(METHODS)}")
+        raise UserError(
+            f"unknown recipe {name!r}", remedy=f"write METHOD-wBITSaBITS with METHOD of {', '.join(METHODS)}"
+        )
     weight_bits, activation_bits = int(match[2]), int(match[3])
     if weight_bits not in BITS or activation_bits not in (*BITS, FLOAT_ACTIVATION_BITS):
-        raise UserError(f"recipe {name!r}: bits out of range", remedy="weights take 2 to 8 bits, activations 2 to 8 or 16")
+        raise UserError(
+            f"recipe {name!r}: bits out of range", remedy="weights take 2 to 8 bits, activations 2 to 8 or 16"
+        )
     return METHODS[match[1]], weight_bits, activation_bits
 
 
@@ -50,7 +54,9 @@ def get(name: str, **overrides) -> Recipe:
     try:
         return method(weight_bits=weight_bits, activation_bits=activation_bits, **values).recipe()
     except (ValueError, re.error) as error:
-        raise UserError(f"recipe {name!r}: {error}", remedy="see the option's description in `qvdjax recipes`") from error
+        raise UserError(
+            f"recipe {name!r}: {error}", remedy="see the option's description in `qvdjax recipes`"
+        ) from error
 
 
 def _parse(key, value, hint):

@@ -15,8 +15,8 @@ class Rule:
     Attributes:
         scheme: The decision. For role "attention" an AttentionScheme.
         roles: Roles that match; empty for all.
-        path: Regular expression that the whole path in diffusers must match; empty for all. A path that matches no layer
-            of the model is an error, because it is a typing mistake; a role may be absent.
+        path: Regular expression that the whole path in diffusers must match; empty for all. A path that matches no
+            layer of the model is an error, because it is a typing mistake; a role may be absent.
     """
 
     scheme: LayerScheme | AttentionScheme

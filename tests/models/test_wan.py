@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_models import WAN, wan, wan_inputs
 
 import models
 from qvdjax.errors import UserError
-from small_models import WAN, wan, wan_inputs
 
 PARITY = """
 import json, sys
@@ -137,10 +137,28 @@ def test_wrong_sizes_are_said(change, message):
     ({**WAN, "ffn_dim": "many"}, "positive integer"),
     ({**WAN, "qk_norm": "other"}, "qk_norm"),
     ({**WAN, "image_dim": 1280}, "image-to-video"),
+    ({**WAN, "num_layers": 1001}, "num_layers is 1001; it must be a positive integer of at most 1000$"),
+    ({**WAN, "ffn_dim": 2**20 + 1}, "ffn_dim is 1048577; .* at most 1048576"),
+    ({**WAN, "in_channels": 10**400}, r"in_channels is 10{39}\.\.\.; "),
+    ({**WAN, "rope_max_seq_len": True}, "rope_max_seq_len is True"),
+    ({**WAN, "pos_embed_seq_len": 2**40}, "pos_embed_seq_len is 1099511627776"),
+    ({**WAN, "patch_size": [1, 2]}, "patch_size is .*; it must be 3 positive integers"),
+    ({**WAN, "patch_size": [1, 0, 2]}, "patch_size is .*; it must be 3 positive integers"),
+    ({**WAN, "patch_size": [1, 2**60, 2]}, "patch_size is"),
+    ({**WAN, "patch_size": 2}, "patch_size is 2"),
+    ({**WAN, "eps": "small"}, "eps is 'small'; it must be a positive number"),
+    ({**WAN, "eps": float("nan")}, "eps is nan"),
+    ({**WAN, "cross_attn_norm": "yes"}, "cross_attn_norm is 'yes'; it must be true or false"),
 ])  # fmt: skip
 def test_wrong_configurations_are_said(config, message):
     with pytest.raises(UserError, match=message):
         models.parse_config(config)
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_layers", 1000), ("ffn_dim", 2**20), ("text_dim", 2**20)])
+def test_the_largest_credible_sizes_are_taken(name, value):
+    assert getattr(models.parse_config({**WAN, name: value}), name) == value
+    models.abstract({**WAN, name: value})  # which is all that a look at the folder's table needs
 
 
 def test_a_config_survives_the_round_trip():

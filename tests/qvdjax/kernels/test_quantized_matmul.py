@@ -40,7 +40,9 @@ def test_every_pair_of_bits(activation_bits, weight_bits):
     st.floats(-3, 3),
 )  # fmt: skip
 @settings(max_examples=50)
-def test_every_grid_and_granularity(seed, x_bits, weight_bits, x_symmetric, weight_symmetric, x_kind, weight_kind, mean):
+def test_every_grid_and_granularity(
+    seed, x_bits, weight_bits, x_symmetric, weight_symmetric, x_kind, weight_kind, mean
+):
     random = np.random.default_rng(seed)
     x = jnp.asarray(random.standard_normal((2, 3, 24)) + mean, jnp.float32)
     weight = jnp.asarray(random.standard_normal((5, 24)), jnp.float32)
@@ -55,7 +57,10 @@ def test_fractional_zero_points():
     """Learned zero points are no integers; their fraction is added in floats."""
     x = quantize(jax.random.normal(jax.random.key(0), (6, 32)), Quantizer(4, False, "token"), jnp.int8)
     weight = quantize(jax.random.normal(jax.random.key(1), (5, 32)), Quantizer(4, False))
-    agree(QTensor(x.codes, x.scale, x.zero_point + 0.3, 4), QTensor(weight.codes, weight.scale, weight.zero_point - 0.2, 4))
+    agree(
+        QTensor(x.codes, x.scale, x.zero_point + 0.3, 4),
+        QTensor(weight.codes, weight.scale, weight.zero_point - 0.2, 4),
+    )
 
 
 def test_integer_sums_are_exact_at_real_widths():

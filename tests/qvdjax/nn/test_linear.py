@@ -126,5 +126,7 @@ def test_quantized_weights_are_materialised_once():
     quantized = quantize_layer(source, scheme(), execution="integer")
     weight = np.asarray(source.weight[...], np.float32)
     step = np.abs(weight).max(axis=1, keepdims=True) / 7
-    chex.assert_trees_all_equal(np.asarray(quantized.codes[...].astype(jnp.int8)), np.round(weight / step).astype(np.int8))
+    chex.assert_trees_all_equal(
+        np.asarray(quantized.codes[...].astype(jnp.int8)), np.round(weight / step).astype(np.int8)
+    )
     assert isinstance(quantized, QuantizedLinear)
