@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from einops import rearrange, repeat
 
-from qvdjax.checkpoint.atomic import disk_errors
+from qvdjax.checkpoint.atomic import new_file
 from qvdjax.errors import UserError
 
 
@@ -174,17 +174,13 @@ def _label(text: str, width: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _complete(path: Path) -> Iterator[str]:
-    """A temporary name beside `path`, renamed to it if the body ends well; the encoder's errors explained."""
+    """`new_file` with the encoder's errors explained."""
     import av
 
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with disk_errors(path):
+        with new_file(path) as temporary:
             yield str(temporary)
-            os.replace(temporary, path)
     except av.error.FFmpegError as error:
         raise UserError(
             f"{path} cannot be encoded: {error.strerror}", remedy="try another size or scale"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from experiments.bench.ceilings import ceiling
 from experiments.bench.peaks import machine, matrix_rates, memory_bytes
 from experiments.bench.shapes import SHAPES, shape
 from experiments.bench.timing import Timed, measure
+from qvdjax.checkpoint.atomic import new_file
 from qvdjax.errors import UserError
 from qvdjax.recipes import get
 
@@ -91,7 +91,10 @@ def run_bench(
             done += 1
             report["seconds"] = time.monotonic() - begin
             if output is not None:
-                _write_whole(Path(output), json.dumps(report, indent=1) + "\n")
+                # Replaced at once: a run that is cut short leaves the last whole report.
+                with new_file(output) as temporary:
+                    temporary.parent.mkdir(parents=True, exist_ok=True)
+                    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if progress is not None:
         progress("done", total, total)
     return report
@@ -197,11 +200,3 @@ def _relative_error(output, truth):
 def relative_error(output: jax.Array, truth: jax.Array) -> float:
     """||output - truth|| / ||truth||, in float32."""
     return float(_relative_error(output, truth))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: a run that is cut short leaves the last whole one."""
-    temporary = path.with_name(path.name + ".tmp-bench")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(text)
-    os.replace(temporary, path)

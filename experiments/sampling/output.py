@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.sampling.request import Request
 from models.pipeline import FILE
-from qvdjax.checkpoint.atomic import disk_errors
+from qvdjax.checkpoint.atomic import new_file
 from qvdjax.checkpoint.safetensors_file import TensorSource, write_file
 from qvdjax.errors import UserError
 from qvdjax.video import write_mp4
@@ -99,10 +99,5 @@ def write_latents(path: Path, latents: np.ndarray) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file that appears complete or not at all. Raises `UserError` if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with disk_errors(path):
-        try:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

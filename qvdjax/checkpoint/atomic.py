@@ -28,6 +28,28 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name beside `path`; what the body writes there replaces `path` when the body ends well.
+
+    When it does not, nothing is left behind and a file that was there stays as it was. A process killed in
+    between leaves at most a hidden `.<name>.partial-*`, which may be deleted.
+
+    Raises:
+        UserError: The file cannot be written, or the disk is full; an OSError of the body is taken for that.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        with disk_errors(target):
+            yield temporary
+            os.replace(temporary, target)
+    finally:
+        # Where the folder is missing or unreadable there is nothing to remove; the first error is the one to show.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path`, renamed to `path` when the body ends well, removed when it does not.
 
