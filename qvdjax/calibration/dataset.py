@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 
 from qvdjax.checkpoint import SafetensorsFile, TensorSource, read_json, write_file
-from qvdjax.checkpoint.atomic import disk_errors
+from qvdjax.checkpoint.atomic import disk_errors, new_file
 from qvdjax.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -146,7 +146,8 @@ def collect(
         elif any(path.iterdir()):
             raise UserError(f"{path} exists and is not empty", remedy="choose another folder")
         else:
-            _write_json(path / MANIFEST, manifest)
+            with new_file(path / MANIFEST) as temporary:
+                temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for number, entry in enumerate(entries):
         if not (path / entry["file"]).exists():
             sample = make(number)
@@ -156,9 +157,3 @@ def collect(
         if progress:
             progress("calibrating", number + 1, len(entries))
     return CalibrationSet.open(path)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=2))
-    os.replace(temporary, path)
