@@ -1,0 +1,109 @@
+"""Recipes: names, options, rules and what they decide."""
+
+import jax
+import pytest
+from small_models import WAN, wan, wan_inputs
+
+import models
+import qvdjax
+from qvdjax.errors import UserError
+from qvdjax.nn import AttentionScheme, LayerScheme
+from qvdjax.numerics import Quantizer
+from qvdjax.recipes import METHODS, PRESET_BITS, Recipe, Rule, decide, get, names
+
+
+def test_every_preset_is_there():
+    assert {(8, 8), (6, 6), (4, 8), (4, 6), (4, 4), (3, 3)} == set(PRESET_BITS)
+    assert {"rtn", "minmax", "smoothquant"} <= set(METHODS)
+    for name in names():
+        assert get(name).name == name
+
+
+def test_the_exceptions_of_every_preset():
+    """Embedders, the timestep's MLP and the head stay float; modulation has float inputs; all else is quantized."""
+    model = models.abstract(WAN)
+    for name in names():
+        recipe = get(name)
+        decision = decide(model, recipe)
+        weight = Quantizer(int(name.split("-w")[1].split("a")[0]))
+        floats = {p for p, s in decision.schemes.items() if isinstance(s, LayerScheme) and not s.quantizes}
+        assert floats == {
+            "patch_embedding", "proj_out",
+            *(f"condition_embedder.{kind}_embedder.linear_{i}" for kind in ("time", "text") for i in (1, 2)),
+        }  # fmt: skip
+        modulation = decision.schemes["condition_embedder.time_proj"]
+        assert (modulation.weight, modulation.activation) == (weight, None)
+        products = [s for p, s in decision.schemes.items() if p.startswith("blocks") and isinstance(s, LayerScheme)]
+        assert len(products) == 3 * 10
+        assert all(s.weight == weight and s.activation is not None and s.reason for s in products)
+        assert set(decision.absent_roles) == {"convolution", "temporal_feature"}
+
+
+def test_the_first_matching_rule_decides():
+    eight, four = LayerScheme(Quantizer(8), reason="first"), LayerScheme(Quantizer(4), reason="second")
+    recipe = Recipe("mine-w4a16", (Rule(eight, path=r"blocks\.1\..*"), Rule(four, roles=("query",))))
+    schemes = decide(models.abstract(WAN), recipe).schemes
+    assert schemes["blocks.1.attn1.to_q"] == schemes["blocks.1.ffn.net.2"] == eight
+    assert schemes["blocks.0.attn1.to_q"] == four
+    assert schemes["blocks.0.attn1.to_k"].reason == "no rule of the recipe names it"
+
+
+def test_blocks_that_differ_become_segments():
+    model, inputs = wan(), wan_inputs()
+    recipe = get("rtn-w4a8", skip=r"blocks\.(0|2)\..*")
+    quantized = qvdjax.quantize(model, recipe)
+    assert [(stack.start, stack.count) for stack in quantized.stacks] == [(0, 1), (1, 1), (2, 1)]
+    kept = {row["path"] for row in qvdjax.describe(quantized) if row["weight_bits"] == 32}
+    assert any(path.startswith("blocks.2.") for path in kept)
+    assert not any(path.startswith("blocks.1.") for path in kept)
+    assert jax.numpy.isfinite(quantized(**inputs)).all()
+
+
+def test_a_path_that_matches_nothing_is_an_error_that_names_it():
+    with pytest.raises(UserError, match=r"blocks\.7"):
+        decide(models.abstract(WAN), get("rtn-w4a4", skip=r"blocks\.7\..*"))
+
+
+def test_options_are_parsed_by_their_type():
+    recipe = get("smoothquant-w4a6", alpha="0.7", group_size="16", weight_symmetric="false")
+    assert recipe.transform.alpha == 0.7
+    scheme = decide(models.abstract(WAN), recipe).schemes["blocks.0.attn1.to_q"]
+    assert scheme.weight == Quantizer(4, False, "group", 16)
+    assert scheme.transforms == ("smooth_scale",)
+    assert get("rtn-w4a4", group_size="none") == get("rtn-w4a4")
+
+
+def test_attention_products_are_an_option():
+    decision = decide(models.abstract(WAN), get("rtn-w8a8", attention_qk_bits="8"))
+    assert decision.schemes["blocks.0.attn1.attention"].qk_bits == 8
+    plain = decide(models.abstract(WAN), get("rtn-w8a8")).schemes["blocks.0.attn1.attention"]
+    assert isinstance(plain, AttentionScheme)
+    assert plain.qk_bits is None
+
+
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("magic-w4a4", {}, "unknown recipe"),
+    ("rtn-w4", {}, "unknown recipe"),
+    ("rtn-w1a4", {}, "out of range"),
+    ("rtn-w4a9", {}, "out of range"),
+    ("rtn-w4a4", {"wings": 2}, "no such option"),
+    ("rtn-w4a4", {"group_size": "some"}, "group_size"),
+    ("rtn-w4a4", {"weight_symmetric": "perhaps"}, "weight_symmetric"),
+    ("rtn-w4a4", {"group_size": "-4"}, "positive"),
+    ("rtn-w4a4", {"weight_range": "guess"}, "range_method"),
+    ("rtn-w4a4", {"skip": "("}, "rtn-w4a4"),
+    ("smoothquant-w4a4", {"alpha": "2"}, "alpha"),
+])  # fmt: skip
+def test_what_is_refused(name, options, message):
+    with pytest.raises(UserError, match=message):
+        get(name, **options)
+
+
+def test_only_calibrated_recipes_ask_for_calibration():
+    assert [get(f"{m}-w8a8").needs_calibration for m in ("rtn", "minmax", "smoothquant")] == [False, True, True]
+    assert not get("rtn-w4a16").needs_calibration
+
+
+def test_sixteen_bit_activations_are_float():
+    scheme = decide(models.abstract(WAN), get("rtn-w4a16")).schemes["blocks.0.attn1.to_q"]
+    assert (scheme.weight.bits, scheme.activation) == (4, None)
