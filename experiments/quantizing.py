@@ -1,5 +1,6 @@
 """From a model folder to a quantized one."""
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -9,9 +10,10 @@ from typing import Any
 import models
 import qvdjax
 from experiments.calibrating import calibrate_folder, open_calibration
-from models.pipeline import copy_pipeline
+from models.pipeline import side_files
 from qvdjax import recipes
 from qvdjax.errors import UserError
+from qvdjax.nn import VideoModel
 
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total)."""
@@ -58,20 +60,31 @@ def quantize_folder(
             calibrate_folder(source, Path(made), progress=progress)
             batches = open_calibration(Path(made), source)
         quantized = qvdjax.quantize(model, chosen, batches)
-    with tempfile.TemporaryDirectory() as beside:
-        copy_pipeline(source, beside)
-        side_files = {path.name: path for path in Path(beside).iterdir()}
-        models.save(quantized, target, side_files=side_files, overwrite=overwrite, progress=progress)
-    layers = qvdjax.describe(quantized)
-    weight_bytes, float_bytes = (sum(row[key] for row in layers) for key in ("bytes", "float_bytes"))
+    save_quantized(quantized, source, target, overwrite=overwrite, progress=progress)
     return {
         "recipe": chosen.name,
         "calibration": None if calibration is None else str(calibration),
+        "seconds": time.perf_counter() - started,
+        **weights_report(quantized),
+    }
+
+
+def save_quantized(
+    model: VideoModel, source: Path, target: Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> None:
+    """Write a quantized model together with the pipeline of the folder it was made from; see `models.save`."""
+    models.save(model, target, side_files=side_files(source), overwrite=overwrite, progress=progress)
+
+
+def weights_report(model: VideoModel) -> dict[str, Any]:
+    """{quantized_layers, weight_bytes, float_bytes, ratio, layers} of a quantized model."""
+    layers = qvdjax.describe(model)
+    weight_bytes, float_bytes = (sum(row[key] for row in layers) for key in ("bytes", "float_bytes"))
+    return {
         "quantized_layers": sum(row["execution"] != "float" for row in layers),
         "weight_bytes": weight_bytes,
         "float_bytes": float_bytes,
         "ratio": weight_bytes / float_bytes,
-        "seconds": time.perf_counter() - started,
         "layers": layers,
     }
 
@@ -79,8 +92,9 @@ def quantize_folder(
 def check_new(target: Path, *, overwrite: bool = False) -> None:
     """Refuse a target that is taken before hours are spent on what cannot be written there."""
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UserError(
-            f"{target} exists and is not empty", remedy="choose another target or give --overwrite"
-        )
+        raise UserError(f"{target} exists and is not empty", remedy="choose another target or give --overwrite")
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} exists and is no folder", remedy="choose another target")
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{target} cannot be written", remedy="choose a target that can be written")

@@ -20,6 +20,7 @@ from experiments.cli.options import (
     Names,
     Out,
     Prompts,
+    Real,
     Sampler,
     Threshold,
     Whole,
@@ -84,6 +85,48 @@ class Quantize(Common):
     """Folder made by `calibrate`."""
     set: Annotated[Names, arg(metavar="KEY=VALUE")] = ()
     """Override one option of the recipe's method; may be repeated."""
+    overwrite: bool = False
+    """Replace OUT if it is there already."""
+
+
+@dataclass(frozen=True)
+class Train(Common):
+    """Train a model under a recipe's rounding towards itself in full precision, then quantize it.
+
+    Quantization-aware training by the straight-through estimator, on one device; an interrupted run goes on
+    with --checkpoints and --resume.
+    """
+
+    dir: Dir
+    """Full-precision model folder: the teacher, and where training starts."""
+    out: Out
+    """New model folder; must not exist yet."""
+    recipe: Annotated[str, arg(metavar="NAME", aliases=["-r"])]
+    """Recipe that needs no calibration, such as rtn-w4a4; `qvdjax recipes` lists them."""
+    data: Annotated[Path, arg(metavar="DIR")]
+    """Folder of precomputed latents and text embeddings; docs/formats.md describes it."""
+    set: Annotated[Names, arg(metavar="KEY=VALUE")] = ()
+    """Override one option of the recipe's method; may be repeated."""
+    steps: Whole = 1000
+    """Training steps in all."""
+    batch: Whole = 8
+    """Examples in a step."""
+    learning_rate: Real = 1e-4
+    """Peak learning rate; a hundredth of it is left at the last step."""
+    warm_up: Whole = 50
+    """Steps of linear warm-up."""
+    data_weight: Real = 0.0
+    """Weight of the distance to the data's own velocity, beside 1 for the teacher's."""
+    seed: Whole = 0
+    """Of the order of the examples, the noise and its levels."""
+    checkpoints: hinted(Path, "DIR", "none are kept") = None
+    """Folder for training states (Orbax); the two newest are kept."""
+    save_every: Whole = 500
+    """Steps between two training states."""
+    resume: bool = False
+    """Go on from the newest state in --checkpoints; from the start where there is none."""
+    log: hinted(Path, "FILE", "not written") = None
+    """Append step, loss and learning rate to this file, one JSON object a line."""
     overwrite: bool = False
     """Replace OUT if it is there already."""
 
@@ -217,6 +260,7 @@ Command = (
     | Annotated[Info, subcommand("info")]
     | Annotated[Calibrate, subcommand("calibrate")]
     | Annotated[Quantize, subcommand("quantize")]
+    | Annotated[Train, subcommand("train")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Export, subcommand("export")]

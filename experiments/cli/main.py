@@ -33,6 +33,7 @@ VERBS = {
     "Export": "experiments.cli.verbs.folders:export",
     "Calibrate": "experiments.cli.verbs.quantizing:calibrate",
     "Quantize": "experiments.cli.verbs.quantizing:quantize",
+    "Train": "experiments.cli.verbs.quantizing:train",
     "Recipes": "experiments.cli.verbs.quantizing:recipes",
     "Sample": "experiments.cli.verbs.videos:sample",
     "Evaluate": "experiments.cli.verbs.videos:evaluate",

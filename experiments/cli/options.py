@@ -17,6 +17,7 @@ Dir = Annotated[Positional[Path], arg(metavar="DIR")]
 Out = Annotated[Positional[Path], arg(metavar="OUT")]
 Names = UseAppendAction[tuple[str, ...]]
 Whole = Annotated[int, arg(metavar="N")]
+Real = Annotated[float, arg(metavar="X")]
 WholeOfFolder = hinted(int, "N", FOLDERS)
 RealOfFolder = hinted(float, "X", FOLDERS)
 Threshold = hinted(float, "X", "not checked")

@@ -41,9 +41,7 @@ def write_folder(path: Path, examples: Iterable[dict[str, Any]], *, shard: int =
         path.mkdir(parents=True, exist_ok=True)
         _write(path, iter(examples), shard)
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror})", remedy="check rights and free space"
-        ) from error
+        raise UserError(f"{path} cannot be written ({error.strerror})", remedy="check rights and free space") from error
 
 
 def _write(path: Path, examples: Iterator[dict[str, Any]], shard: int) -> None:
@@ -92,14 +90,8 @@ class DataFolder:
             manifest = json.loads((self.path / MANIFEST).read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path} has no readable {MANIFEST}", remedy=remedy) from error
-        if (
-            not isinstance(manifest, dict)
-            or manifest.get("format") != "qvdjax-data"
-            or manifest.get("version") != 1
-        ):
-            raise UserError(
-                f"{self.path / MANIFEST} is not a qvdjax-data manifest of version 1", remedy=remedy
-            )
+        if not isinstance(manifest, dict) or manifest.get("format") != "qvdjax-data" or manifest.get("version") != 1:
+            raise UserError(f"{self.path / MANIFEST} is not a qvdjax-data manifest of version 1", remedy=remedy)
         try:
             self.shapes = {name: tuple(int(size) for size in manifest[name]) for name in _FIELDS}
             self.files = [self.path / shard["file"] for shard in manifest["shards"]]
@@ -109,9 +101,7 @@ class DataFolder:
             raise UserError(message, remedy=remedy) from error
         missing = [file.name for file in self.files if not file.is_file()]
         if missing:
-            raise UserError(
-                f"{self.path} lacks shards", remedy="copy the whole folder or make it again", items=missing
-            )
+            raise UserError(f"{self.path} lacks shards", remedy="copy the whole folder or make it again", items=missing)
         if self.starts[-1] == 0:
             raise UserError(f"{self.path} holds no examples", remedy=remedy)
 

@@ -47,9 +47,7 @@ class Settings:
     def rate(self, step: jax.Array, total: jax.Array) -> jax.Array:
         """Learning rate: linear warm-up, then half a cosine down to `final_rate` at the last step."""
         progress = jnp.clip((step - self.warm_up) / jnp.maximum(total - self.warm_up, 1), 0, 1)
-        cosine = (
-            self.final_rate + (self.learning_rate - self.final_rate) * (1 + jnp.cos(jnp.pi * progress)) / 2
-        )
+        cosine = self.final_rate + (self.learning_rate - self.final_rate) * (1 + jnp.cos(jnp.pi * progress)) / 2
         return cosine * jnp.minimum(1, (step + 1) / max(self.warm_up, 1))
 
     def average_decay(self, step: jax.Array) -> jax.Array:

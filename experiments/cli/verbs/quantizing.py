@@ -1,12 +1,18 @@
-"""Verbs on the way to a quantized model: recipes, calibrate, quantize."""
+"""Verbs on the way to a quantized model: recipes, calibrate, quantize, train."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from experiments.cli import values
-from experiments.cli.arguments import Calibrate, Quantize, Recipes
+from experiments.cli.arguments import Calibrate, Quantize, Recipes, Train
 from experiments.cli.outcome import Outcome, Table, number, size
 from experiments.cli.terminal import Progress
+
+TRAINING = (
+    "steps", "batch", "learning_rate", "warm_up", "data_weight", "seed", "checkpoints", "save_every", "resume",
+    "log", "overwrite",
+)  # fmt: skip
 
 
 def recipes(arguments: Recipes, progress: Progress | None) -> Outcome:
@@ -32,9 +38,7 @@ def recipes(arguments: Recipes, progress: Progress | None) -> Outcome:
     lines: list[str | Table] = []
     for method in methods:
         own = [preset for preset in presets if preset["method"] == method["name"]]
-        needs = (
-            "needs calibration" if any(preset["needs_calibration"] for preset in own) else "no calibration"
-        )
+        needs = "needs calibration" if any(preset["needs_calibration"] for preset in own) else "no calibration"
         lines += [
             f"{method['name']}: {method['summary']} ({needs})",
             f"  {', '.join(preset['name'] for preset in own)}",
@@ -71,11 +75,33 @@ def quantize(arguments: Quantize, progress: Progress | None) -> Outcome:
         overwrite=arguments.overwrite,
         progress=progress,
     )
+    return Outcome(report, _facts(report, arguments.out))
+
+
+def train(arguments: Train, progress: Progress | None) -> Outcome:
+    """Train a folder under a recipe's rounding and quantize it."""
+    from experiments.training import train_folder
+
+    report = train_folder(
+        arguments.dir,
+        arguments.out,
+        arguments.recipe,
+        arguments.data,
+        overrides=values.overrides(arguments.set),
+        progress=progress,
+        **{name: getattr(arguments, name) for name in TRAINING},
+    )
+    done = report["steps"] - report["first_step"]
+    before, after = number(report["first_loss"]), number(report["last_loss"])
+    line = f"{done} steps on {report['examples']} examples: loss {before} -> {after}"
+    return Outcome(report, [*_facts(report, arguments.out), line])
+
+
+def _facts(report: dict[str, Any], out: Path) -> list[str | Table]:
+    """What became of a folder, a row for each kind of layer, and its bytes."""
     kinds: dict[tuple, list[dict[str, Any]]] = {}
     for row in report["layers"]:
-        kinds.setdefault((row["role"], row["weight_bits"], row["activation_bits"], row["reason"]), []).append(
-            row
-        )
+        kinds.setdefault((row["role"], row["weight_bits"], row["activation_bits"], row["reason"]), []).append(row)
     rows = [
         (
             role,
@@ -90,12 +116,11 @@ def quantize(arguments: Quantize, progress: Progress | None) -> Outcome:
     ]
     columns = ("role", "layers", "weights", "inputs", "bytes", "lowest SQNR dB", "why")
     held, before = size(report["weight_bytes"]), size(report["float_bytes"])
-    lines = [
-        Table(columns, rows, f"{arguments.out}: {report['recipe']}", frozenset(columns[1:-1])),
+    return [
+        Table(columns, rows, f"{out}: {report['recipe']}", frozenset(columns[1:-1])),
         f"{before} in bfloat16 -> {held} ({report['ratio']:.3f})",
-        f"every layer: qvdjax info {arguments.out}",
+        f"every layer: qvdjax info {out}",
     ]
-    return Outcome(report, lines)
 
 
 def _lowest(ratios: list[float | None]) -> float | None:

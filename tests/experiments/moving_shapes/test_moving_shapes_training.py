@@ -4,6 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import models
@@ -57,6 +58,24 @@ def test_time_that_runs_out_still_writes_the_folder(tmp_path, capsys, monkeypatc
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert events[-1]["event"] == "saved"
     assert events[-1]["step"] == 0
+
+
+def test_training_starts_from_a_folder_with_the_frames_asked_for(tmp_path, capsys, monkeypatch):
+    small, settings = train.initial_model(3, SMALL), []
+    models.save(small, tmp_path / "start")
+
+    class Recording(train.Trainer):
+        def __init__(self, model, *args, **more):
+            super().__init__(model, *args, **more)
+            settings.append(self.settings)
+
+    monkeypatch.setattr(train, "Trainer", Recording)
+    options = ["--start", str(tmp_path / "start"), "--frames", "3", "--minutes", "0.0001"]  # no step fits
+    train.main([str(tmp_path / "model"), *options])
+    assert settings[0].frames == 3
+    saved = models.load(tmp_path / "model")
+    for one, other in zip(jax.tree.leaves(small), jax.tree.leaves(saved), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,222 @@
+"""From a full-precision model folder and a folder of latents to a quantized folder, trained under its rounding."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import models
+from experiments.quantizing import check_new, save_quantized, weights_report
+from experiments.sampling.request import PUBLISHED
+from experiments.training.latents import DataFolder, stream
+from experiments.training.log import Log
+from experiments.training.objective import Objective
+from experiments.training.states import claim, last_state, save_state
+from experiments.training.trainer import Settings, State, Trainer
+from models.pipeline import FILE, Pipeline
+from qvdjax import recipes
+from qvdjax.checkpoint import stored_variables
+from qvdjax.errors import UserError
+from qvdjax.nn import QUANTIZED_LAYERS, VideoModel, layers_of
+from qvdjax.qat import fake_quantized
+from qvdjax.quantization import quantize
+
+Progress = Callable[[str, int, int], None]
+"""progress(stage, done, total)."""
+
+REPORT_EVERY = 10  # steps between two lines of the log; reading the loss waits for the device
+KEPT_STATES = 2
+LARGEST_SEED = 2**31 - 1  # what jax.random.key takes where 64-bit integers are off
+
+
+def train_folder(
+    source: Path,
+    target: Path,
+    recipe: str,
+    data: Path,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    steps: int = 1000,
+    batch: int = 8,
+    learning_rate: float = 1e-4,
+    warm_up: int = 50,
+    data_weight: float = 0.0,
+    seed: int = 0,
+    checkpoints: Path | None = None,
+    save_every: int = 500,
+    resume: bool = False,
+    log: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train a model under a recipe's rounding towards itself in full precision; quantize and save the result.
+
+    The student starts from the teacher's weights in float32. Each step rounds its weights and inputs as the
+    recipe says, gradients pass straight through, and the loss is the distance of the two predictions at noise
+    levels as a sampler visits them. Averaged weights are quantized and saved with the source's side files.
+
+    Args:
+        source: Full-precision model folder: teacher, and where the student starts.
+        target: The new folder; it appears complete or not at all.
+        recipe: `<method>-w<bits>a<bits>` that needs no calibration, see `qvdjax.recipes.names`.
+        data: Folder of latents and text embeddings, see `experiments.training.latents`.
+        overrides: Options of the recipe's method by name.
+        steps: Training steps in all, those of an earlier run that is gone on with included.
+        batch: Examples in a step.
+        learning_rate: Its peak, after `warm_up` steps; a hundredth of it is left at the last step.
+        warm_up: Steps of linear warm-up.
+        data_weight: Weight of the distance to the data's own velocity, beside 1 for the teacher's.
+        seed: Of the order of the data, the noise and the noise levels.
+        checkpoints: Folder for training states; the two newest are kept.
+        save_every: Steps between two states.
+        resume: Go on from the newest state in `checkpoints`, from the start if there is none. The parameters
+            are then bit for bit those of a run that was not interrupted.
+        log: JSON lines are appended to this file: step, loss, learning rate.
+        overwrite: Replace a target that is there already.
+        progress: Called with (stage, done, total).
+
+    Returns:
+        {recipe, steps, first_step, examples, parameters, first_loss, last_loss, seconds} and what
+        `experiments.quantizing.weights_report` says. Losses are means over up to `REPORT_EVERY` steps, None
+        where no step was left to do.
+
+    Raises:
+        UserError: A target that is taken, a recipe that cannot be trained, a quantized, damaged or missing
+            model, data that does not fit the model, a number out of range, states of another run, a loss that
+            is not finite, a disk that is full.
+    """
+    began = time.perf_counter()
+    check_new(target, overwrite=overwrite)
+    _check_numbers(steps, batch, learning_rate, warm_up, data_weight, seed, save_every)
+    if resume and checkpoints is None:
+        raise UserError("there is nothing to resume from", remedy="name the folder of checkpoints too")
+    chosen = recipes.get(recipe, **(overrides or {}))
+    abstract = models.skeleton(source)
+    if any(True for _ in layers_of(abstract, QUANTIZED_LAYERS)):
+        raise UserError(f"{source} is quantized already", remedy="train the full-precision model")
+    schemes = recipes.decide(abstract, chosen).schemes
+    folder = DataFolder(data)
+
+    def rounded(model: VideoModel) -> VideoModel:
+        return fake_quantized(model, schemes)
+
+    _check_fit(abstract, rounded, folder.shapes, batch)
+    settings = Settings(
+        seed=seed, batch=batch, learning_rate=learning_rate, final_rate=learning_rate / 100, warm_up=warm_up,
+        objective=_objective(source, data_weight),
+    )  # fmt: skip
+    if checkpoints is not None:
+        run = {
+            "model": abstract.config.to_dict(), "recipe": chosen.name, "overrides": dict(overrides or {}),
+            "examples": len(folder), **folder.shapes, "steps": steps, "batch": batch,
+            "learning_rate": learning_rate, "warm_up": warm_up, "data_weight": data_weight, "seed": seed,
+        }  # fmt: skip
+        claim(checkpoints, run, resume=resume)
+    lines = Log(log)
+    teacher = models.load(source, progress=progress)
+    trainer = Trainer(jax.tree.map(_float32, teacher), settings, teacher=teacher, student=rounded)
+    state = trainer.start(steps)
+    if resume:
+        state = last_state(checkpoints, state) or state
+    first_step = int(state["step"])
+    state, losses = _run(trainer, state, stream(data, seed=seed, size=batch), lines, checkpoints, save_every, progress)
+    quantized = _stored_as(quantize(trainer.model(state), chosen), teacher)
+    save_quantized(quantized, source, target, overwrite=overwrite, progress=progress)
+    lines(event="saved", step=steps, folder=str(target))
+    return {
+        "recipe": chosen.name,
+        "steps": steps,
+        "first_step": first_step,
+        "examples": len(folder),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(trainer.initial)),
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "seconds": time.perf_counter() - began,
+        **weights_report(quantized),
+    }
+
+
+def _run(
+    trainer: Trainer, state: State, batches: Any, lines: Log, checkpoints: Path | None, save_every: int,
+    progress: Progress | None,
+) -> tuple[State, list[float]]:  # fmt: skip
+    """The steps that are left; returns the mean losses that were reported too."""
+    first, steps = int(state["step"]), int(state["total"])
+    reported, pending = [], []
+    for done in range(first + 1, steps + 1):
+        state, loss = trainer.advance_on(state, jax.tree.map(jnp.asarray, batches[done - 1]))
+        pending.append(loss)
+        save = checkpoints is not None and (done % save_every == 0 or done == steps)
+        if not (save or done % REPORT_EVERY == 0 or done == steps):
+            continue
+        mean = float(jnp.stack(pending).mean())  # waits for the device
+        if not math.isfinite(mean):
+            raise UserError(
+                f"the loss is no longer finite at step {done}",
+                remedy="lower the learning rate or give more steps of warm-up",
+            )
+        reported.append(mean)
+        pending = []
+        lines(event="train", step=done, loss=mean, rate=float(trainer.settings.rate(done - 1, steps)))
+        if save:
+            save_state(checkpoints, state, keep=KEPT_STATES)
+        if progress:
+            progress("training", done, steps)
+    return state, reported
+
+
+def _check_numbers(
+    steps: int, batch: int, learning_rate: float, warm_up: int, data_weight: float, seed: int, save_every: int
+) -> None:
+    """Raise UserError for what no training can be made of."""
+    for name, value in (("steps", steps), ("batch", batch), ("save-every", save_every)):
+        if value < 1:
+            raise UserError(f"--{name} is {value}", remedy="give at least 1")
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise UserError(f"--learning-rate is {learning_rate}", remedy="give a positive number")
+    if warm_up < 0:
+        raise UserError(f"--warm-up is {warm_up}", remedy="give a number of steps, 0 for none")
+    if not (math.isfinite(data_weight) and data_weight >= 0):
+        raise UserError(f"--data-weight is {data_weight}", remedy="give 0 or a positive number")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"--seed is {seed}", remedy=f"give a whole number from 0 to {LARGEST_SEED}")
+
+
+def _check_fit(model: VideoModel, rounded: Callable, shapes: Mapping[str, tuple], batch: int) -> None:
+    """Trace the rounded model on the data's shapes: what cannot be trained is refused before a weight is read."""
+    latents, context = (jax.ShapeDtypeStruct((batch, *shapes[name]), jnp.float32) for name in ("latents", "context"))
+    timestep = jax.ShapeDtypeStruct((batch,), jnp.float32)
+    jax.eval_shape(lambda model, *inputs: rounded(model)(*inputs), model, latents, timestep, context)
+
+
+def _objective(source: Path, data_weight: float) -> Objective:
+    """Noise levels of the folder's own sampler; captions are dropped where zeros are the empty prompt."""
+    pipeline = Pipeline.load(source) if (source / FILE).exists() else None
+    return Objective(
+        shift=PUBLISHED["shift"] if pipeline is None else pipeline.shift,
+        drop_caption=0.0 if pipeline is None else 0.1,
+        data=data_weight,
+        teacher=1.0,
+    )
+
+
+def _float32(leaf: jax.Array) -> jax.Array:
+    # Steps of 1e-4 of a weight are lost in bfloat16.
+    return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+def _stored_as(model: VideoModel, source: VideoModel) -> VideoModel:
+    """The model with what stayed float in the types of the source, from which the types of activations follow."""
+    types = {name: one.value.dtype for one in stored_variables(source) for name in one.names}
+    graph, _ = nnx.split(model)
+    leaves = []
+    for one in stored_variables(model):
+        dtype = None if one.codes else types.get(one.names[0])
+        value = one.value if dtype is None else one.value.astype(dtype)
+        leaves.append((one.path, one.variable.replace(value)))
+    return nnx.merge(graph, nnx.from_flat_state(leaves))

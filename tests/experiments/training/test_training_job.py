@@ -1,0 +1,194 @@
+"""`qvdjax train`: the trained folder is nearer to its teacher, continues bit for bit, and bad input is refused."""
+
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import models
+from experiments.cli.main import main
+from experiments.quantizing import quantize_folder
+from experiments.training import train_folder
+from experiments.training.latents import DataFolder
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SETTINGS = {"batch": 2, "learning_rate": 3e-3, "warm_up": 4}
+
+
+def distance(folder, teacher, data):
+    """Mean squared distance of two models' predictions from the same noisy latents, relative to the teacher's."""
+    examples = [DataFolder(data)[number] for number in range(6)]
+    latents, context = (jnp.stack([one[name] for one in examples]) for name in ("latents", "context"))
+    noise = jax.random.normal(jax.random.key(9), latents.shape)
+    level = jnp.linspace(0.2, 0.95, 6)
+    s = level[:, None, None, None, None]
+    inputs = ((1 - s) * latents + s * noise, 1000 * level, context)
+    wanted, found = (jax.jit(lambda model: model(*inputs))(models.load(one)) for one in (teacher, folder))
+    return float(jnp.square(found - wanted).mean() / jnp.square(wanted).mean())
+
+
+@pytest.fixture(scope="module")
+def whole(model_folder, data_folder, tmp_path_factory):
+    """A run of 40 steps that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("trained")
+    calls = []
+    report = train_folder(
+        model_folder, folder / "w4a4", "rtn-w4a4", data_folder, steps=40, log=folder / "log.jsonl",
+        progress=lambda *call: calls.append(call), **SETTINGS,
+    )  # fmt: skip
+    return {"folder": folder / "w4a4", "log": folder / "log.jsonl", "report": report, "calls": calls}
+
+
+def test_training_brings_the_rounded_model_nearer_to_its_teacher(whole, model_folder, data_folder, tmp_path):
+    report = whole["report"]
+    assert report["last_loss"] < 0.7 * report["first_loss"]
+    quantize_folder(model_folder, tmp_path / "plain", "rtn-w4a4")
+    before, after = (distance(folder, model_folder, data_folder) for folder in (tmp_path / "plain", whole["folder"]))
+    # The same codes and ranges, other weights; the noise differs from every step's.
+    assert after < 0.8 * before
+
+
+def test_the_trained_folder_is_one_that_quantize_would_write(whole, model_folder, tmp_path):
+    quantize_folder(model_folder, tmp_path / "plain", "rtn-w4a4")
+    trained, plain = (load_file(folder / WEIGHTS) for folder in (whole["folder"], tmp_path / "plain"))
+    assert {k: (v.shape, v.dtype) for k, v in trained.items()} == {k: (v.shape, v.dtype) for k, v in plain.items()}
+    config, wanted = (json.loads((f / "config.json").read_text()) for f in (whole["folder"], tmp_path / "plain"))
+    assert config == wanted
+    for name in ("pipeline.json", "word_table.safetensors"):
+        assert (whole["folder"] / name).read_bytes() == (model_folder / name).read_bytes()
+    assert whole["report"]["quantized_layers"] > 0
+    assert whole["report"]["ratio"] < 0.5  # four bits of sixteen, and what stays float
+
+
+def test_the_log_and_the_progress_tell_every_tenth_step(whole):
+    lines = [json.loads(line) for line in whole["log"].read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "train"] == [10, 20, 30, 40]
+    assert lines[0]["loss"] == whole["report"]["first_loss"]
+    assert lines[-1]["event"] == "saved"
+    assert [call for call in whole["calls"] if call[0] == "training"][-1] == ("training", 40, 40)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(whole, model_folder, data_folder, tmp_path):
+    def run(out, **more):
+        options = {"steps": 40, "checkpoints": tmp_path / "states", "save_every": 7, **SETTINGS, **more}
+        return train_folder(model_folder, tmp_path / out, "rtn-w4a4", data_folder, **options)
+
+    def interrupt(stage, done, total):
+        if (stage, done) == ("training", 20):  # between two states
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("out", progress=interrupt)
+    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in (tmp_path / "states").iterdir()) == ["14", "7", "run.json"]
+    report = run("out", resume=True)
+    assert report["first_step"] == 14
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (whole["folder"] / WEIGHTS).read_bytes()
+    # A finished run whose folder was lost is written again without a step.
+    report = run("again", resume=True)
+    assert (report["first_step"], report["last_loss"]) == (40, None)
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (whole["folder"] / WEIGHTS).read_bytes()
+
+
+def test_what_stays_float_keeps_its_type(model_folder, data_folder, tmp_path):
+    half = shutil.copytree(model_folder, tmp_path / "half")
+    tensors = {name: value.astype(ml_dtypes.bfloat16) for name, value in load_file(model_folder / WEIGHTS).items()}
+    save_file(tensors, half / WEIGHTS)
+    train_folder(half, tmp_path / "w8a8", "rtn-w8a8", data_folder, steps=1, **SETTINGS)
+    trained = load_file(tmp_path / "w8a8" / WEIGHTS)
+    assert trained["patch_embedding.weight"].dtype == ml_dtypes.bfloat16
+    assert trained["blocks.0.attn1.to_q.bias"].dtype == ml_dtypes.bfloat16
+    assert trained["blocks.0.attn1.to_q.weight"].dtype == np.int8
+    assert trained["blocks.0.attn1.to_q.weight_scale"].dtype == np.float32
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """Run the program; it must end with code 2, one line that holds the words, and no OUT."""
+
+    def run(*argv, words):
+        code = main(["train", *(str(argument) for argument in argv)])
+        out, err = capsys.readouterr()
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        for word in words:
+            assert str(word) in err
+        assert not (tmp_path / "out").exists()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--recipe", "minmax-w8a8"], ["calibration", "rtn-w4a4"]),
+        (["--recipe", "smoothquant-w4a4"], ["calibration", "rtn-w4a4"]),
+        (["--recipe", "rtn-w44"], ["rtn-w44"]),
+        (["--recipe", "rtn-w4a4", "--set", "skip=nowhere"], ["nowhere"]),
+        (["--recipe", "rtn-w4a4", "--steps", "0"], ["--steps"]),
+        (["--recipe", "rtn-w4a4", "--batch", "0"], ["--batch"]),
+        (["--recipe", "rtn-w4a4", "--learning-rate", "nan"], ["--learning-rate"]),
+        (["--recipe", "rtn-w4a4", "--warm-up", "-1"], ["--warm-up"]),
+        (["--recipe", "rtn-w4a4", "--data-weight", "-1"], ["--data-weight"]),
+        (["--recipe", "rtn-w4a4", "--seed", "-1"], ["--seed"]),
+        (["--recipe", "rtn-w4a4", "--save-every", "0"], ["--save-every"]),
+        (["--recipe", "rtn-w4a4", "--resume"], ["checkpoints"]),
+        (["--recipe", "rtn-w4a4", "--data", "missing"], ["missing", "manifest.json"]),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    refused, model_folder, data_folder, tmp_path, monkeypatch, options, words
+):
+    # Before anything expensive: reading weights would fail here with another exit code.
+    monkeypatch.setattr(models, "load", lambda *args, **more: sys.exit("weights were read"))
+    refused(model_folder, tmp_path / "out", "--data", data_folder, *options, words=words)
+
+
+def test_models_that_cannot_be_trained_are_refused(refused, whole, data_folder, tmp_path):
+    refused(whole["folder"], tmp_path / "out", "-r", "rtn-w4a4", "--data", data_folder, words=["quantized already"])
+    refused(tmp_path / "none", tmp_path / "out", "-r", "rtn-w4a4", "--data", data_folder, words=[tmp_path / "none"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [({"channels": 5}, ["12 channels"]), ({"dim": 9}, ["text embeddings", "8"]), ({"frames": 2000}, ["frames 2000"])],
+)
+def test_data_that_does_not_fit_is_refused(refused, model_folder, write_latents, tmp_path, shape, words):
+    data = write_latents(tmp_path / "data", count=1, **shape)
+    refused(model_folder, tmp_path / "out", "-r", "rtn-w4a4", "--data", data, words=words)
+
+
+def test_targets_that_are_taken_or_cannot_be_written_are_refused(model_folder, data_folder, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("here first")
+    for out, word in ((tmp_path / "full", "not empty"), (tmp_path / "full" / "file" / "out", "cannot be written")):
+        argv = ["train", str(model_folder), str(out), "-r", "rtn-w4a4", "--data", str(data_folder)]
+        assert main(argv) == 2
+        assert word in capsys.readouterr().err
+    assert (tmp_path / "full" / "file").read_text() == "here first"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(refused, model_folder, data_folder, tmp_path):
+    options = ["--steps", "10", "--batch", "2", "--warm-up", "0", "--learning-rate", "1e30"]
+    refused(
+        model_folder, tmp_path / "out", "-r", "rtn-w4a4", "--data", data_folder, *options,
+        words=["no longer finite", "step 10", "lower the learning rate"],
+    )  # fmt: skip
+
+
+def test_the_program_trains(model_folder, data_folder, tmp_path, capsys):
+    options = ["--steps", "2", "--batch", "2", "--data-weight", "0.5", "--set", "skip=blocks\\.0\\..*", "--json"]
+    argv = ["train", model_folder, tmp_path / "out", "--recipe", "rtn-w4a4", "--data", data_folder, *options]
+    assert main([str(argument) for argument in argv]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert (report["recipe"], report["steps"], report["first_step"], report["examples"]) == ("rtn-w4a4", 2, 0, 6)
+    assert np.isfinite(report["last_loss"])
+    bits = {row["path"]: row["weight_bits"] for row in report["layers"]}
+    assert (bits["blocks.0.attn1.to_q"], bits["blocks.1.attn1.to_q"]) == (32, 4)
+    assert models.skeleton(tmp_path / "out").recipe_name == "rtn-w4a4"
