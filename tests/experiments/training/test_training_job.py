@@ -18,7 +18,7 @@ from experiments.training import train_folder
 from experiments.training.latents import DataFolder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SETTINGS = {"batch": 2, "learning_rate": 3e-3, "warm_up": 4}
+SETTINGS = {"batch": 6, "learning_rate": 5e-4, "warm_up": 4}
 
 
 def distance(folder, teacher, data):
