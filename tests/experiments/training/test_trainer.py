@@ -80,21 +80,22 @@ def test_the_average_follows_slowly(trainer):
 def test_distillation_moves_a_rounded_student_towards_the_teacher():
     teacher = train.initial_model(3, SMALL)
     teacher.proj_out.weight[...] = 0.1 * jax.random.normal(jax.random.key(0), teacher.proj_out.weight.shape)
-    settings = dataclasses.replace(SETTINGS, objective=Objective(data=0.0, teacher=1.0))
+    settings = dataclasses.replace(
+        SETTINGS, learning_rate=1e-4, final_rate=1e-6, warm_up=5, objective=Objective(data=0.0, teacher=1.0)
+    )
     rounded = train.student_of(teacher, "rtn-w4a4")
 
     @jax.jit
     def loss(student):
-        return settings.objective(student, data.batch(0, 0, 2), jax.random.key(0), teacher)
+        return settings.objective(student, data.batch(0, 999, 8), jax.random.key(0), teacher)
 
     # The same function twice in one program, fused otherwise: float32 rounding, squared.
     assert loss(teacher) < 1e-10
     assert loss(rounded(nnx.clone(teacher))) > 1e-5
     trainer = Trainer(teacher, settings, teacher=teacher, student=rounded, draw=data.batch)
-    state, first = trainer.advance(trainer.start(60), 4)
-    state, _ = trainer.advance(state, 52)
-    _, last = trainer.advance(state, 4)
-    assert last < 0.8 * first
+    state, _ = trainer.advance(trainer.start(60), 60)
+    # The same clips, noise and noise levels before and after; training saw others.
+    assert loss(rounded(trainer.model(state, averaged=False))) < loss(rounded(nnx.clone(teacher)))
 
 
 def test_the_first_frames_are_trained_on():
