@@ -59,15 +59,13 @@ class StoredLayer:
             return self._untransformed(self.tensor("weight"))
         codes, scale, zero_point = self.codes(), self.tensor("weight_scale"), self.tensor("weight_zero_point")
         groups = scale.shape[-1]
-        real = codes.astype(scale.dtype).reshape(
-            len(codes), groups, -1
-        )  # [out, (groups size)] -> [out, groups, size]
-        if zero_point is not None:
-            real -= zero_point[..., None]
-        real *= scale[..., None]
-        return self._untransformed(real.reshape(len(codes), -1)).reshape(
-            self.shape
-        )  # [out, width] -> [out, in, ...]
+        # [out, (groups size)] -> [out, groups, size]
+        real = codes.astype(scale.dtype).reshape(len(codes), groups, -1)
+        with np.errstate(over="ignore", invalid="ignore"):  # whoever writes it says by name what is not finite
+            if zero_point is not None:
+                real -= zero_point[..., None]
+            real *= scale[..., None]
+            return self._untransformed(real.reshape(len(codes), -1)).reshape(self.shape)  # -> [out, in, ...]
 
     def _untransformed(self, weight: np.ndarray) -> np.ndarray:
         """The weight [out, in] that meets the layer's own input instead of the transformed one."""
@@ -77,9 +75,7 @@ class StoredLayer:
                     f"{self.name} has the transform {transform}, which cannot be undone here",
                     remedy="quantize the model with a recipe without it",
                 )
-            weight = weight / self.tensor(
-                "transform.smooth_scale"
-            )  # the product had its columns multiplied by it
+            weight = weight / self.tensor("transform.smooth_scale")  # quantizing multiplied its columns by it
         return weight
 
 
