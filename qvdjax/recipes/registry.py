@@ -53,7 +53,11 @@ def get(name: str, **overrides) -> Recipe:
     values = {key: _parse(key, value, hints[key]) for key, value in overrides.items()}
     try:
         return method(weight_bits=weight_bits, activation_bits=activation_bits, **values).recipe()
-    except (ValueError, re.error) as error:
+    except re.error as error:
+        raise UserError(
+            f"recipe {name!r}: option skip={values['skip']!r} is no regular expression ({error})", remedy="mend it"
+        ) from error
+    except ValueError as error:
         raise UserError(
             f"recipe {name!r}: {error}", remedy="see the option's description in `qvdjax recipes`"
         ) from error

@@ -67,11 +67,11 @@ HloModule jit_f, is_scheduled=true
 %body (arg: (s32[], s4[6,8,64])) -> (s32[], s4[6,8,64]) {
   %arg = (s32[]{:T(128)}, /*index=1*/s4[6,8,64]{2,1,0:T(64,128)(8,1)E(4)}) parameter(0)
   %code = s4[8,64]{1,0:T(64,128)(8,1)E(4)S(1)} slice(%arg), slice={[0:1]}
-  %gather-start = (s4[8,64]{1,0:T(64,128)(8,1)E(4)}, s4[64,64]{1,0:T(64,128)(8,1)E(4)})
-  all-gather-start(%code), dimensions={0} %gather-done = s4[64,64]{1,0:T(64,128)(8,1)E(4)}
-  all-gather-done(%gather-start) %part = bf16[64,32]{1,0:T(8,128)(2,1)} convert(%gather-done) %scattered =
-  bf16[8,32]{1,0:T(8,128)(2,1)} fusion(%part), kind=kCustom, calls=%all-reduce-scatter.1 ROOT %out =
-  (s32[]{:T(128)}, s4[6,8,64]{2,1,0}) tuple(%arg, %arg)
+  %gather-start = (s4[8,64]{1,0:T(64,128)(8,1)E(4)}, s4[64,64]{1,0:E(4)}) all-gather-start(%code), dimensions={0}
+  %gather-done = s4[64,64]{1,0:T(64,128)(8,1)E(4)} all-gather-done(%gather-start)
+  %part = bf16[64,32]{1,0:T(8,128)(2,1)} convert(%gather-done)
+  %scattered = bf16[8,32]{1,0:T(8,128)(2,1)} fusion(%part), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %out = (s32[]{:T(128)}, s4[6,8,64]{2,1,0}) tuple(%arg, %arg)
 }
 
 %condition (arg.1: (s32[], s4[6,8,64])) -> pred[] {
@@ -83,8 +83,7 @@ HloModule jit_f, is_scheduled=true
 
 ENTRY %main (p: (s32[], s4[6,8,64])) -> (s32[], s4[6,8,64]) {
   %p = (s32[]{:T(128)}, s4[6,8,64]{2,1,0}) parameter(0)
-  ROOT %loop = (s32[]{:T(128)}, s4[6,8,64]{2,1,0}) while(%p), condition=%condition, body=%body,
-  metadata={op_name="jit(f)/while"}
+  ROOT %loop = (s32[]{:T(128)}, s4[6,8,64]{2,1,0}) while(%p), condition=%condition, body=%body
 }
 """
 
