@@ -84,15 +84,24 @@ def weight_shape(layer) -> tuple[int, ...]:
     return (shape[0], shape[1] // math.prod(layer.kernel), *layer.kernel)
 
 
+def weight_bytes(model: nnx.Module) -> int:
+    """Bytes of all parameters of a model, abstract or not: codes at their logical bits, statistics not counted."""
+    variables = jax.tree.leaves(nnx.state(model), is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return math.ceil(sum(variable.get_value().size * _element_bits(variable) for variable in variables) / 8)
+
+
 def _logical_bits(variable: nnx.Variable) -> int:
-    """Bits of one block's part of a variable, by logical widths; statistics are no part of the layer."""
-    if isinstance(variable, Statistic):
-        return 0
+    """Bits of one block's part of a variable."""
     value = variable.get_value()
     own = len(variable.get_metadata("axes"))
-    size = math.prod(value.shape[len(value.shape) - own :])
-    bits = variable.get_metadata("bits") if isinstance(variable, Codes) else 8 * value.dtype.itemsize
-    return size * bits
+    return math.prod(value.shape[len(value.shape) - own :]) * _element_bits(variable)
+
+
+def _element_bits(variable: nnx.Variable) -> int:
+    """Logical bits of one number; statistics are no part of the layer."""
+    if isinstance(variable, Statistic):
+        return 0
+    return variable.get_metadata("bits") if isinstance(variable, Codes) else 8 * variable.get_value().dtype.itemsize
 
 
 def _float_bits(layer) -> int:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 
 import models
 from experiments.evaluation.measuring import temporal_measures
@@ -15,8 +14,7 @@ from experiments.evaluation.options import Options
 from experiments.evaluation.runs import FreeRun, Place, predict_along, run_freely
 from experiments.evaluation.scoring import oracle_scores
 from experiments.evaluation.setup import Setup
-from qvdjax import describe
-from qvdjax.nn import Codes, Statistic
+from qvdjax.description import describe, weight_bytes
 from qvdjax.parallel import make_mesh, shard_batch
 
 
@@ -90,16 +88,3 @@ def observe(
         layers=describe(model),
         weight_bytes=weight_bytes(model),
     )
-
-
-def weight_bytes(model: nnx.Module) -> int:
-    """Bytes of all parameters: codes at their logical bits, everything else at its type's."""
-    variables = jax.tree.leaves(nnx.state(model), is_leaf=lambda node: isinstance(node, nnx.Variable))
-    bits = 0
-    for variable in variables:
-        value = variable.get_value()
-        if isinstance(variable, Statistic):
-            continue  # a record about the weights, not one of them
-        width = variable.get_metadata("bits") if isinstance(variable, Codes) else 8 * value.dtype.itemsize
-        bits += width * value.size
-    return -(-bits // 8)

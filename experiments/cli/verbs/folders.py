@@ -46,18 +46,18 @@ def info(arguments: Info, progress: Progress | None) -> Outcome:
     """List the layers of a folder; of its weights only the recorded signal-to-noise ratios are read."""
     import models
     import qvdjax
-    from qvdjax.checkpoint import CheckpointFolder, check_tensors, expected_tensors
+    from qvdjax.checkpoint import CheckpointFolder
+    from qvdjax.checkpoint.variables import parameter_count
+    from qvdjax.description import weight_bytes
 
-    folder = CheckpointFolder.open(arguments.dir)
-    model = models.skeleton(arguments.dir)
-    check_tensors(expected_tensors(model), {key: folder.info(key) for key in folder.keys}, str(arguments.dir))
+    model = models.skeleton(arguments.dir)  # which also checks every tensor's name, shape and type
     layers = qvdjax.describe(model)
-    _add_recorded_ratios(layers, folder)
-    parameters, weight_bytes = _totals(model)
+    _add_recorded_ratios(layers, CheckpointFolder.open(arguments.dir))
+    parameters, size_of_weights = parameter_count(model), weight_bytes(model)
     report = {
         "family": models.family_of(model.config.to_dict()).name,
         "parameters": parameters,
-        "weight_bytes": weight_bytes,
+        "weight_bytes": size_of_weights,
         "layers": layers,
     }
     rows = [
@@ -74,7 +74,7 @@ def info(arguments: Info, progress: Progress | None) -> Outcome:
         for row in layers
     ]
     table = Table(COLUMNS, rows, right=NUMBERS)
-    total = f"{report['family']}: {parameters:,} parameters, {size(weight_bytes)}, {len(layers)} layers"
+    total = f"{report['family']}: {parameters:,} parameters, {size(size_of_weights)}, {len(layers)} layers"
     return Outcome(report, (table, total))
 
 
@@ -85,24 +85,6 @@ def _add_recorded_ratios(layers: list[dict[str, Any]], folder) -> None:
         if row["sqnr_db"] is None and key in folder.files:
             ratio = float(folder.read(key))
             row["sqnr_db"] = round(ratio, 2) if math.isfinite(ratio) else None
-
-
-def _totals(model) -> tuple[int, int]:
-    """Number of weights, and bytes of all variables at their logical bits; statistics count in neither."""
-    import jax
-    from flax import nnx
-
-    from qvdjax.nn import Codes, Scale, Statistic
-
-    parameters, bits = 0, 0
-    for variable in jax.tree.leaves(nnx.state(model), is_leaf=lambda node: isinstance(node, nnx.Variable)):
-        if isinstance(variable, Statistic):
-            continue
-        value = variable.get_value()
-        width = variable.get_metadata("bits") if isinstance(variable, Codes) else 8 * value.dtype.itemsize
-        bits += value.size * width
-        parameters += 0 if isinstance(variable, Scale) else value.size
-    return parameters, math.ceil(bits / 8)
 
 
 def _facts(report: dict[str, Any]) -> list[str]:
