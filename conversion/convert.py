@@ -17,6 +17,7 @@ from qvdjax.checkpoint import (
     Progress,
     TensorSource,
     all_finite,
+    cast_checked,
     check_tensors,
     expected_tensors,
     floating_dtype,
@@ -105,10 +106,4 @@ def checked_cast(tensors: Mapping[str, SourceTensor], key: str, dtype: np.dtype,
     if not all_finite(values):
         bad = [name for name, tensor in tensors.items() if name == key or not all_finite(tensor.read())]
         raise nonfinite_error(str(path), bad)
-    with np.errstate(over="ignore"):  # told below, by name
-        cast = values.astype(dtype, copy=False)
-    if cast.dtype != values.dtype and not all_finite(cast):
-        raise UserError(
-            f"{path}: {key} overflows {dtype}", remedy="choose a type with a wider range (bfloat16)"
-        )
-    return cast
+    return cast_checked(values, dtype, f"{path}: {key}")

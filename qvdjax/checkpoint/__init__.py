@@ -7,6 +7,7 @@ from qvdjax.checkpoint.safetensors_file import (
     SafetensorsFile,
     TensorSource,
     all_finite,
+    cast_checked,
     floating_dtype,
     is_floating,
     write_file,
@@ -14,7 +15,7 @@ from qvdjax.checkpoint.safetensors_file import (
 from qvdjax.checkpoint.variables import Expected, check_tensors, expected_tensors, stored_variables
 
 __all__ = [
-    "CheckpointFolder", "Expected", "Progress", "SafetensorsFile", "TensorSource", "all_finite",
+    "CheckpointFolder", "Expected", "Progress", "SafetensorsFile", "TensorSource", "all_finite", "cast_checked",
     "check_tensors", "expected_tensors", "floating_dtype", "is_floating", "load_variables", "new_folder",
     "read_json", "save_variables", "stored_variables", "write_file", "write_folder",
 ]  # fmt: skip

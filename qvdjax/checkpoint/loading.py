@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from qvdjax.checkpoint.folder import CheckpointFolder, Progress, nonfinite_error, write_folder, writing_order
-from qvdjax.checkpoint.safetensors_file import TensorSource, all_finite
+from qvdjax.checkpoint.safetensors_file import TensorSource, all_finite, cast_checked
 from qvdjax.checkpoint.variables import (
     StoredVariable,
     check_tensors,
@@ -195,13 +195,7 @@ def _read_row(
         return found.astype(dtype, copy=False)
     if not all_finite(found):
         raise _Nonfinite(name)
-    with np.errstate(over="ignore"):  # told below, by name
-        values = found.astype(dtype, copy=False)
-    if values.dtype != found.dtype and not all_finite(values):
-        raise UserError(
-            f"{folder.path}: {name} overflows {dtype}", remedy="choose a type with a wider range (bfloat16)"
-        )
-    return values
+    return cast_checked(found, dtype, f"{folder.path}: {name}")
 
 
 def tensor_sources(model: nnx.Module) -> list[TensorSource]:

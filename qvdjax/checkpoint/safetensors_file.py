@@ -226,3 +226,16 @@ def write_file(
     with SafetensorsWriter(path, tensors, {"format": "pt", **(metadata or {})}) as writer:
         for tensor in writer.tensors:
             writer.write(tensor)
+
+
+def cast_checked(values: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
+    """Finite values in another floating type.
+
+    Raises:
+        UserError: They overflow it; `where` names the folder and the tensor.
+    """
+    with np.errstate(over="ignore"):  # told below, by name
+        cast = values.astype(dtype, copy=False)
+    if cast.dtype != values.dtype and not all_finite(cast):
+        raise UserError(f"{where} overflows {dtype}", remedy="choose a type with a wider range (bfloat16)")
+    return cast
