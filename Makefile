@@ -13,7 +13,7 @@ help:
 	@echo 'make demo       the main job: convert, quantize, sample, compare; prints a table'
 	@echo 'make test       every test not marked slow'
 	@echo 'make test-slow  the slow ones'
-	@echo 'make lint       ruff: rules, import order'
+	@echo 'make lint       ruff: rules, import order, formatting'
 	@echo 'make bench      time full precision against quantized layers at the "tiny" shapes'
 	@echo 'make clean      remove .venv and what tests and the demo left behind'
 
@@ -44,6 +44,7 @@ test-slow: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/qvdjax bench --suite tiny

@@ -38,9 +38,7 @@ class RoundedZeroPoints:
 
 def refuse_transforms(layers: Iterable[StoredLayer]):
     """UserError for layers whose input passes through something, which the layout cannot say."""
-    if names := [
-        f"{layer.name} ({', '.join(layer.scheme.transforms)})" for layer in layers if layer.scheme.transforms
-    ]:
+    if names := [f"{layer.name} ({', '.join(layer.scheme.transforms)})" for layer in layers if layer.scheme.transforms]:
         raise UserError(
             "layers that transform their input have no form in compressed-tensors",
             remedy="export to diffusers, or quantize with a recipe without transforms",

@@ -62,9 +62,7 @@ def convert(
     wanted = None if dtype is None else floating_dtype(dtype)
     opened = open_source(source)
     if "quantization_config" in opened.config:
-        raise UserError(
-            f"{source} is quantized", remedy="dequantize it with `qvdjax export --format diffusers`"
-        )
+        raise UserError(f"{source} is quantized", remedy="dequantize it with `qvdjax export --format diffusers`")
     expected = expected_tensors(models.abstract(opened.config))
     check_tensors(expected, opened.tensors, str(opened.path))
     tensors = [_written(opened, expected[key], wanted) for key in expected]

@@ -71,9 +71,7 @@ def export(
         raise UserError(f"unknown export format {format!r}", remedy=f"use one of {', '.join(EXPORT_FORMATS)}")
     wanted = None if dtype is None else floating_dtype(dtype)
     folder = CheckpointFolder.open(source)
-    check_tensors(
-        expected_tensors(models.skeleton(source)), {k: folder.info(k) for k in folder.keys}, str(source)
-    )
+    check_tensors(expected_tensors(models.skeleton(source)), {k: folder.info(k) for k in folder.keys}, str(source))
     layers = stored_layers(folder)
     side_files = {name: folder.path / name for name in SIDE_FILES if (folder.path / name).is_file()}
     report: dict[str, Any] = {"source": str(source), "target": str(target), "format": format}
@@ -144,9 +142,7 @@ def _original(tensors: list[TensorSource], config: Mapping[str, Any]) -> list[Te
         raise UserError("only Wan models have Wan's original names", remedy="export to diffusers")
     names = {tensor.name: wan_original.to_original(tensor.name) for tensor in tensors}
     if lost := [name for name, original in names.items() if original is None]:
-        raise UserError(
-            "tensors have no name in Wan's original layout", remedy="export to diffusers", items=lost
-        )
+        raise UserError("tensors have no name in Wan's original layout", remedy="export to diffusers", items=lost)
     return [dataclasses.replace(tensor, name=names[tensor.name]) for tensor in tensors]
 
 

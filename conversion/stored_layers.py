@@ -88,9 +88,7 @@ def stored_layers(folder: CheckpointFolder) -> dict[str, StoredLayer]:
     config = {name: value for name, value in folder.config.items() if name != "quantization_config"}
     shapes = {key: tensor.shape for key, tensor in expected_tensors(models.abstract(config)).items()}
     return {
-        name: StoredLayer(
-            folder, name, layer.scheme, shapes[f"{name}.weight"], isinstance(layer, QuantizedConv)
-        )
+        name: StoredLayer(folder, name, layer.scheme, shapes[f"{name}.weight"], isinstance(layer, QuantizedConv))
         for names, _, layer in layers_of(models.skeleton(folder.path), QUANTIZED_LAYERS)
         for name in names
     }

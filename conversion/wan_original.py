@@ -148,9 +148,7 @@ def infer_config(tensors: Mapping[str, Any], original_config: Mapping[str, Any])
         "out_dim": config["out_channels"],
     }
     stated = {name: original_config.get(name, size) for name, size in shapes.items()}
-    wrong = [
-        f"{name} {stated[name]}, {size} by shape" for name, size in shapes.items() if stated[name] != size
-    ]
+    wrong = [f"{name} {stated[name]}, {size} by shape" for name, size in shapes.items() if stated[name] != size]
     if wrong:
         remedy = "use the config of this checkpoint"
         raise UserError("config.json contradicts the weights", remedy=remedy, items=wrong)

@@ -64,9 +64,7 @@ def calibrate_folder(
     config = CheckpointFolder.open(source).config
     request = _request(source, config, prompts, count, seeds, context_file, settings or Settings())
     made_by = {"config": _architecture(config), **settings_record(request)}
-    entries = [
-        {"prompt": prompt, "seed": seed} for prompt, seed in zip(request.prompts, request.seeds, strict=True)
-    ]
+    entries = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(request.prompts, request.seeds, strict=True)]
     device_mesh = None if mesh is None else make_mesh(mesh)
     model = models.load(source, mesh=device_mesh, progress=progress)
     with contextlib.nullcontext() if device_mesh is None else jax.set_mesh(device_mesh):
@@ -148,9 +146,7 @@ def _recorder(model, request: Request) -> Callable[[int], Trajectory]:
         trajectory = sample(model, **given).trajectory
         latents = np.asarray(trajectory, np.float32)[:, 0]  # steps 1 f h w c -> steps f h w c
         if not np.isfinite(latents).all():
-            raise UserError(
-                "the model sampled latents that are not finite", remedy="try a lower guidance scale"
-            )
+            raise UserError("the model sampled latents that are not finite", remedy="try a lower guidance scale")
         context, negative = given["context"][0], given["negative_context"]
         # Without guidance the model never meets the negative prompt: its own context stands in.
         return Trajectory(latents, timestep, context, context if negative is None else negative[0])

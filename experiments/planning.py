@@ -80,9 +80,7 @@ def plan(
         report = parallel.plan(_sample_step, arguments, *inputs, mesh=described)
     else:
         optimizer_state = parallel.abstract(jax.eval_shape(_OPTIMIZER.init, abstract_model), described)
-        report = parallel.plan(
-            _train_step, arguments, optimizer_state, *inputs, mesh=described, donate=(0, 1)
-        )
+        report = parallel.plan(_train_step, arguments, optimizer_state, *inputs, mesh=described, donate=(0, 1))
     return {
         **report, "model": model, "recipe": recipe, "topology": topology, "mesh": dict(described.shape),
         "batch": batch, "step": step, "size": size,

@@ -133,9 +133,7 @@ class Pipeline:
             UserError: The folder cannot be written or the disk is full.
         """
         folder = Path(folder)
-        table = TensorSource(
-            "embeddings", self.embeddings.shape, np.dtype(np.float32), lambda: self.embeddings
-        )
+        table = TensorSource("embeddings", self.embeddings.shape, np.dtype(np.float32), lambda: self.embeddings)
         write_file(folder / WORD_TABLE, [table], {"words": json.dumps(self.words)})
         latents = {name: getattr(self, name) for name in ("frames", "height", "width", "channels")}
         solver = {"name": self.solver, "shift": self.shift, "steps": self.steps}
@@ -183,9 +181,7 @@ class Pipeline:
                     items=unknown,
                 )
             if len(words) > self.tokens:
-                raise UserError(
-                    f"the prompt {prompt!r} has {len(words)} words", remedy=f"use at most {self.tokens}"
-                )
+                raise UserError(f"the prompt {prompt!r} has {len(words)} words", remedy=f"use at most {self.tokens}")
             context[video, : len(words)] = self.embeddings[[rows[word] for word in words]]
         return context
 
@@ -278,9 +274,7 @@ class _Fields:
         good = isinstance(value, number) and not isinstance(value, bool)
         # JSON as Python reads it has NaN and Infinity.
         if not good or (kind is float and not math.isfinite(value)):
-            raise UserError(
-                f"{self.path}: {self.name + key!r} is {value!r}", remedy=f"it must be {_KINDS[kind]}"
-            )
+            raise UserError(f"{self.path}: {self.name + key!r} is {value!r}", remedy=f"it must be {_KINDS[kind]}")
         return kind(value)
 
     def count(self, key: str) -> int:
@@ -294,9 +288,7 @@ class _Fields:
         """A field that has one known value so far."""
         value = self.take(key, str)
         if value != known:
-            raise UserError(
-                f"{self.path}: {self.name + key!r} is {value!r}", remedy=f"only {known!r} is known"
-            )
+            raise UserError(f"{self.path}: {self.name + key!r} is {value!r}", remedy=f"only {known!r} is known")
 
     def part(self, key: str) -> "_Fields":
         """The fields of an inner object."""

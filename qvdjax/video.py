@@ -32,15 +32,11 @@ def to_uint8(video: np.ndarray) -> np.ndarray:
     """
     video = np.asarray(video)
     if video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
-        raise UserError(
-            f"a video of shape {video.shape} cannot be shown", remedy="give it (frames, height, width, 3)"
-        )
+        raise UserError(f"a video of shape {video.shape} cannot be shown", remedy="give it (frames, height, width, 3)")
     if video.dtype == np.uint8:
         return video
     if not np.issubdtype(video.dtype, np.floating):
-        raise UserError(
-            f"a video of type {video.dtype} cannot be shown", remedy="give uint8, or float in [0, 1]"
-        )
+        raise UserError(f"a video of type {video.dtype} cannot be shown", remedy="give uint8, or float in [0, 1]")
     if np.isnan(video).any():
         raise UserError("the video holds NaN", remedy="find the layer that produced it")
     return np.rint(np.clip(video, 0, 1) * 255).astype(np.uint8)
@@ -53,9 +49,7 @@ def enlarge(video: np.ndarray, scale: int) -> np.ndarray:
     return repeat(video, "f h w c -> f (h p) (w q) c", p=scale, q=scale)
 
 
-def write_mp4(
-    path: str | os.PathLike, video: np.ndarray, *, fps: float, scale: int = 1, quality: int = 12
-) -> None:
+def write_mp4(path: str | os.PathLike, video: np.ndarray, *, fps: float, scale: int = 1, quality: int = 12) -> None:
     """Write a video; the file appears under its name when it is complete, and replaces one that was there.
 
     H.264 with yuv420p needs even sizes: an odd height or width is made even by repeating the last row or
@@ -81,9 +75,7 @@ def write_mp4(
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     if not path.parent.is_dir():
-        raise UserError(
-            f"the folder {path.parent} does not exist", remedy="make it, or choose another target"
-        )
+        raise UserError(f"the folder {path.parent} does not exist", remedy="make it, or choose another target")
     if path.is_dir():
         raise UserError(f"{path} is a folder", remedy="name a file, such as out.mp4")
     with _complete(path) as temporary, av.open(temporary, "w", format="mp4") as container:
@@ -114,9 +106,7 @@ def read_mp4(path: str | os.PathLike) -> Clip:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
             announced, fps = stream.frames, float(stream.average_rate or 0)
     except (av.error.FFmpegError, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read as a video: {error.strerror}", remedy="make it again"
-        ) from error
+        raise UserError(f"{path} cannot be read as a video: {error.strerror}", remedy="make it again") from error
     # A damaged stream may decode without complaint up to where it breaks off.
     if not frames or len(frames) < announced:
         raise UserError(f"{path} holds {len(frames)} of {announced} frames", remedy="make it again")
@@ -181,6 +171,4 @@ def _complete(path: Path) -> Iterator[str]:
         with new_file(path) as temporary:
             yield str(temporary)
     except av.error.FFmpegError as error:
-        raise UserError(
-            f"{path} cannot be encoded: {error.strerror}", remedy="try another size or scale"
-        ) from error
+        raise UserError(f"{path} cannot be encoded: {error.strerror}", remedy="try another size or scale") from error

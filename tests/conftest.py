@@ -22,9 +22,7 @@ import pytest
 # No deadline: the first example of a property compiles. Derandomized: a red suite is red for everybody;
 # HYPOTHESIS_PROFILE=explore looks for new examples.
 _health = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
-hypothesis.settings.register_profile(
-    "steady", deadline=None, derandomize=True, suppress_health_check=_health
-)
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=_health)
 hypothesis.settings.register_profile("explore", deadline=None, suppress_health_check=_health)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 

@@ -54,9 +54,7 @@ def test_python_blocks_compile(page):
 def test_named_modules_exist():
     # `qvdjax/...`, `models/...` and so on between backticks are files or folders.
     for page in PAGES:
-        named = re.findall(
-            r"`((?:qvdjax|models|conversion|experiments|tests|docs)/[\w/.\-]*)`", page.read_text()
-        )
+        named = re.findall(r"`((?:qvdjax|models|conversion|experiments|tests|docs)/[\w/.\-]*)`", page.read_text())
         for name in named:
             assert (ROOT / name).exists(), f"{page.name}: {name}"
 

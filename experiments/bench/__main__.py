@@ -10,20 +10,12 @@ from qvdjax.errors import UserError
 
 def main() -> int:
     """Run, print a table, and say where the JSON is. Exit code 2 for bad arguments, 1 when a case failed."""
-    parser = argparse.ArgumentParser(
-        prog="experiments.bench", description=run_bench.__doc__.partition("\n")[0]
-    )
-    parser.add_argument(
-        "--suite", default="default", help=f"one of {', '.join(SUITES)} (default: %(default)s)"
-    )
+    parser = argparse.ArgumentParser(prog="experiments.bench", description=run_bench.__doc__.partition("\n")[0])
+    parser.add_argument("--suite", default="default", help=f"one of {', '.join(SUITES)} (default: %(default)s)")
     parser.add_argument("--shapes", nargs="+", help="shapes instead of the suite's")
-    parser.add_argument(
-        "--recipes", nargs="+", default=["rtn-w8a8", "rtn-w4a8"], help="(default: %(default)s)"
-    )
+    parser.add_argument("--recipes", nargs="+", default=["rtn-w8a8", "rtn-w4a8"], help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="rounds (default: %(default)s)")
-    parser.add_argument(
-        "--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no case after this"
-    )
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no case after this")
     parser.add_argument("--output", metavar="FILE.json", help="written after every case")
     given = parser.parse_args()
 

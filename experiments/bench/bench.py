@@ -123,18 +123,14 @@ def _time_step(chosen_shape, recipes, dtype, repeats, report) -> None:
         except DEVICE_ERRORS as error:
             _failed(report, "step", chosen_shape.name, "reference", error)
         return
-    reason = (
-        f"{needed / 2**30:.0f} GiB of weights do not fit: one block's time by {chosen_shape.layers} blocks"
-    )
+    reason = f"{needed / 2**30:.0f} GiB of weights do not fit: one block's time by {chosen_shape.layers} blocks"
     for row in [r for r in report["results"] if r["kind"] == "block" and r["shape"] == chosen_shape.name]:
         scaled = {
             key: row[key] * chosen_shape.layers
             for key in ("median_ms", "spread_ms", "reference_median_ms", "reference_spread_ms", "tera_ops")
         }
         variant = row["name"].partition("/")[2]
-        report["results"].append(
-            {**row, **scaled, "kind": "step", "name": f"step/{variant}", "scaled": reason}
-        )
+        report["results"].append({**row, **scaled, "kind": "step", "name": f"step/{variant}", "scaled": reason})
 
 
 def _time_case(case: Case, repeats: int, report: dict) -> None:

@@ -90,13 +90,9 @@ def cases(
     yield _linear(shape, float_block, {n: b for n, b in blocks.items() if n in recipe_names}, stream)
     yield _attention(shape, dtype)
     call = lambda block, stream, conditioning: block(stream, conditioning)  # noqa: E731
-    variants = [
-        Variant(_name(dtype), call, (float_block, stream, conditioning), (), logical_bytes(float_block))
-    ]
+    variants = [Variant(_name(dtype), call, (float_block, stream, conditioning), (), logical_bytes(float_block))]
     for name, block in blocks.items():
-        variants.append(
-            Variant(name, call, (block, stream, conditioning), wanted[name][1], logical_bytes(block))
-        )
+        variants.append(Variant(name, call, (block, stream, conditioning), wanted[name][1], logical_bytes(block)))
     yield Case("block", shape, block_work(shape), variants)
 
 
@@ -118,9 +114,7 @@ def step_case(shape: Shape, recipe_names: Sequence[str], dtype, failed: Failed) 
 def step_bytes(shape: Shape, recipe_names: Sequence[str], dtype) -> int:
     """Bytes that the weights of a step's variants take together, by logical bits."""
     float_model = jax.eval_shape(lambda: _built(shape, dtype, shape.layers))
-    quantized = [
-        jax.eval_shape(lambda m, n=n: _quantize(m, recipes.get(n)), float_model) for n in recipe_names
-    ]
+    quantized = [jax.eval_shape(lambda m, n=n: _quantize(m, recipes.get(n)), float_model) for n in recipe_names]
     return sum(logical_bytes(model) for model in (float_model, *quantized))
 
 
@@ -155,9 +149,7 @@ def _linear(shape: Shape, float_block, blocks: dict, stream) -> Case:
 def _attention(shape: Shape, dtype) -> Case:
     """Self-attention over all video tokens, without its projections."""
     size = (1, shape.tokens, shape.heads, shape.head_dim)
-    query, key, value = (
-        jax.random.normal(jax.random.key(k), size, jnp.float32).astype(dtype) for k in range(3)
-    )
+    query, key, value = (jax.random.normal(jax.random.key(k), size, jnp.float32).astype(dtype) for k in range(3))
     variants = [Variant(_name(dtype), dot_product_attention, (query, key, value))]
     if jax.default_backend() != "cpu":  # what the quantized products, which have no kernel yet, compare with
         plain = lambda q, k, v: dot_product_attention(q, k, v, implementation="xla")  # noqa: E731
@@ -177,9 +169,7 @@ def _attention(shape: Shape, dtype) -> Case:
         with jax.default_matmul_precision("highest"):
             return jax.jit(lambda *a: dot_product_attention(*a, implementation="xla"))(q, k, v)
 
-    return Case(
-        "attention", shape, attention_work(shape.tokens, shape.tokens, shape.width), variants, truth, compared
-    )
+    return Case("attention", shape, attention_work(shape.tokens, shape.tokens, shape.width), variants, truth, compared)
 
 
 def _built(shape: Shape, dtype, layers: int) -> VideoModel:

@@ -67,9 +67,7 @@ def step_work(shape: Shape) -> Work:
     return block_work(shape) * shape.layers
 
 
-def ceiling(
-    work: Work, *, linear_factor: float = 1.0, qk_factor: float = 1.0, pv_factor: float = 1.0
-) -> float:
+def ceiling(work: Work, *, linear_factor: float = 1.0, qk_factor: float = 1.0, pv_factor: float = 1.0) -> float:
     """Largest ratio of reference time to quantized time, each kind of product `factor` times as fast."""
     quantized = work.linear / linear_factor + work.qk / qk_factor + work.pv / pv_factor
     return work.total / quantized

@@ -39,17 +39,13 @@ def load(folder: Path) -> dict[str, dict]:
         try:
             report = json.loads(path.read_text())
         except (OSError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"{path} cannot be read ({error})", remedy="write it again with `qvdjax bench`"
-            ) from error
+            raise UserError(f"{path} cannot be read ({error})", remedy="write it again with `qvdjax bench`") from error
         missing = [key for key in REQUIRED if not isinstance(report, dict) or key not in report]
         if missing:
             raise UserError(f"{path} is no report of the bench", remedy="move it elsewhere", items=missing)
         reports[path.stem] = report
     if not reports:
-        raise UserError(
-            f"no JSON files in {folder}", remedy=f"write one: `qvdjax bench --output {folder}/NAME.json`"
-        )
+        raise UserError(f"no JSON files in {folder}", remedy=f"write one: `qvdjax bench --output {folder}/NAME.json`")
     return reports
 
 
@@ -76,9 +72,7 @@ def _section(name: str, report: dict) -> str:
     ]
     scaled = sorted({f"{row['shape']} step: {row['scaled']}" for row in report["results"] if row["scaled"]})
     failed = [f"{row['name']} at {row['shape']} failed: {row['reason']}" for row in report["failed"]]
-    left_out = [
-        f"{row['name']} at {row['shape']} was left out: {row['reason']}" for row in report["left_out"]
-    ]
+    left_out = [f"{row['name']} at {row['shape']} was left out: {row['reason']}" for row in report["left_out"]]
     notes = [f"- {line}" for line in (*scaled, *failed, *left_out)]
     return "\n".join(lines + notes + ([""] if notes else []))
 
@@ -141,9 +135,7 @@ def write(folder: Path = FOLDER) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit code 2 where there is nothing to make a page from."""
-    parser = argparse.ArgumentParser(
-        prog="experiments.bench.page", description=__doc__.partition(":")[2].strip()
-    )
+    parser = argparse.ArgumentParser(prog="experiments.bench.page", description=__doc__.partition(":")[2].strip())
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="(default: %(default)s)")
     try:
         files = write(parser.parse_args(arguments).folder)

@@ -27,9 +27,7 @@ def seeds(text: str) -> list[int]:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first:
-            raise UserError(
-                f"--seeds {text!r} is not a list of seeds", remedy="write it like 7, 1,2,5 or 0-4"
-            )
+            raise UserError(f"--seeds {text!r} is not a list of seeds", remedy="write it like 7, 1,2,5 or 0-4")
         if last > LARGEST_SEED or last - first >= MOST_SEEDS:
             remedy = f"name at most {MOST_SEEDS} seeds, none above {LARGEST_SEED}"
             raise UserError(f"--seeds {text!r} goes too far", remedy=remedy)

@@ -16,9 +16,7 @@ def speed_ceiling_of_folder(folder: Path, setup: Setup) -> dict:
     """`speed_ceiling` of a model folder's architecture, at the size and prompt length of `setup`."""
     model = models.abstract(CheckpointFolder.open(folder).config)
     shapes = ((1, *setup.latents_shape), (1,), (1, *setup.context.shape[1:]))
-    return speed_ceiling(
-        count_operations(model, *(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes))
-    )
+    return speed_ceiling(count_operations(model, *(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)))
 
 
 def count_operations(model, latents, timestep, context) -> Counter:
@@ -72,9 +70,7 @@ def _count(program, activations: list[bool]) -> tuple[Counter, list[bool]]:
     total: Counter = Counter()
     depends = dict(zip(program.invars, activations, strict=True))
     for equation in program.eqns:
-        flags = [
-            not hasattr(v, "val") and depends.get(v, False) for v in equation.invars
-        ]  # literals have `val`
+        flags = [not hasattr(v, "val") and depends.get(v, False) for v in equation.invars]  # literals have `val`
         name, parameters = equation.primitive.name, equation.params
         size = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
         results = [any(flags)] * len(equation.outvars)

@@ -160,8 +160,7 @@ def _sampling(setup: Setup, options: Options) -> dict:
     return {
         "prompts": list(setup.prompts),
         "samples": [
-            {"prompt": prompt, "seed": seed}
-            for prompt, seed in zip(setup.prompt_of_sample, setup.seeds, strict=True)
+            {"prompt": prompt, "seed": seed} for prompt, seed in zip(setup.prompt_of_sample, setup.seeds, strict=True)
         ],
         "solver": setup.solver_fields,
         "steps": setup.steps,

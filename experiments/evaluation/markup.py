@@ -43,9 +43,7 @@ def image(png: bytes, alt: str) -> Markup:
 def video(mp4: bytes, label: str) -> Markup:
     """A looping video that lies inside the page."""
     source = _inline(mp4, "video/mp4")
-    return element(
-        "video", src=source, controls=True, loop=True, muted=True, playsinline=True, aria_label=label
-    )
+    return element("video", src=source, controls=True, loop=True, muted=True, playsinline=True, aria_label=label)
 
 
 def table(header: list, rows: list[list], *, caption: str, class_: str | None = None) -> Markup:

@@ -75,9 +75,7 @@ def temporal_measures(video: np.ndarray) -> Mapping[str, np.ndarray]:
 def _error_by_step(estimate: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """(steps, samples, frames, height, width, channels) -> (steps, samples); one step at a time."""
     per_sample = (1, 2, 3, 4)  # frames, height, width, channels
-    return np.stack(
-        [np.asarray(relative_error(a, b, per_sample)) for a, b in zip(estimate, reference, strict=True)]
-    )
+    return np.stack([np.asarray(relative_error(a, b, per_sample)) for a, b in zip(estimate, reference, strict=True)])
 
 
 def _check_finite(name: str, run: FreeRun, velocity: np.ndarray) -> None:

@@ -75,9 +75,7 @@ def observe(
         place: Place = jax.numpy.asarray if mesh is None else lambda rows: shard_batch(rows, mesh)
         run = run_freely(model, setup, batch=batch, place=place, progress=progress("sampling"))
         along = run.inputs if along is None else along
-        velocity = predict_along(
-            model, along, setup, batch=batch, place=place, progress=progress("teacher forcing")
-        )
+        velocity = predict_along(model, along, setup, batch=batch, place=place, progress=progress("teacher forcing"))
     video = None if setup.pipeline is None else setup.pipeline.decode(run.latents)
     return Observation(
         run=run,

@@ -20,9 +20,7 @@ def check_target(target: Path) -> None:
     """
     if target.is_dir():
         if any(target.iterdir()) and not (target / REPORT).is_file():
-            raise UserError(
-                f"{target} holds something other than a report", remedy="name a new or empty folder"
-            )
+            raise UserError(f"{target} holds something other than a report", remedy="name a new or empty folder")
     elif target.exists() or target.is_symlink():
         raise UserError(f"{target} is a file", remedy="name a new folder")
     parent = target.absolute().parent

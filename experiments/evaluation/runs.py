@@ -84,9 +84,7 @@ def predict_along(
     return np.concatenate(velocities, axis=1)
 
 
-def _scan_along(
-    unguided: bool, model, inputs, timesteps, context, negative_context, guidance_scale
-) -> jax.Array:
+def _scan_along(unguided: bool, model, inputs, timesteps, context, negative_context, guidance_scale) -> jax.Array:
     predict = guided(model, 1 if unguided else guidance_scale)
 
     def body(_, row):

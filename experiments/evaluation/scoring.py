@@ -40,7 +40,5 @@ def oracle_scores(setup: Setup, videos: np.ndarray) -> dict[str, np.ndarray]:
     from experiments.moving_shapes.captions import Caption
     from experiments.moving_shapes.oracle import score
 
-    rows = [
-        score(video, Caption.parse(prompt)) for prompt, video in zip(setup.prompt_texts, videos, strict=True)
-    ]
+    rows = [score(video, Caption.parse(prompt)) for prompt, video in zip(setup.prompt_texts, videos, strict=True)]
     return {name: np.array([row[name] for row in rows]) for name in ORACLE_SCORES}

@@ -14,9 +14,7 @@ ABOUT_ERRORS = (
     "videos too."
 )
 ABOUT_STEADINESS = "Steadiness is VBench's temporal flickering score; 1 is a still picture."
-ABOUT_ORACLE = (
-    "Colour, shape and direction: the share of videos in which the oracle sees what the prompt says."
-)
+ABOUT_ORACLE = "Colour, shape and direction: the share of videos in which the oracle sees what the prompt says."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +54,7 @@ def overview(metrics: Mapping[str, Mapping]) -> Markup:
     else:
         notes.append(f"No oracle scores: {first['oracle_reason']}.")
     paragraphs = (element("p", note, class_="soft") for note in notes)
-    return _section(
-        "What was lost and what was saved", table(header, rows, caption="All models"), *paragraphs
-    )
+    return _section("What was lost and what was saved", table(header, rows, caption="All models"), *paragraphs)
 
 
 def videos(labels: Sequence[str], clips: Sequence[Clip]) -> Markup:
@@ -115,9 +111,7 @@ def paired_differences(paired: Sequence[Mapping]) -> Markup:
         measure = row["measure"].replace("_", " ")
         rows.append([names, measure, f"{row['mean']:.3g}", interval, "yes" if row["excludes_zero"] else "no"])
     header = ["candidates", "measure", "mean difference", "95 % interval", "excludes zero"]
-    return _section(
-        "Candidates compared, prompt by prompt", table(header, rows, caption="Paired differences")
-    )
+    return _section("Candidates compared, prompt by prompt", table(header, rows, caption="Paired differences"))
 
 
 def speed_ceiling(ceiling: Mapping) -> Markup:
@@ -144,9 +138,7 @@ def candidate(name: str, metrics: Mapping) -> Markup:
         png = plots.layer_quality(quality, title=f"Quantized weights of {name}")
         picture = element("div", image(png, alt), class_="plots")
     header = ["layer", "role", "shape", "weight bits", "activation bits", "bytes", "SQNR, dB", "why"]
-    layers = table(
-        header, [_layer(row) for row in metrics["layers"]], caption=f"Layers of {name}", class_="layers"
-    )
+    layers = table(header, [_layer(row) for row in metrics["layers"]], caption=f"Layers of {name}", class_="layers")
     measures = ["teacher_forced_error", "trajectory_error", *(["psnr", "ssim"] if metrics["psnr"] else [])]
     prompts = table(
         ["prompt", *(measure.replace("_", " ") for measure in measures)],

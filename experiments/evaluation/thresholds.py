@@ -36,9 +36,7 @@ def expand(thresholds: Mapping[str, float | None] | None) -> dict[str, float]:
     return given
 
 
-def check_measurable(
-    thresholds: Mapping[str, float], *, oracle_reason: str | None, video_reason: str | None
-) -> None:
+def check_measurable(thresholds: Mapping[str, float], *, oracle_reason: str | None, video_reason: str | None) -> None:
     """Refuse thresholds on what this evaluation will not measure, before it runs.
 
     Args:
@@ -63,7 +61,5 @@ def failures(thresholds: Mapping[str, float], metrics: Mapping) -> list[str]:
         missed = value > limit if name.startswith("max_") else value < limit
         if missed:
             side = "above" if name.startswith("max_") else "below"
-            lines.append(
-                f"{'.'.join(THRESHOLDS[name])} is {value:.4g}, {side} the threshold {name} = {limit:g}"
-            )
+            lines.append(f"{'.'.join(THRESHOLDS[name])} is {value:.4g}, {side} the threshold {name} = {limit:g}")
     return lines

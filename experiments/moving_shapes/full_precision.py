@@ -46,18 +46,12 @@ def sample_videos(
 
 def mean_scores(videos: np.ndarray, sentences: list[str]) -> dict[str, float]:
     """Means of the oracle's scores; speed and background over those clips whose caption says them."""
-    scores = [
-        score(video, Caption.parse(sentence)) for video, sentence in zip(videos, sentences, strict=True)
-    ]
-    table = {
-        name: np.array([np.nan if row[name] is None else row[name] for row in scores]) for name in scores[0]
-    }
+    scores = [score(video, Caption.parse(sentence)) for video, sentence in zip(videos, sentences, strict=True)]
+    table = {name: np.array([np.nan if row[name] is None else row[name] for row in scores]) for name in scores[0]}
     return {name: float(np.nanmean(values)) for name, values in table.items() if not np.isnan(values).all()}
 
 
-def evaluate_full_precision(
-    folder: Path, *, clips: int = 320, seed: int = 0, **sampling: Any
-) -> dict[str, float]:
+def evaluate_full_precision(folder: Path, *, clips: int = 320, seed: int = 0, **sampling: Any) -> dict[str, float]:
     """Sample balanced prompts from a model folder and score them.
 
     Args:

@@ -77,9 +77,7 @@ def measure(video: np.ndarray) -> Measurement:
     direction, speed = _direction(velocity)
     patches = np.stack([_patch(_alpha(video[f], backgrounds[f], color_value), centers[f]) for f in seen])
     shape, likeness = _form(patches.mean(axis=0))
-    return Measurement(
-        color, shape, direction, speed, background, velocity, _flicker(video, masks, centers), likeness
-    )
+    return Measurement(color, shape, direction, speed, background, velocity, _flicker(video, masks, centers), likeness)
 
 
 def score(video: np.ndarray, caption: Caption) -> dict[str, float | None]:

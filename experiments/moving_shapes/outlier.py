@@ -49,9 +49,7 @@ def outlier_variant(
         UserError: The model is not a Wan with an affine `norm2`.
     """
     if not isinstance(model, WanModel) or not model.config.cross_attn_norm:
-        raise UserError(
-            "outlier channels are known for Wan models with cross_attn_norm", remedy="use such a model"
-        )
+        raise UserError("outlier channels are known for Wan models with cross_attn_norm", remedy="use such a model")
     generator, width = np.random.default_rng(seed), model.config.width
 
     def factors(*lead: int) -> np.ndarray:

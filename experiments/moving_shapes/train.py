@@ -42,7 +42,7 @@ from qvdjax.quantization import quantize
 
 CONFIG: Final = {
     "_class_name": "WanTransformer3DModel",
-    "patch_size": [1, 2, 2],
+    "patch_size": [1, 2, 4],  # 288 tokens of 96 values: half the tokens of [1, 2, 2], a training step 2.4 times faster
     "num_attention_heads": 4,
     "attention_head_dim": 32,
     "in_channels": FACTOR * FACTOR * 3,
@@ -140,6 +140,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=defaults.batch, help="clips in a step")
     add("--seed", type=int, default=defaults.seed, help="of the initial weights, the clips and the noise")
     add("--learning-rate", type=float, default=defaults.learning_rate, help="peak")
+    add("--optimizer", choices=["adamw", "muon"], default=defaults.optimizer, help="muon: for the blocks' matrices")
     add("--warm-up", type=int, default=defaults.warm_up, help="steps of linear warm-up")
     add("--frames", type=int, help="train on the first so many frames of each clip only, which is cheaper")
     add("--start", type=Path, help="begin with the weights of this model folder")
@@ -188,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     objective = Objective() if teacher is None else Objective(data=options.data_weight, teacher=1.0)
     settings = Settings(
         seed=options.seed, batch=options.batch, learning_rate=options.learning_rate, warm_up=options.warm_up,
-        average=options.average, frames=options.frames, objective=objective,
+        average=options.average, optimizer=options.optimizer, frames=options.frames, objective=objective,
     )  # fmt: skip
     start = options.start or (options.teacher if options.recipe else None)
     model = models.load(start) if start else initial_model(options.seed)

@@ -83,9 +83,7 @@ def sample_folder(
             that cannot be written, latents that are not finite.
     """
     folder, output = Path(folder), Path(output)
-    settings = Settings(
-        steps, guidance_scale, shift, solver, sigma_grid, frames, height, width, negative_prompt
-    )
+    settings = Settings(steps, guidance_scale, shift, solver, sigma_grid, frames, height, width, negative_prompt)
     report = progress or (lambda stage, done, total: None)
     skeleton = models.skeleton(folder, execution=execution)
     check_output(output, decodes=(folder / FILE).exists())
@@ -124,9 +122,7 @@ def _request(folder, skeleton, prompts, seeds, context_file, settings: Settings)
         raise UserError("no seed given", remedy="give one seed per video")
     if (folder / FILE).exists():
         if context_file is not None:
-            raise UserError(
-                f"{folder} encodes prompts itself", remedy="give prompts instead of a context file"
-            )
+            raise UserError(f"{folder} encodes prompts itself", remedy="give prompts instead of a context file")
         return request_from_pipeline(folder, prompts, seeds, settings)
     if context_file is None:
         raise UserError(

@@ -32,9 +32,7 @@ def check_output(output: Path, *, decodes: bool) -> None:
             remedy=f"name an output ending in {LATENTS} and decode it with the model's own autoencoder",
         )
     if not output.parent.is_dir():
-        raise UserError(
-            f"the folder {output.parent} does not exist", remedy="make it, or choose another output"
-        )
+        raise UserError(f"the folder {output.parent} does not exist", remedy="make it, or choose another output")
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         raise UserError(f"{output} cannot be written", remedy="choose a file in a folder that can be written")
 

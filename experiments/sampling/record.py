@@ -40,9 +40,7 @@ def device_record(mesh: Mesh | None) -> dict:
 
 def memory_record(mesh: Mesh | None) -> dict:
     """Most memory in use so far: of the fullest device where it keeps count, otherwise of this process."""
-    statistics = [
-        device.memory_stats() for device in _devices(mesh) if device.process_index == jax.process_index()
-    ]
+    statistics = [device.memory_stats() for device in _devices(mesh) if device.process_index == jax.process_index()]
     peaks = [s["peak_bytes_in_use"] for s in statistics if s and "peak_bytes_in_use" in s]
     if peaks:
         return {"peak_memory_bytes": max(peaks), "peak_memory_of": "fullest device"}

@@ -62,9 +62,7 @@ class Settings:
     def sizes(self, default: tuple[int | None, int | None, int | None]) -> tuple[int, int, int]:
         """Frames, height and width of the latents. Raises `UserError` if one is unknown or below 1."""
         names = ("frames", "height", "width")
-        chosen = [
-            d if getattr(self, n) is None else getattr(self, n) for n, d in zip(names, default, strict=True)
-        ]
+        chosen = [d if getattr(self, n) is None else getattr(self, n) for n, d in zip(names, default, strict=True)]
         missing = [name for name, size in zip(names, chosen, strict=True) if size is None]
         if missing:
             raise UserError(
@@ -179,9 +177,7 @@ def _read_context(file: SafetensorsFile, name: str) -> np.ndarray:
 
 def _file_names(prompts: Sequence[str]) -> dict[str, str]:
     """A file name for each prompt: its letters and digits, and a number where two prompts share them."""
-    slugs = {
-        prompt: re.sub("[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty" for prompt in prompts
-    }
+    slugs = {prompt: re.sub("[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty" for prompt in prompts}
     alike = collections.defaultdict(list)
     for prompt, slug in slugs.items():
         alike[slug].append(prompt)

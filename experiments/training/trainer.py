@@ -1,13 +1,14 @@
-"""The training step: AdamW, warm-up and cosine, averaged weights, many steps in one call."""
+"""The training step: AdamW or Muon, warm-up and cosine, averaged weights, many steps in one call."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax import nnx
 
 from experiments.training.objective import Objective, Velocity
@@ -31,15 +32,28 @@ class Settings:
     weight_decay: float = 0.01
     clip: float = 1.0
     average: float = 0.9995
+    optimizer: Literal["adamw", "muon"] = "adamw"
     frames: int | None = None  # train on the first so many frames of each clip; None for all
     objective: Objective = Objective()
 
     @property
-    def optimizer(self) -> optax.GradientTransformation:
-        """AdamW without its learning rate, which depends on a total that may be set while training."""
+    def transformation(self) -> optax.GradientTransformation:
+        """The optimizer without its learning rate, which depends on a total that may be set while training.
+
+        Muon (Jordan 2024; optax.contrib) orthogonalises the momentum of the blocks' matrices, each layer's by
+        itself, scaled so that an entry moves about as far as under AdamW (Liu et al. 2025, arXiv 2502.16982);
+        everything else follows AdamW.
+        """
+        clip = optax.clip_by_global_norm(self.clip)
+        if self.optimizer == "muon":
+            muon = optax.contrib.muon(
+                1.0, weight_decay=self.weight_decay, adam_b1=0.9, adam_b2=0.99, consistent_rms=0.2,
+                muon_weight_dimension_numbers=_block_matrices,
+            )  # fmt: skip
+            return optax.chain(clip, muon, optax.scale(-1.0))  # it subtracts; so does the trainer
         matrices = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
         return optax.chain(
-            optax.clip_by_global_norm(self.clip),
+            clip,
             optax.scale_by_adam(b1=0.9, b2=0.99),
             optax.add_decayed_weights(self.weight_decay, mask=matrices),
         )
@@ -53,6 +67,16 @@ class Settings:
     def average_decay(self, step: jax.Array) -> jax.Array:
         """Early averages forget quickly, so that they do not hold the initial weights."""
         return jnp.minimum(self.average, (1 + step) / (10 + step))
+
+
+def _block_matrices(params: nnx.State) -> nnx.State:
+    """For each parameter, how Muon reads it: (layers, out, in) of stacked blocks are matrices, the rest is not."""
+    stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
+
+    def of(path: tuple[Any, ...], leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        return stacked if "stacks" in jax.tree_util.keystr(path) and leaf.ndim == 3 else None
+
+    return jax.tree_util.tree_map_with_path(of, params)
 
 
 class Trainer:
@@ -78,7 +102,7 @@ class Trainer:
 
     def start(self, total: int) -> State:
         """The state before the first of `total` steps."""
-        optimizer = self.settings.optimizer.init(self.initial)
+        optimizer = self.settings.transformation.init(self.initial)
         copy = functools.partial(jax.tree.map, jnp.copy)  # the state is donated to each step
         return {"params": copy(self.initial), "average": copy(self.initial), "optimizer": optimizer,
                 "step": jnp.int32(0), "total": jnp.int32(total)}  # fmt: skip
@@ -119,7 +143,7 @@ class Trainer:
             return settings.objective(student, data, key, teacher)
 
         loss, gradients = jax.value_and_grad(loss_of)(state["params"])
-        updates, optimizer = settings.optimizer.update(gradients, state["optimizer"], state["params"])
+        updates, optimizer = settings.transformation.update(gradients, state["optimizer"], state["params"])
         rate, decay = settings.rate(step, state["total"]), settings.average_decay(step)
         params = jax.tree.map(lambda p, u: p - rate * u, state["params"], updates)
         average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), state["average"], params)

@@ -65,9 +65,7 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[
     with disk_errors(target):
         if target.is_dir():
             if any(target.iterdir()) and not overwrite:
-                raise UserError(
-                    f"{target} exists and is not empty", remedy="choose another target or delete it first"
-                )
+                raise UserError(f"{target} exists and is not empty", remedy="choose another target or delete it first")
         elif target.exists():
             raise UserError(f"{target} exists and is no folder", remedy="choose another target")
         target.parent.mkdir(parents=True, exist_ok=True)

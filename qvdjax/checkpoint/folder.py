@@ -112,9 +112,7 @@ def _files(path: Path) -> dict[str, SafetensorsFile]:
         return _open(single)
     if index.exists():
         return read_shards(index)
-    others = sorted(
-        f.name for f in path.glob("*") if f.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-    )
+    others = sorted(f.name for f in path.glob("*") if f.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"))
     if others:
         raise UserError(
             f"{path} holds no {WEIGHTS}, but",
@@ -155,9 +153,7 @@ def read_shards(index: Path) -> dict[str, SafetensorsFile]:
             )
         files |= shard
     wrong = [
-        f"{key} (not in {name})"
-        for key, name in where.items()
-        if key not in files or files[key].path.name != name
+        f"{key} (not in {name})" for key, name in where.items() if key not in files or files[key].path.name != name
     ]
     wrong += [f"{key} (not in the index)" for key in files if key not in where]
     if wrong:
@@ -206,10 +202,7 @@ def write_folder(
         raise UserError("several tensors share a name", remedy="give each its own", items=twice)
     total, done = sum(tensor.nbytes for shard in shards for tensor in shard), 0
     many = len(shards) > 1
-    files = [
-        f"{STEM}-{i:05}-of-{len(shards):05}.safetensors" if many else WEIGHTS
-        for i in range(1, len(shards) + 1)
-    ]
+    files = [f"{STEM}-{i:05}-of-{len(shards):05}.safetensors" if many else WEIGHTS for i in range(1, len(shards) + 1)]
     with new_folder(path, overwrite=overwrite) as folder:
         for name, shard in zip(files, shards):
             with SafetensorsWriter(folder / name, shard, {"format": "pt", **(metadata or {})}) as writer:

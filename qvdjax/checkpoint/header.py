@@ -127,23 +127,17 @@ def _parse(path: Path, size: int, text: bytes) -> tuple[dict[str, TensorInfo], d
         raise UserError(f"{path} has a corrupt header: {error}", remedy=_AGAIN) from None
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise UserError(
-            f"{path} has a corrupt header: __metadata__ must map strings to strings", remedy=_AGAIN
-        )
+        raise UserError(f"{path} has a corrupt header: __metadata__ must map strings to strings", remedy=_AGAIN)
     base = 8 + len(text)
     tensors = sorted((_tensor(path, *item, base) for item in header.items()), key=lambda t: (t.start, t.stop))
     end = base
     for tensor in tensors:
         if tensor.start != end:
             kind = "overlaps the tensor before it" if tensor.start < end else "leaves a gap before it"
-            raise UserError(
-                f"{path}: {tensor.name} {kind} ({tensor.start - base} against {end - base})", remedy=_AGAIN
-            )
+            raise UserError(f"{path}: {tensor.name} {kind} ({tensor.start - base} against {end - base})", remedy=_AGAIN)
         end = tensor.stop
     if end > size:
-        raise UserError(
-            f"{path} is truncated: its tensors need {end} bytes, the file has {size}", remedy=_AGAIN
-        )
+        raise UserError(f"{path} is truncated: its tensors need {end} bytes, the file has {size}", remedy=_AGAIN)
     if end < size:
         raise UserError(f"{path} holds {size - end} bytes that belong to no tensor", remedy=_AGAIN)
     return {tensor.name: tensor for tensor in tensors}, metadata
@@ -169,7 +163,5 @@ def _tensor(path: Path, name: str, entry: object, base: int) -> TensorInfo:
         raise corrupt(f"has corrupt data_offsets {offsets}")
     dtype = DTYPES[entry["dtype"]]
     if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
-        raise corrupt(
-            f"of shape {shape} and type {entry['dtype']} does not fill its {offsets[1] - offsets[0]} bytes"
-        )
+        raise corrupt(f"of shape {shape} and type {entry['dtype']} does not fill its {offsets[1] - offsets[0]} bytes")
     return TensorInfo(name, tuple(shape), dtype, base + offsets[0], base + offsets[1])

@@ -63,9 +63,7 @@ def load_variables(
             weights; weights that overflow `dtype`; whatever `CheckpointFolder.open` raises.
     """
     folder = folder if isinstance(folder, CheckpointFolder) else CheckpointFolder.open(folder)
-    check_tensors(
-        expected_tensors(abstract_model), {k: folder.info(k) for k in folder.keys}, str(folder.path)
-    )
+    check_tensors(expected_tensors(abstract_model), {k: folder.info(k) for k in folder.keys}, str(folder.path))
     place = _placement(shardings)
     graphdef, state = nnx.split(abstract_model)
     stored = stored_variables(abstract_model)
@@ -157,9 +155,7 @@ def _shard(
     ]
     for i, name in enumerate(names):
         row = _read_row(one, folder, name, rest, dtype)
-        buffers = [
-            _put_row(b, jax.device_put(row, d), i).block_until_ready() for b, d in zip(buffers, devices)
-        ]
+        buffers = [_put_row(b, jax.device_put(row, d), i).block_until_ready() for b, d in zip(buffers, devices)]
     return buffers
 
 
@@ -175,9 +171,7 @@ def _row(stack: jax.Array, i: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stack, i, 0, keepdims=False)
 
 
-def _read_row(
-    one: StoredVariable, folder: CheckpointFolder, name: str, index: tuple, dtype: np.dtype
-) -> np.ndarray:
+def _read_row(one: StoredVariable, folder: CheckpointFolder, name: str, index: tuple, dtype: np.dtype) -> np.ndarray:
     """A part of one tensor, unpacked, checked and cast."""
     if bits := one.packed_bits:
         stated = folder.read(shape_key(name)).tolist()
@@ -207,16 +201,10 @@ def tensor_sources(model: nnx.Module) -> list[TensorSource]:
             fetch = functools.partial(_fetch, one, i)
             if bits := one.packed_bits:
                 packed, shape = one.expected()[0], np.array(one.row_shape, np.int64)
-                sources.append(
-                    TensorSource(name, packed.shape, packed.dtype, functools.partial(_packed, fetch, bits))
-                )
-                sources.append(
-                    TensorSource(shape_key(name), shape.shape, shape.dtype, lambda shape=shape: shape)
-                )
+                sources.append(TensorSource(name, packed.shape, packed.dtype, functools.partial(_packed, fetch, bits)))
+                sources.append(TensorSource(shape_key(name), shape.shape, shape.dtype, lambda shape=shape: shape))
             else:
-                sources.append(
-                    TensorSource(name, one.row_shape, np.dtype(np.int8) if one.codes else dtype, fetch)
-                )
+                sources.append(TensorSource(name, one.row_shape, np.dtype(np.int8) if one.codes else dtype, fetch))
     return sources
 
 

@@ -105,9 +105,7 @@ class SafetensorsFile:
             with safe_open(self.path, framework="numpy") as file:
                 return file.get_tensor(name) if whole else file.get_slice(name)[tuple(index)]
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{self.path}: {name} cannot be read: {error}", remedy="was the file changed?"
-            ) from None
+            raise UserError(f"{self.path}: {name} cannot be read: {error}", remedy="was the file changed?") from None
 
     def _read_mapped(self, info: TensorInfo, index: tuple[slice, ...]) -> np.ndarray:
         if info.nbytes == 0:
@@ -159,9 +157,7 @@ class SafetensorsWriter:
             if tensor.name in entries:
                 raise UserError(f"two tensors are called {tensor.name}", remedy="give each its own name")
             if np.dtype(tensor.dtype) not in NAMES:
-                raise UserError(
-                    f"{tensor.name} has type {tensor.dtype}, which safetensors lacks", remedy="cast it"
-                )
+                raise UserError(f"{tensor.name} has type {tensor.dtype}, which safetensors lacks", remedy="cast it")
             stop = offset + tensor.nbytes
             shape, dtype = [int(n) for n in tensor.shape], NAMES[np.dtype(tensor.dtype)]
             entries[tensor.name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, stop]}
@@ -213,9 +209,7 @@ class SafetensorsWriter:
                 self._temporary.unlink(missing_ok=True)
 
 
-def write_file(
-    path: str | os.PathLike, tensors: Iterable[TensorSource], metadata: Mapping[str, str] | None = None
-):
+def write_file(path: str | os.PathLike, tensors: Iterable[TensorSource], metadata: Mapping[str, str] | None = None):
     """Write a safetensors file, one tensor at a time.
 
     `format: pt` is added to the metadata: PyTorch's readers ask for it.

@@ -91,9 +91,7 @@ class StoredVariable:
         if bits := self.packed_bits:
             rows, *rest = self.row_shape
             shape = (rows, packed_width(math.prod(rest), bits))
-            shapes = [
-                Expected(shape_key(name), (len(self.row_shape),), np.dtype(np.int64)) for name in self.names
-            ]
+            shapes = [Expected(shape_key(name), (len(self.row_shape),), np.dtype(np.int64)) for name in self.names]
             return [Expected(name, shape, np.dtype(np.int32)) for name in self.names] + shapes
         if self.codes:
             dtype = np.dtype(np.int8)

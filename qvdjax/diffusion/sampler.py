@@ -182,9 +182,7 @@ def _inputs(noise, context, negative_context, guidance_scale, conditions: dict) 
             remedy="pass one (zeros, or the encoding of a negative prompt), or a guidance scale of 1",
         )
     if not math.isfinite(guidance_scale):
-        raise UserError(
-            f"the guidance scale is {guidance_scale}", remedy="give a finite number (1 means none)"
-        )
+        raise UserError(f"the guidance scale is {guidance_scale}", remedy="give a finite number (1 means none)")
     for name, array in {"context": context, "negative_context": negative_context, **conditions}.items():
         if array is not None and array.shape[0] != noise.shape[0]:
             raise UserError(

@@ -48,9 +48,7 @@ def relative_error(estimate, reference, axis: int | Sequence[int] | None = None)
     return jnp.where(power == 0, jnp.where(error == 0, 0.0, jnp.inf), quotient)
 
 
-def psnr(
-    video: ArrayLike, reference: ArrayLike, *, peak: float = 1.0, ceiling: float = PSNR_CEILING
-) -> np.ndarray:
+def psnr(video: ArrayLike, reference: ArrayLike, *, peak: float = 1.0, ceiling: float = PSNR_CEILING) -> np.ndarray:
     """Peak signal-to-noise ratio of every frame: 10 log10(peak^2 / mean squared error), decibels.
 
     A video's PSNR is the mean over its frames, as the video quantization papers report it.
@@ -130,8 +128,7 @@ def _blur(image: np.ndarray, window: np.ndarray) -> np.ndarray:
     for axis in (0, 1):
         length = image.shape[axis] - len(window) + 1
         image = sum(
-            weight * np.take(image, range(start, start + length), axis=axis)
-            for start, weight in enumerate(window)
+            weight * np.take(image, range(start, start + length), axis=axis) for start, weight in enumerate(window)
         )
     return image
 

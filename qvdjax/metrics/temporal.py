@@ -47,7 +47,5 @@ def frame_difference_energy(video: ArrayLike) -> np.ndarray:
 def _adjacent(video: ArrayLike) -> np.ndarray:
     video = np.asarray(video, np.float64)
     if video.ndim < 4 or video.shape[-4] < 2:
-        raise ValueError(
-            f"at least two frames (..., frames, height, width, channels) are needed, got {video.shape}"
-        )
+        raise ValueError(f"at least two frames (..., frames, height, width, channels) are needed, got {video.shape}")
     return video

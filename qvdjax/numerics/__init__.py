@@ -6,6 +6,14 @@ from qvdjax.numerics.quantizer import Quantizer
 from qvdjax.numerics.straight_through import fake_quantize, fake_quantize_dynamic
 
 __all__ = [
-    "BITS", "Grid", "QTensor", "Quantizer", "encode", "fake_quantize", "fake_quantize_dynamic", "quantize", "sqnr_db",
+    "BITS",
+    "Grid",
+    "QTensor",
+    "Quantizer",
+    "encode",
+    "fake_quantize",
+    "fake_quantize_dynamic",
+    "quantize",
+    "sqnr_db",
     "storage_dtype",
 ]

@@ -41,9 +41,7 @@ def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
     for start in range(0, len(rows), step):
         # Adding half modulo 256 and taking the low bits equals q + 2**(bits-1).
         unsigned = rows[start : start + step].view(np.uint8) + np.uint8(half)
-        stream = np.unpackbits(
-            unsigned[..., None], axis=-1, count=bits, bitorder="little"
-        )  # [rows, in, bits]
+        stream = np.unpackbits(unsigned[..., None], axis=-1, count=bits, bitorder="little")  # [rows, in, bits]
         stream = stream.reshape(len(unsigned), width * bits)  # [rows, in, bits] -> [rows, (in bits)]
         packed = np.packbits(stream, axis=-1, bitorder="little")  # [rows, octets]
         octets[start : start + step, : packed.shape[1]] = packed

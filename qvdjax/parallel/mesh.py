@@ -66,9 +66,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         )
     types = (AxisType.Auto,) * len(MESH_AXES)
     if devices is None and wanted == len(available):
-        return jax.make_mesh(
-            shape, MESH_AXES, axis_types=types
-        )  # orders devices by their physical neighbours
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types)  # orders devices by their physical neighbours
     return Mesh(np.array(available[:wanted], dtype=object).reshape(shape), MESH_AXES, axis_types=types)
 
 
@@ -92,8 +90,6 @@ def _check_sizes(sizes: Mapping[str, int]) -> None:
         )
     wrong = [f"{name}={size}" for name, size in sizes.items() if size < 1 and size != -1]
     if wrong:
-        raise UserError(
-            "a mesh axis has no size", remedy="sizes are at least 1, or -1 for the rest", items=wrong
-        )
+        raise UserError("a mesh axis has no size", remedy="sizes are at least 1, or -1 for the rest", items=wrong)
     if list(sizes.values()).count(-1) > 1:
         raise UserError("more than one mesh axis is -1", remedy="leave one axis open, and size the others")

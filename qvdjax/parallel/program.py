@@ -144,10 +144,7 @@ class Program:
 
 def _arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
     """Types and dimensions of a shape or a tuple of shapes."""
-    return [
-        (dtype, tuple(int(d) for d in dimensions.split(",") if d))
-        for dtype, dimensions in _ARRAY.findall(shape)
-    ]
+    return [(dtype, tuple(int(d) for d in dimensions.split(",") if d)) for dtype, dimensions in _ARRAY.findall(shape)]
 
 
 def _bytes(dtype: str, dimensions: tuple[int, ...]) -> float:

@@ -53,9 +53,7 @@ def row_parallel(
         low, high = (jax.lax.stop_gradient(r) for r in activation.range_of(x.astype(jnp.float32)))
         over = (axis, *token_axes) if activation.granularity == "tensor" else axis
         low, high = jax.lax.pmin(low, over), jax.lax.pmax(high, over)
-        codes_x = encode(
-            x.astype(jnp.float32), activation.grid, *activation.grid.from_range(low, high), jnp.int8
-        )
+        codes_x = encode(x.astype(jnp.float32), activation.grid, *activation.grid.from_range(low, high), jnp.int8)
         part = QTensor(codes, scale, zero_point, weight.bits)
         if keep_integers:
             total = jax.lax.psum(contract_integers(codes_x.codes, codes), axis)  # int32 [batch, tokens, out]

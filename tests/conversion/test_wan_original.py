@@ -28,9 +28,7 @@ def test_the_names_are_a_bijection_over_the_real_keys(real):
     original = {key: wan_original.to_original(key) for key in real}
     assert None not in original.values()
     assert len(set(original.values())) == 825
-    assert {key: wan_original.to_diffusers(name) for key, name in original.items()} == {
-        key: key for key in real
-    }
+    assert {key: wan_original.to_diffusers(name) for key, name in original.items()} == {key: key for key in real}
     assert wan_original.is_original(original.values())
     assert not wan_original.is_original(real)
 

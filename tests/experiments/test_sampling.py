@@ -211,9 +211,7 @@ def test_the_same_quantized_video_on_one_device_and_on_eight(folder, tmp_path, r
     models.save(qvdjax.quantize(models.load(folder), recipe), quantized, side_files=side_files(folder))
     settings = {"prompts": ["a red disc"], "seeds": [0, 1, 2, 3], "steps": 2}
     one = sample_folder(quantized, tmp_path / "one.safetensors", **settings)
-    eight = sample_folder(
-        quantized, tmp_path / "eight.safetensors", **settings, mesh={"data": 4, "tensor": 2}
-    )
+    eight = sample_folder(quantized, tmp_path / "eight.safetensors", **settings, mesh={"data": 4, "tensor": 2})
     assert one["quantization"]["recipe"] == recipe
     first, second = (np.stack([load_file(f)["latents"] for f in r["files"]]) for r in (one, eight))
     # Where rounding in float32 crosses the edge of a code, a value moves by a step: a 254th of a token's
@@ -361,9 +359,7 @@ def test_outputs_that_cannot_be_written(folder, published, tmp_path):
 
 def test_latents_that_are_not_finite_are_not_written(folder, tmp_path):
     model = models.load(folder)
-    model.proj_out.weight[...] = 3e38 * jax.numpy.sign(
-        model.proj_out.weight[...]
-    )  # finite, its products are not
+    model.proj_out.weight[...] = 3e38 * jax.numpy.sign(model.proj_out.weight[...])  # finite, its products are not
     models.save(model, tmp_path / "model")
     PIPELINE.save(tmp_path / "model")
     with pytest.raises(UserError, match="not finite"):

@@ -10,9 +10,7 @@ from qvdjax.video import enlarge, read_mp4, side_by_side, to_uint8, write_mp4
 
 def gradient(frames=5, height=32, width=48):
     """A smooth clip that changes from frame to frame, float32 in [0, 1]."""
-    t, y, x = np.meshgrid(
-        np.linspace(0, 1, frames), np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij"
-    )
+    t, y, x = np.meshgrid(np.linspace(0, 1, frames), np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
     return np.stack([x, y, (t + x + y) / 3], axis=-1).astype(np.float32)
 
 

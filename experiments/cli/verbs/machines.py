@@ -53,9 +53,7 @@ def bench(arguments: Bench, progress: Progress | None) -> Outcome:
         budget_seconds=arguments.budget,
         progress=progress,
     )
-    rows = [
-        (row["name"], row["shape"], *(number(row[key]) for key in BENCH_NUMBERS)) for row in report["results"]
-    ]
+    rows = [(row["name"], row["shape"], *(number(row[key]) for key in BENCH_NUMBERS)) for row in report["results"]]
     lines: list[str | Table] = [Table(BENCH_COLUMNS, rows, report["device"], frozenset(BENCH_COLUMNS[2:]))]
     lines += [f"left out: {row['name']} {row['shape']}: {row['reason']}" for row in report["left_out"]]
     if arguments.output is not None:

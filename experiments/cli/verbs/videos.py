@@ -77,9 +77,7 @@ def _fidelity(report: dict[str, Any]) -> Table:
     """Distance of candidate from reference: mean over prompts, 95 % bootstrap interval."""
     measured = [(name, report[name]) for name in MEASURES if report[name] is not None]
     rows = [(name, *(number(entry[key]) for key in ("mean", "low", "high"))) for name, entry in measured]
-    return Table(
-        ("candidate against reference", "mean", "low", "high"), rows, right=frozenset({"mean", "low", "high"})
-    )
+    return Table(("candidate against reference", "mean", "low", "high"), rows, right=frozenset({"mean", "low", "high"}))
 
 
 def _oracle(oracle: dict[str, Any]) -> Table:

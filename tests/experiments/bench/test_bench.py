@@ -71,9 +71,7 @@ def test_weights_take_their_logical_bytes(report):
     assert rows["linear/rtn-w8a8"]["reference_weight_bytes"] == 4 * (width * hidden + hidden)
     linear = rows["linear/rtn-w8a8"]
     statistic = 4  # the recorded signal-to-noise ratio
-    assert (
-        linear["weight_bytes"] - statistic == width * hidden + 4 * hidden + 4 * hidden
-    )  # codes, scales, bias
+    assert linear["weight_bytes"] - statistic == width * hidden + 4 * hidden + 4 * hidden  # codes, scales, bias
 
 
 def test_four_bit_codes_count_half_a_byte():

@@ -101,9 +101,7 @@ def test_convert_keeps_float64(qvdjax, model_folder, tmp_path):
     tensors = {key: value.astype(np.float64) for key, value in load_file(model_folder / WEIGHTS).items()}
     save_file(tensors, source / WEIGHTS)
     assert qvdjax("convert", source, tmp_path / "copy").code == 0
-    assert {tensor.dtype for tensor in load_file(tmp_path / "copy" / WEIGHTS).values()} == {
-        np.dtype(np.float64)
-    }
+    assert {tensor.dtype for tensor in load_file(tmp_path / "copy" / WEIGHTS).values()} == {np.dtype(np.float64)}
 
 
 def test_a_dry_run_writes_nothing(qvdjax, model_folder, tmp_path):
@@ -126,9 +124,7 @@ def test_quantize_writes_a_folder_that_samples(qvdjax, model_folder, tmp_path):
 
 def test_set_overrides_an_option(qvdjax, model_folder, tmp_path):
     path = QUANTIZED.replace(".", r"\.")
-    done = qvdjax(
-        "quantize", model_folder, tmp_path / "out", "-r", "rtn-w8a8", "--set", f"skip={path}", "--json"
-    )
+    done = qvdjax("quantize", model_folder, tmp_path / "out", "-r", "rtn-w8a8", "--set", f"skip={path}", "--json")
     row = next(row for row in done.report["layers"] if row["path"] == QUANTIZED)
     assert (row["execution"], row["weight_bits"]) == ("float", 32)
 
@@ -168,9 +164,7 @@ def test_a_target_that_is_taken(qvdjax, model_folder, tmp_path):
         (tmp_path / "out" / "mine.txt").write_text("keep me")
 
 
-def test_export_dequantizes_and_refuses_what_it_does_not_know(
-    qvdjax, model_folder, quantized_folder, tmp_path
-):
+def test_export_dequantizes_and_refuses_what_it_does_not_know(qvdjax, model_folder, quantized_folder, tmp_path):
     done = qvdjax("export", quantized_folder, tmp_path / "plain", "--format", "diffusers", "--json")
     assert (done.code, done.report["format"]) == (0, "diffusers")
     plain, before = load_file(tmp_path / "plain" / WEIGHTS), load_file(model_folder / WEIGHTS)
@@ -298,9 +292,7 @@ ON_DISK = {
 DAMAGES = IN_THE_VALUES | IN_THE_KEYS | ON_DISK
 VERBS = ("info", "convert", "calibrate", "quantize", "export", "sample", "evaluate")
 # info reads the headers alone, so it cannot see a bad value.
-CASES = [
-    (verb, damage) for verb in VERBS for damage in DAMAGES if verb != "info" or damage not in IN_THE_VALUES
-]
+CASES = [(verb, damage) for verb in VERBS for damage in DAMAGES if verb != "info" or damage not in IN_THE_VALUES]
 
 
 def options(verb, work, reference):
@@ -312,9 +304,7 @@ def options(verb, work, reference):
     }[verb]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("verb", "damage"), CASES, ids=[f"{verb}-{DAMAGES[damage]}" for verb, damage in CASES]
-)
+@pytest.mark.parametrize(("verb", "damage"), CASES, ids=[f"{verb}-{DAMAGES[damage]}" for verb, damage in CASES])
 def test_damaged_folders_are_refused(qvdjax, model_folder, tmp_path, damage, verb):
     source, work = tmp_path / "source", tmp_path / "work"
     shutil.copytree(model_folder, source)

@@ -184,9 +184,7 @@ def test_arrays_become_lists():
 
 def test_a_table_is_drawn_in_full_away_from_a_terminal(verb, capsys):
     long = "blocks." + "x" * 300
-    verb(
-        lambda arguments, progress: Outcome({}, [Table(("path", "bytes"), [(long, 12), ("[b]", 3)]), "done"])
-    )
+    verb(lambda arguments, progress: Outcome({}, [Table(("path", "bytes"), [(long, 12), ("[b]", 3)]), "done"]))
     code, out, _ = run("recipes", capsys=capsys)
     assert code == 0
     assert long in out.splitlines()[1]

@@ -17,9 +17,7 @@ def test_seeds(text, seeds):
     assert values.seeds(text) == seeds
 
 
-@pytest.mark.parametrize(
-    "text", ["", "x", "-1", "3-1", "1,,2", "1.5", "1,1", "0-2,1", "0-99999999", "2147483648"]
-)
+@pytest.mark.parametrize("text", ["", "x", "-1", "3-1", "1,,2", "1.5", "1,1", "0-2,1", "0-99999999", "2147483648"])
 def test_what_is_no_list_of_seeds(text):
     with pytest.raises(UserError, match="--seeds"):
         values.seeds(text)

@@ -43,9 +43,7 @@ def test_sample_writes_the_video_and_its_record(qvdjax, model_folder, tmp_path):
 
 def test_a_seed_is_the_same_video_alone_and_among_others(qvdjax, model_folder, tmp_path):
     common = ["--steps", "3", "--guidance-scale", "2", "-p", RED, "-p", BLUE]
-    many = qvdjax(
-        "sample", model_folder, "-o", tmp_path / "many.safetensors", *common, "--seeds", "0-2", "--json"
-    )
+    many = qvdjax("sample", model_folder, "-o", tmp_path / "many.safetensors", *common, "--seeds", "0-2", "--json")
     assert len(many.report["files"]) == 6
     one = ["-p", BLUE, "--seeds", "1", "--steps", "3", "--guidance-scale", "2"]
     assert qvdjax("sample", model_folder, "-o", tmp_path / "one.safetensors", *one).code == 0
@@ -137,9 +135,7 @@ def test_calibrate_on_a_mesh_records_the_same(qvdjax, model_folder, calibration,
 
 @pytest.mark.parametrize("recipe", ["smoothquant-w4a4", "minmax-w8a8"])
 def test_quantize_with_a_calibration(qvdjax, model_folder, calibration, tmp_path, recipe):
-    done = qvdjax(
-        "quantize", model_folder, tmp_path / "q", "-r", recipe, "--calibration", calibration, "--json"
-    )
+    done = qvdjax("quantize", model_folder, tmp_path / "q", "-r", recipe, "--calibration", calibration, "--json")
     assert done.code == 0, done.err
     assert (done.report["recipe"], done.report["calibration"]) == (recipe, str(calibration))
     assert qvdjax("sample", tmp_path / "q", "-o", tmp_path / "q.mp4").code == 0

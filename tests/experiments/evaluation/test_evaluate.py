@@ -29,9 +29,7 @@ def report(folders, tmp_path_factory):
     """(metrics, report folder) of a four-bit candidate on two prompts."""
     target = tmp_path_factory.mktemp("reports") / "w4a4"
     calls = []
-    metrics = evaluate(
-        folders.reference, folders.w4a4, target, count=2, progress=lambda *call: calls.append(call)
-    )
+    metrics = evaluate(folders.reference, folders.w4a4, target, count=2, progress=lambda *call: calls.append(call))
     assert {call[0] for call in calls} == {
         "reference: sampling", "reference: teacher forcing", "w4a4: sampling", "w4a4: teacher forcing",
     }  # fmt: skip
@@ -129,12 +127,8 @@ def test_batches_do_not_matter(folders, tmp_path):
 
 def test_seeds_are_averaged_within_a_prompt(folders, tmp_path):
     prompts = ["a red disc moving left", "a blue ring moving up"]
-    metrics = evaluate(
-        folders.reference, folders.w4a4, tmp_path / "r", prompts=prompts, seeds=[7, 9], batch=2
-    )
-    assert metrics["sampling"]["samples"] == [
-        {"prompt": prompt, "seed": seed} for prompt in (0, 1) for seed in (7, 9)
-    ]
+    metrics = evaluate(folders.reference, folders.w4a4, tmp_path / "r", prompts=prompts, seeds=[7, 9], batch=2)
+    assert metrics["sampling"]["samples"] == [{"prompt": prompt, "seed": seed} for prompt in (0, 1) for seed in (7, 9)]
     assert len(metrics["psnr"]["per_prompt"]) == 2
 
 
@@ -299,9 +293,7 @@ def test_no_half_report_is_left_behind(folders, tmp_path, monkeypatch):
 )
 def test_bad_input_names_the_thing_and_writes_nothing(folders, tmp_path, change, message):
     places = {"reference": folders.reference, "candidate": folders.louder, "output": tmp_path / "report"}
-    changed = {
-        key: tmp_path / value if key in ("reference", "candidate") else value for key, value in change.items()
-    }
+    changed = {key: tmp_path / value if key in ("reference", "candidate") else value for key, value in change.items()}
     with pytest.raises(UserError, match=message):
         evaluate(**{**places, **changed})
     assert not list(tmp_path.iterdir())

@@ -13,10 +13,7 @@ def test_text_never_opens_a_tag_or_closes_an_attribute(text):
 
 def test_elements():
     assert element("p", "a < b", element("b", 1)) == "<p>a &lt; b<b>1</b></p>"
-    assert (
-        element("a", class_="x", aria_label="y", hidden=True, id=None)
-        == '<a class="x" aria-label="y" hidden></a>'
-    )
+    assert element("a", class_="x", aria_label="y", hidden=True, id=None) == '<a class="x" aria-label="y" hidden></a>'
     assert join("&", Markup("&amp;")) == "&amp;&amp;"
 
 

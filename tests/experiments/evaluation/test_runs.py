@@ -41,9 +41,7 @@ def test_predictions_at_given_latents(batch):
     samples = setup(5)
     inputs = np.random.default_rng(0).standard_normal((3, 5, 2, 3, 4, 5)).astype(np.float32)
     done = []
-    velocity = predict_along(
-        model(0.5), inputs, samples, batch=batch, place=jnp.asarray, progress=done.append
-    )
+    velocity = predict_along(model(0.5), inputs, samples, batch=batch, place=jnp.asarray, progress=done.append)
     # Guidance 2 on a term that is halved without the prompt: 0.5 c + 2 (c - 0.5 c) = 1.5 c.
     timesteps = np.asarray(samples.solver.schedule(3).timesteps)
     offset = timesteps[:, None] / 1000 + 1.5 * np.arange(5)[None, :]  # (steps, samples)

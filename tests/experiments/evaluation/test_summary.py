@@ -8,9 +8,7 @@ from experiments.evaluation.measuring import Fidelity
 
 
 def test_seeds_are_averaged_before_prompts():
-    values = np.array(
-        [[1.0, 3.0, 10.0], [0.0, 2.0, 4.0]]
-    )  # (steps, samples): two seeds of prompt 0, one of 1
+    values = np.array([[1.0, 3.0, 10.0], [0.0, 2.0, 4.0]])  # (steps, samples): two seeds of prompt 0, one of 1
     np.testing.assert_array_equal(summary.per_prompt(values, (0, 0, 1)), [[2, 10], [1, 4]])
 
 

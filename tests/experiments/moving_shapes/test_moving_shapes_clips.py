@@ -29,9 +29,7 @@ def test_clip_shows_the_colours_and_moves_as_said(caption):
     video = np.asarray(clip(caption, seed=1))
     background = video[0, 0, 0]
     if caption.background:
-        np.testing.assert_allclose(
-            background, BACKGROUNDS[caption.background], atol=1e-6
-        )  # float32 constants
+        np.testing.assert_allclose(background, BACKGROUNDS[caption.background], atol=1e-6)  # float32 constants
     axis = np.array(COLORS[caption.color]) - background
     alpha = (video - background) @ axis / (axis @ axis)  # (frames, height, width)
     assert alpha.max() > 0.99  # some pixel is covered wholly, so it has the colour itself

@@ -84,9 +84,7 @@ def test_heavy_channels_are_where_they_are_said_to_be(monkeypatch):
         assert ratio(before[site]) < 5, site
         assert ratio(after[site]) > 8, site
         assert (after[site] > 5 * np.median(after[site])).sum() <= 4 + 1, site
-    np.testing.assert_allclose(
-        after["ffn.net.2"], before["ffn.net.2"], rtol=1e-3
-    )  # none behind the nonlinearity
+    np.testing.assert_allclose(after["ffn.net.2"], before["ffn.net.2"], rtol=1e-3)  # none behind the nonlinearity
 
 
 def test_the_seed_chooses_the_channels_and_the_model_stays_as_it_is():

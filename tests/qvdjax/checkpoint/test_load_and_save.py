@@ -97,11 +97,7 @@ def test_the_types_of_the_file_are_kept(saved, kind):
         weights = (".0.weight", "out.weight")
         rewrite(path, lambda v: {k: t.astype(kind) if k.endswith(weights) else t for k, t in v.items()})
         loaded = load_variables(abstract, path)
-        assert (
-            loaded.proj_out.weight[...].dtype
-            == loaded.stacks[0].block.ffn["net"]["0"].weight[...].dtype
-            == kind
-        )
+        assert loaded.proj_out.weight[...].dtype == loaded.stacks[0].block.ffn["net"]["0"].weight[...].dtype == kind
         assert loaded.proj_out.bias[...].dtype == np.float32
         save_variables(loaded, path, {}, overwrite=True)
         assert SafetensorsFile(path / WEIGHTS).tensors["blocks.1.ffn.net.0.weight"].dtype == kind
@@ -156,9 +152,7 @@ def test_float8_weights_are_read(saved):
     np.testing.assert_array_equal(loaded.proj_out.weight[...], weight.astype(np.float32))
 
 
-@pytest.mark.parametrize(
-    "spec", [(None, "a", "b"), (None, "b", "a"), (None, None, "a"), ("a", None, None), ()]
-)
+@pytest.mark.parametrize("spec", [(None, "a", "b"), (None, "b", "a"), (None, None, "a"), ("a", None, None), ()])
 def test_every_sharding_gives_the_same_values(tiny, tmp_path, stage, spec):
     """Sizes that the mesh divides; the input axis of packed codes is cut within words."""
     model, abstract = tiny()
@@ -198,11 +192,7 @@ def test_codes_split_along_the_input_axis(tmp_path, stage):
     save_variables(model, tmp_path / "model", {})
     mesh = jax.make_mesh((4,), ("a",), devices=jax.devices()[:4], axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec(None, None, "a"))
-    codes = (
-        load_variables(jax.eval_shape(Model), tmp_path / "model", shardings=sharding)
-        .stacks[0]
-        .block.codes[...]
-    )
+    codes = load_variables(jax.eval_shape(Model), tmp_path / "model", shardings=sharding).stacks[0].block.codes[...]
     assert codes.sharding == sharding
     np.testing.assert_array_equal(np.asarray(codes), np.asarray(model.stacks[0].block.codes[...]))
 
@@ -315,9 +305,7 @@ def test_scales_must_be_finite_too(saved):
 def test_weights_that_overflow_the_wanted_type_are_refused(saved):
     path, _, abstract = saved
     rewrite(path, change_one("proj_out.weight", lambda w: w + np.float32(1e6)))
-    with pytest.raises(
-        UserError, match="proj_out.weight overflows float16; choose a type with a wider range"
-    ):
+    with pytest.raises(UserError, match="proj_out.weight overflows float16; choose a type with a wider range"):
         load_variables(abstract, path, dtype=np.float16)
     load_variables(abstract, path, dtype=jnp.bfloat16)
 
@@ -345,9 +333,7 @@ def header_bytes(content):
 
 
 EDITS = st.lists(
-    st.tuples(
-        st.sampled_from(["set", "insert", "delete"]), st.floats(0, 1, exclude_max=True), st.integers(0, 255)
-    ),
+    st.tuples(st.sampled_from(["set", "insert", "delete"]), st.floats(0, 1, exclude_max=True), st.integers(0, 255)),
     min_size=1,
     max_size=4,
 )

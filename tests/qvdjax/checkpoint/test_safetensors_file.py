@@ -80,9 +80,7 @@ def test_the_formats_own_library_reads_ours_and_we_read_its(tmp_path):
     for name, values in load_file(ours).items():
         assert values.tobytes() == tensors[name].tobytes()
     file = SafetensorsFile(theirs)
-    assert {name: file.read(name).tobytes() for name in file.tensors} == {
-        k: v.tobytes() for k, v in tensors.items()
-    }
+    assert {name: file.read(name).tobytes() for name in file.tensors} == {k: v.tobytes() for k, v in tensors.items()}
 
 
 def test_every_tensor_starts_at_a_multiple_of_its_width(tmp_path):
@@ -215,9 +213,7 @@ def test_a_file_that_shrinks_after_opening_is_refused_when_read(tmp_path):
         file.read("a")
 
 
-@given(
-    st.sampled_from(["F16", "BF16", "F32", "F64", "F8_E5M2", "F8_E4M3"]), st.binary(min_size=8, max_size=160)
-)
+@given(st.sampled_from(["F16", "BF16", "F32", "F64", "F8_E5M2", "F8_E4M3"]), st.binary(min_size=8, max_size=160))
 def test_finiteness_is_read_from_the_bits(name, content):
     values = np.frombuffer(content[: len(content) // 8 * 8], DTYPES[name])
     assert all_finite(values) == bool(np.isfinite(values.astype(np.float64)).all())

@@ -174,9 +174,7 @@ def test_noise_belongs_to_the_seed_alone():
     np.testing.assert_array_equal(rounded, together[1].astype(jnp.bfloat16))
     with jax.enable_x64(True):
         np.testing.assert_array_equal(initial_noise([4], SHAPE)[0], together[1])
-        np.testing.assert_array_equal(
-            initial_noise([4], SHAPE, jnp.float64)[0], together[1].astype(jnp.float64)
-        )
+        np.testing.assert_array_equal(initial_noise([4], SHAPE, jnp.float64)[0], together[1].astype(jnp.float64))
     # The first draws of seed 4, written down: another generator would mean other videos for old seeds.
     # One unit in the last place: backends may round the inverse error function differently.
     np.testing.assert_allclose(together[1].reshape(-1)[:3], [1.1777242, 0.7384810, -1.0801565], rtol=2e-7)

@@ -128,9 +128,7 @@ def test_shift_moves_levels_up_and_keeps_the_ends():
     np.testing.assert_array_equal(shifted(grid, 1.0), grid)
 
 
-@pytest.mark.parametrize(
-    "solver", [FlowMatchEuler(3.0), UniPCFlow(3.0), UniPCFlow(8.0, sigma_grid="diffusers")]
-)
+@pytest.mark.parametrize("solver", [FlowMatchEuler(3.0), UniPCFlow(3.0), UniPCFlow(8.0, sigma_grid="diffusers")])
 @pytest.mark.parametrize("steps", [1, 2, 50])
 def test_exact_for_a_straight_flow(solver, steps):
     """If the velocity is noise - video wherever one looks, any number of steps ends at the video."""

@@ -43,9 +43,7 @@ def test_measures_do_not_care_which_way_time_runs(seed):
     video = np.random.default_rng(seed).uniform(size=(2, 4, 3, 3, 3))
     # The same terms summed in reverse order, float64.
     np.testing.assert_allclose(flicker(video), flicker(video[:, ::-1]), rtol=1e-12)
-    np.testing.assert_allclose(
-        frame_difference_energy(video), frame_difference_energy(video[:, ::-1]), rtol=1e-12
-    )
+    np.testing.assert_allclose(frame_difference_energy(video), frame_difference_energy(video[:, ::-1]), rtol=1e-12)
     assert ((flicker(video) >= 0) & (flicker(video) <= 1)).all()
 
 

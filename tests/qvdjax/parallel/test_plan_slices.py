@@ -59,9 +59,7 @@ def test_a_small_quantized_stack_compiles_for_a_tpu_slice_with_integer_products_
         integer = [row for row in report["products"] if row["result"] == "s32"]
         assert sum(row["count"] for row in integer) == 12
         assert {row["left"] for row in integer} | {row["right"] for row in integer} <= {"s8", code}
-        gathered = [
-            row for row in report["collectives"] if row["kind"] == "all-gather" and row["dtype"] == code
-        ]
+        gathered = [row for row in report["collectives"] if row["kind"] == "all-gather" and row["dtype"] == code]
         assert sum(row["bytes"] for row in gathered) == codes
 
 

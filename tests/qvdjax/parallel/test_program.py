@@ -17,16 +17,14 @@ def test_collectives_inside_a_loop_count_as_often_as_it_turns():
     def step(weights, x):
         def body(x, w):
             w = jax.lax.with_sharding_constraint(w, P(None, None))
-            return jax.lax.dot_general(
-                x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
-            ).astype(jnp.int8), None
+            return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32).astype(
+                jnp.int8
+            ), None
 
         return jax.lax.scan(body, x, weights)[0]
 
     mesh = make_mesh({"fsdp": 8})
-    text = compiled_text(
-        step, mesh, ((6, 64, 64), jnp.int8, P(None, "fsdp")), ((16, 64), jnp.int8, P("fsdp"))
-    )
+    text = compiled_text(step, mesh, ((6, 64, 64), jnp.int8, P(None, "fsdp")), ((16, 64), jnp.int8, P("fsdp")))
     program = Program(text)
     gathers = [row for row in program.collectives() if row["kind"] == "all-gather"]
     assert gathers == [{"kind": "all-gather", "dtype": "s8", "bytes": 6 * 64 * 64, "count": 6}]
@@ -48,9 +46,7 @@ def test_a_sum_over_devices_is_an_all_reduce_of_the_part():
         lambda x, w: jnp.dot(x, w), make_mesh({"tensor": 8}),
         ((32, 64), jnp.float32, P(None, "tensor")), ((64, 16), jnp.float32, P("tensor", None)),
     )  # fmt: skip
-    assert Program(text).collectives() == [
-        {"kind": "all-reduce", "dtype": "f32", "bytes": 32 * 16 * 4, "count": 1}
-    ]
+    assert Program(text).collectives() == [{"kind": "all-reduce", "dtype": "f32", "bytes": 32 * 16 * 4, "count": 1}]
 
 
 # What the TPU compiler writes, shortened: no trip count, asynchronous pairs, four-bit codes, a fused

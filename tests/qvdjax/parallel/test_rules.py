@@ -51,9 +51,7 @@ def test_weights_spread_over_fsdp_and_context_together():
 
 def test_an_axis_that_does_not_divide_is_left_whole_and_reported():
     mesh = make_mesh({"fsdp": 2, "context": 4})
-    spec, refused = partition_spec(
-        (3, 24, 6), ("mlp", "embed"), mesh
-    )  # 6 rows: fsdp divides, fsdp x context does not
+    spec, refused = partition_spec((3, 24, 6), ("mlp", "embed"), mesh)  # 6 rows: fsdp divides, fsdp x context does not
     assert spec == P(None, None, "fsdp")
     assert refused == {2: ("context",)}
 
