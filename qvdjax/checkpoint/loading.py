@@ -28,7 +28,9 @@ from qvdjax.numerics.packing import pack_bits, unpack_bits
 
 # A shard up to this size is put together on the host and sent at once. A larger one is filled row by row on
 # its device, because a host copy would double the memory of the largest stack on a CPU. That way compiles
-# one small program a shape, which is not worth it for the many small vectors.
+# one small program a shape, which is not worth it for the many small vectors. Codes narrower than a byte are
+# put together on the host whatever their size: XLA on a CPU updates them by writing the whole stack anew, code
+# by code, for each row.
 _STAGE_BYTES = 64 << 20
 
 
@@ -43,7 +45,9 @@ def load_variables(
     """A model like `abstract_model` with the weights of a folder.
 
     Each process reads only the shards of its own devices, one row of one shard at a time: beside the
-    result, a few copies of the largest tensor of the file (one layer's, not a stack's) are in memory.
+    result, a few copies of the largest tensor of the file (one layer's, not a stack's) are in memory. One
+    stack of codes narrower than a byte stands there too while it is filled, one byte a code; the largest
+    variables are read first, when there is little else.
 
     Args:
         abstract_model: A VideoModel whose variables hold ShapeDtypeStructs (`jax.eval_shape`).
@@ -67,8 +71,8 @@ def load_variables(
     place = _placement(shardings)
     graphdef, state = nnx.split(abstract_model)
     stored = stored_variables(abstract_model)
-    leaves, done, narrowed = [], 0, []
-    for one in stored:
+    leaves, done, narrowed = {}, 0, []
+    for one in sorted(stored, key=lambda one: -math.prod(one.value.shape)):
         wanted = _dtype_of(one, folder, dtype)
         if (kept := jax.dtypes.canonicalize_dtype(wanted)) != wanted:
             narrowed.append(one.names[0])
@@ -79,7 +83,7 @@ def load_variables(
             names = [name for other in stored if not other.statistic for name in other.names]
             bad = [name for name in names if not all_finite(folder.read(name))]
             raise nonfinite_error(str(folder.path), bad) from None
-        leaves.append((one.path, one.variable.replace(array)))
+        leaves[one.path] = one.variable.replace(array)
         done += sum(folder.info(name).nbytes for name in one.names)
         if progress:
             progress("reading", done, folder.nbytes)
@@ -89,7 +93,7 @@ def load_variables(
             "set JAX_ENABLE_X64=1 to keep them",
             stacklevel=2,
         )
-    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+    return nnx.merge(graphdef, nnx.from_flat_state([(one.path, leaves[one.path]) for one in stored]))
 
 
 class _Nonfinite(Exception):
@@ -141,7 +145,7 @@ def _shard(
         return [jax.device_put(row, device) for device in devices]
     names, rest = one.names[index[0]], index[1:]
     shape = (len(names), *(s.stop - s.start for s in rest))
-    if math.prod(shape) * dtype.itemsize <= _STAGE_BYTES:
+    if math.prod(shape) * dtype.itemsize <= _STAGE_BYTES or _narrower_than_a_byte(dtype):
         block = np.empty(shape, dtype)
         for i, name in enumerate(names):
             block[i] = _read_row(one, folder, name, rest, dtype)
@@ -157,6 +161,10 @@ def _shard(
         row = _read_row(one, folder, name, rest, dtype)
         buffers = [_put_row(b, jax.device_put(row, d), i).block_until_ready() for b, d in zip(buffers, devices)]
     return buffers
+
+
+def _narrower_than_a_byte(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -174,6 +174,38 @@ def test_every_sharding_gives_the_same_values(tiny, tmp_path, stage, spec):
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "model" / WEIGHTS).read_bytes()
 
 
+def test_narrow_codes_are_put_together_on_the_host_each_device_its_part_only(tiny, tmp_path, monkeypatch):
+    """Row by row on the device, XLA on a CPU writes a whole int4 stack anew for each row: minutes at a real size."""
+    model, abstract = tiny()
+    save_variables(model, tmp_path / "model", {})
+    updated, sent = [], []
+
+    def put_row(stack, *arguments, put_row=loading._put_row):
+        updated.append(stack.dtype)
+        return put_row(stack, *arguments)
+
+    def device_put(value, *arguments, device_put=jax.device_put):
+        sent.append((value.dtype, value.shape))
+        return device_put(value, *arguments)
+
+    mesh = jax.make_mesh((2,), ("a",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec(None, "a"))  # rows of a layer
+    whole = NamedSharding(mesh, PartitionSpec())
+    codes = lambda v: v.get_value().dtype == jnp.int4 and v.get_value().ndim == 3  # noqa: E731
+    shardings = jax.tree.map(
+        lambda v: v.replace(split if codes(v) else whole), abstract, is_leaf=lambda v: isinstance(v, nnx.Variable)
+    )
+    monkeypatch.setattr(loading, "_STAGE_BYTES", 0)
+    monkeypatch.setattr(loading, "_put_row", put_row)
+    monkeypatch.setattr(jax, "device_put", device_put)
+    assert tiny.equal(load_variables(abstract, tmp_path / "model", shardings=shardings), model)
+    assert np.int8 in updated  # the other stack of codes
+    assert jnp.int4 not in updated
+    # Two layers of [6, 11] codes, half the rows to each device; and the lone block's, whole on both.
+    narrow = [shape for dtype, shape in sent if dtype == jnp.int4]
+    assert sorted(narrow) == [(2, 3, 11), (2, 3, 11), (6, 11), (6, 11)]
+
+
 def test_codes_split_along_the_input_axis(tmp_path, stage):
     """An input axis of 12 codes of 3 bits, on four devices: 9 bits each, cut in the middle of a word."""
     from qvdjax.nn import Stack, VideoModel
