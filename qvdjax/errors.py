@@ -11,7 +11,12 @@ class UserError(Exception):
         remedy: What to do about it.
         items: The names concerned where there are many (keys, files). The text shows their number and the
             first three; programs read all of them from `items`.
+
+    Attributes:
+        exit_code: What a program that ends on it returns.
     """
+
+    exit_code = 2
 
     def __init__(self, message: str, *, remedy: str, items: Sequence[str] = ()):
         self.message = message

@@ -1,9 +1,9 @@
 """The program `qvdjax`: parse, run the verb, answer in one place.
 
 Exit codes: 0 done; 1 a threshold of `evaluate` was missed or a case of `bench` failed; 2 the input can be
-mended (usage, files, values: one line on stderr says what and how); 70 an error of ours; 130 interrupted; 141
-the reader of stdout went away. With `--json`, stdout holds exactly one JSON object in every case, also for an
-error: {"error", "remedy", "items"}.
+mended (usage, files, values: one line on stderr says what and how); 70 an error of ours; 75 told to stop, its
+state saved; 130 interrupted; 141 the reader of stdout went away. With `--json`, stdout holds exactly one JSON
+object in every case, also for an error: {"error", "remedy", "items"}.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         mended = as_user_error(error)
         if mended is not None:
-            return _fail(mended, json=json, code=answer.USER_ERROR)
+            return _fail(mended, json=json, code=mended.exit_code)
         message = f"internal error: {type(error).__name__}: {str(error)[:300]}"
         ours = UserError(message, remedy="run it again with --debug for the traceback and report it")
         return _fail(ours, json=json, code=answer.INTERNAL_ERROR)

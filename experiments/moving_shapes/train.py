@@ -31,8 +31,9 @@ from experiments.moving_shapes.data import batch
 from experiments.moving_shapes.words import WIDTH, embeddings
 from experiments.training.log import Log
 from experiments.training.objective import Objective
+from experiments.training.settings import Settings
 from experiments.training.states import last_state, save_state
-from experiments.training.trainer import Settings, State, Trainer
+from experiments.training.trainer import State, Trainer
 from models.pipeline import Pipeline
 from qvdjax import recipes
 from qvdjax.errors import UserError
@@ -104,12 +105,13 @@ def train(trainer: Trainer, options: argparse.Namespace, log: Log) -> State:
             break
         began, chunk = log.seconds, min(options.chunk, total - step)
         if batches is None:
-            state, loss = trainer.advance(state, chunk)
+            state, metrics = trainer.advance(state, chunk)
         else:
             for number in range(step, step + chunk):
-                state, loss = trainer.advance_on(state, jax.tree.map(jnp.asarray, batches[number]))
-        loss = float(loss)  # waits for the device
-        log(event="train", step=step + chunk, loss=round(loss, 5),
+                state, metrics = trainer.advance_on(state, jax.tree.map(jnp.asarray, batches[number]))
+        loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])  # waits for the device
+        trainer.check(state)
+        log(event="train", step=step + chunk, loss=round(loss, 5), gradient_norm=round(norm, 5),
             rate=float(trainer.settings.rate(state["step"], state["total"])))  # fmt: skip
         if call:
             speed.append((chunk, log.seconds - began))

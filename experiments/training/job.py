@@ -15,9 +15,11 @@ from experiments.quantizing import check_new, save_quantized, weights_report
 from experiments.sampling.request import PUBLISHED
 from experiments.training.latents import DataFolder, stream
 from experiments.training.log import Log
+from experiments.training.loop import Progress, run
 from experiments.training.objective import Objective
-from experiments.training.states import claim, last_state, save_state
-from experiments.training.trainer import Settings, State, Trainer
+from experiments.training.settings import Settings
+from experiments.training.states import claim, last_state
+from experiments.training.trainer import Trainer
 from models.pipeline import FILE, Pipeline
 from qvdjax import recipes
 from qvdjax.checkpoint import stored_variables
@@ -26,11 +28,6 @@ from qvdjax.nn import QUANTIZED_LAYERS, VideoModel, layers_of
 from qvdjax.qat import fake_quantized
 from qvdjax.quantization import quantize
 
-Progress = Callable[[str, int, int], None]
-"""progress(stage, done, total)."""
-
-REPORT_EVERY = 10  # steps between two lines of the log; reading the loss waits for the device
-KEPT_STATES = 2
 LARGEST_SEED = 2**31 - 1  # what jax.random.key takes where 64-bit integers are off
 
 
@@ -82,13 +79,14 @@ def train_folder(
 
     Returns:
         {recipe, steps, first_step, examples, parameters, first_loss, last_loss, seconds} and what
-        `experiments.quantizing.weights_report` says. Losses are means over up to `REPORT_EVERY` steps, None
+        `experiments.quantizing.weights_report` says. Losses are means over the ten or fewer steps of a report, None
         where no step was left to do.
 
     Raises:
         UserError: A target that is taken, a recipe that cannot be trained, a quantized, damaged or missing
             model, data that does not fit the model, a number out of range, states of another run, a loss that
             is not finite, a disk that is full.
+        Stopped: With `checkpoints`, SIGTERM: the state is saved, and `resume` goes on from it.
     """
     began = time.perf_counter()
     check_new(target, overwrite=overwrite)
@@ -111,12 +109,12 @@ def train_folder(
         objective=_objective(source, data_weight),
     )  # fmt: skip
     if checkpoints is not None:
-        run = {
+        settled = {
             "model": abstract.config.to_dict(), "recipe": chosen.name, "overrides": dict(overrides or {}),
             "examples": len(folder), **folder.shapes, "steps": steps, "batch": batch,
             "learning_rate": learning_rate, "warm_up": warm_up, "data_weight": data_weight, "seed": seed,
         }  # fmt: skip
-        claim(checkpoints, run, resume=resume)
+        claim(checkpoints, settled, resume=resume)
     lines = Log(log)
     teacher = models.load(source, progress=progress)
     trainer = Trainer(jax.tree.map(_float32, teacher), settings, teacher=teacher, student=rounded)
@@ -124,7 +122,10 @@ def train_folder(
     if resume:
         state = last_state(checkpoints, state) or state
     first_step = int(state["step"])
-    state, losses = _run(trainer, state, stream(data, seed=seed, size=batch), lines, checkpoints, save_every, progress)
+    batches = stream(data, seed=seed, size=batch)
+    state, losses = run(
+        trainer, state, batches, lines, checkpoints=checkpoints, save_every=save_every, progress=progress
+    )
     quantized = _stored_as(quantize(trainer.model(state), chosen), teacher)
     save_quantized(quantized, source, target, overwrite=overwrite, progress=progress)
     lines(event="saved", step=steps, folder=str(target))
@@ -139,35 +140,6 @@ def train_folder(
         "seconds": time.perf_counter() - began,
         **weights_report(quantized),
     }
-
-
-def _run(
-    trainer: Trainer, state: State, batches: Any, lines: Log, checkpoints: Path | None, save_every: int,
-    progress: Progress | None,
-) -> tuple[State, list[float]]:  # fmt: skip
-    """The steps that are left; returns the mean losses that were reported too."""
-    first, steps = int(state["step"]), int(state["total"])
-    reported, pending = [], []
-    for done in range(first + 1, steps + 1):
-        state, loss = trainer.advance_on(state, jax.tree.map(jnp.asarray, batches[done - 1]))
-        pending.append(loss)
-        save = checkpoints is not None and (done % save_every == 0 or done == steps)
-        if not (save or done % REPORT_EVERY == 0 or done == steps):
-            continue
-        mean = float(jnp.stack(pending).mean())  # waits for the device
-        if not math.isfinite(mean):
-            raise UserError(
-                f"the loss is no longer finite at step {done}",
-                remedy="lower the learning rate or give more steps of warm-up",
-            )
-        reported.append(mean)
-        pending = []
-        lines(event="train", step=done, loss=mean, rate=float(trainer.settings.rate(done - 1, steps)))
-        if save:
-            save_state(checkpoints, state, keep=KEPT_STATES)
-        if progress:
-            progress("training", done, steps)
-    return state, reported
 
 
 def _check_numbers(

@@ -9,6 +9,10 @@ import jax.numpy as jnp
 Velocity = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Takes latents (batch, frames, height, width, channels), timestep (batch,), context (batch, tokens, dim)."""
 
+Corrupted = dict[str, jax.Array]
+"""latents (batch, frames, height, width, channels), timestep (batch,), context (batch, tokens, dim), and the
+velocity that the data has, shaped like the latents."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -30,24 +34,35 @@ class Objective:
     def __call__(
         self, model: Velocity, batch: dict[str, jax.Array], key: jax.Array, teacher: Velocity | None = None
     ) -> jax.Array:
-        """The mean squared velocity error, float32 ().
+        """The mean squared velocity error, float32 ()."""
+        return self.loss(model, self.corrupt(batch, key), teacher)
+
+    def corrupt(self, batch: dict[str, jax.Array], key: jax.Array) -> Corrupted:
+        """Noisy latents of a batch {latents, context}, and what a model should make of them.
 
         x_s = (1 - s) x + s e with Gaussian e; the velocity is e - x and the timestep 1000 s (rectified flow,
-        Liu et al. 2022, in Wan's units).
+        Liu et al. 2022, in Wan's units). Row i is the same whatever devices the batch is spread over.
         """
         latents, context = batch["latents"], batch["context"]
         level_key, noise_key, drop_key = jax.random.split(key, 3)
         level = self.levels(level_key, latents.shape[0])
         noise = jax.random.normal(noise_key, latents.shape, latents.dtype)
         kept = jax.random.bernoulli(drop_key, 1 - self.drop_caption, (latents.shape[0],))
-        context = context * kept[:, None, None]
         s = level[:, None, None, None, None]  # (batch, 1, 1, 1, 1)
-        noisy = (1 - s) * latents + s * noise
-        velocity = model(noisy, 1000 * level, context)
-        loss = self.data * _distance(velocity, noise - latents)
+        return {
+            "latents": (1 - s) * latents + s * noise,
+            "timestep": 1000 * level,
+            "context": context * kept[:, None, None],
+            "velocity": noise - latents,
+        }
+
+    def loss(self, model: Velocity, corrupted: Corrupted, teacher: Velocity | None = None) -> jax.Array:
+        """The mean squared velocity error on corrupted examples, float32 ()."""
+        inputs = (corrupted["latents"], corrupted["timestep"], corrupted["context"])
+        velocity = model(*inputs)
+        loss = self.data * _distance(velocity, corrupted["velocity"])
         if teacher is not None:
-            target = jax.lax.stop_gradient(teacher(noisy, 1000 * level, context))
-            loss += self.teacher * _distance(velocity, target)
+            loss += self.teacher * _distance(velocity, jax.lax.stop_gradient(teacher(*inputs)))
         return loss
 
     def levels(self, key: jax.Array, count: int) -> jax.Array:
@@ -61,4 +76,4 @@ class Objective:
 
 
 def _distance(prediction: jax.Array, target: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target))
+    return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32)))

@@ -1,151 +1,174 @@
-"""The training step: AdamW or Muon, warm-up and cosine, averaged weights, many steps in one call."""
+"""The training step, on one device or a mesh: many steps in one call, or one on a given batch."""
 
-import dataclasses
+import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 from flax import nnx
+from jax.sharding import Mesh
 
-from experiments.training.objective import Objective, Velocity
+from experiments.training.objective import Corrupted, Velocity
+from experiments.training.precision import computing_in
+from experiments.training.settings import Settings
+from qvdjax.errors import UserError
+from qvdjax.parallel import shardings
 
 State = dict[str, Any]
-"""params and average (nnx.State of Param), optimizer (optax state), step and total (int32 ())."""
+"""params and average (nnx.State of Param; the average is {} where none is kept), optimizer (optax state), step,
+total and skipped (int32 (); skipped: steps in a row that were left out because they were not finite)."""
+
+Metrics = dict[str, jax.Array]
+"""loss and gradient_norm (before clipping), float32 (): means over the steps of a call that were finite. left_out:
+how many were not, int32 ()."""
 
 Draw = Callable[[int, jax.Array, int], dict[str, jax.Array]]
 """draw(seed, step, size) -> the batch of a step, {latents, context}; works inside jit."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What one training run is, beside its length."""
-
-    seed: int = 0
-    batch: int = 128
-    learning_rate: float = 1e-3
-    final_rate: float = 1e-5
-    warm_up: int = 500
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    average: float = 0.9995
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    frames: int | None = None  # train on the first so many frames of each clip; None for all
-    objective: Objective = Objective()
-
-    @property
-    def transformation(self) -> optax.GradientTransformation:
-        """The optimizer without its learning rate, which depends on a total that may be set while training.
-
-        Muon (Jordan 2024; optax.contrib) orthogonalises the momentum of the blocks' matrices, each layer's by
-        itself, scaled so that an entry moves about as far as under AdamW (Liu et al. 2025, arXiv 2502.16982);
-        everything else follows AdamW.
-        """
-        clip = optax.clip_by_global_norm(self.clip)
-        if self.optimizer == "muon":
-            muon = optax.contrib.muon(
-                1.0, weight_decay=self.weight_decay, adam_b1=0.9, adam_b2=0.99, consistent_rms=0.2,
-                muon_weight_dimension_numbers=_block_matrices,
-            )  # fmt: skip
-            return optax.chain(clip, muon, optax.scale(-1.0))  # it subtracts; so does the trainer
-        matrices = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
-        return optax.chain(
-            clip,
-            optax.scale_by_adam(b1=0.9, b2=0.99),
-            optax.add_decayed_weights(self.weight_decay, mask=matrices),
-        )
-
-    def rate(self, step: jax.Array, total: jax.Array) -> jax.Array:
-        """Learning rate: linear warm-up, then half a cosine down to `final_rate` at the last step."""
-        progress = jnp.clip((step - self.warm_up) / jnp.maximum(total - self.warm_up, 1), 0, 1)
-        cosine = self.final_rate + (self.learning_rate - self.final_rate) * (1 + jnp.cos(jnp.pi * progress)) / 2
-        return cosine * jnp.minimum(1, (step + 1) / max(self.warm_up, 1))
-
-    def average_decay(self, step: jax.Array) -> jax.Array:
-        """Early averages forget quickly, so that they do not hold the initial weights."""
-        return jnp.minimum(self.average, (1 + step) / (10 + step))
-
-
-def _block_matrices(params: nnx.State) -> nnx.State:
-    """For each parameter, how Muon reads it: (layers, out, in) of stacked blocks are matrices, the rest is not."""
-    stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
-
-    def of(path: tuple[Any, ...], leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        return stacked if "stacks" in jax.tree_util.keystr(path) and leaf.ndim == 3 else None
-
-    return jax.tree_util.tree_map_with_path(of, params)
 
 
 class Trainer:
     """A model's structure with its settings; holds no arrays that training changes.
 
     Args:
-        model: What is trained; its `nnx.Param`s move, everything else stays.
+        model: What is trained; its `nnx.Param`s move, everything else stays. It may be abstract, to compile only.
         settings: See `Settings`.
         teacher: Frozen, or None.
         student: Turns the model with the current parameters into what the loss evaluates (fake quantization
             belongs here); the model itself by default.
         draw: The data of `advance`, drawn inside the step; not needed where batches are given.
+        mesh: Where parameters, moments and batches are spread, as `qvdjax.parallel.RULES` say; None for one
+            device. The teacher must be placed there by who loads it.
     """
 
     def __init__(
         self, model: nnx.Module, settings: Settings, *, teacher: nnx.Module | None = None,
         student: Callable[[nnx.Module], Velocity] = lambda model: model, draw: Draw | None = None,
+        mesh: Mesh | None = None,
     ):  # fmt: skip
         self.graph, self.initial, self.rest = nnx.split(model, nnx.Param, ...)
-        self.settings, self.teacher, self.student, self.draw = settings, teacher, student, draw
-        self.run = jax.jit(self._run, donate_argnums=0)
-        self.run_on = jax.jit(self._run_on, donate_argnums=0)
+        self.settings, self.teacher, self.student, self.draw, self.mesh = settings, teacher, student, draw, mesh
+        placed = None if mesh is None else (shardings(jax.eval_shape(self._first, self.initial, 0), mesh), None)
+        self.run = jax.jit(self._run, donate_argnums=0, out_shardings=placed)
+        self.run_on = jax.jit(self.step_on, donate_argnums=0, out_shardings=placed)
 
     def start(self, total: int) -> State:
         """The state before the first of `total` steps."""
-        optimizer = self.settings.transformation.init(self.initial)
-        copy = functools.partial(jax.tree.map, jnp.copy)  # the state is donated to each step
-        return {"params": copy(self.initial), "average": copy(self.initial), "optimizer": optimizer,
-                "step": jnp.int32(0), "total": jnp.int32(total)}  # fmt: skip
+        first = self._first
+        if self.mesh is not None:
+            first = jax.jit(first, out_shardings=shardings(jax.eval_shape(first, self.initial, total), self.mesh))
+        # The state is donated to each step, so nothing in it may be shared with the initial parameters.
+        return jax.tree.map(jnp.copy, first(self.initial, total))
+
+    def _first(self, initial: nnx.State, total: int) -> State:
+        average = {} if self.settings.average is None else initial
+        optimizer = self.settings.transformation.init(initial)
+        numbers = {"step": jnp.int32(0), "total": jnp.int32(total), "skipped": jnp.int32(0)}
+        return {"params": initial, "average": average, "optimizer": optimizer, **numbers}
 
     def model(self, state: State, *, averaged: bool = True) -> nnx.Module:
-        """The model with the averaged weights, or the last ones."""
+        """The model with the averaged weights where they are kept, or the last ones."""
+        averaged = averaged and self.settings.average is not None
         return nnx.merge(self.graph, state["average" if averaged else "params"], self.rest)
 
-    def _run(self, state: State, steps: jax.Array, rest, teacher) -> tuple[State, jax.Array]:
+    def advance(self, state: State, steps: int) -> tuple[State, Metrics]:
+        """`steps` steps on data drawn by rule. The given state is used up."""
+        with self._scope():
+            return self.run(state, jnp.int32(steps), self.rest, self.teacher)
+
+    def advance_on(self, state: State, data: dict[str, jax.Array]) -> tuple[State, Metrics]:
+        """One step on a given batch {latents, context}. The given state is used up."""
+        with self._scope():
+            return self.run_on(state, data, self.rest, self.teacher)
+
+    def check(self, state: State) -> None:
+        """Stop a training that no longer learns.
+
+        Raises:
+            UserError: The last steps, more than `Settings.tolerated`, were all left out.
+        """
+        skipped, step = int(state["skipped"]), int(state["step"])
+        if skipped > self.settings.tolerated:
+            raise UserError(
+                f"at step {step} the loss or its gradient has not been finite for {skipped} steps",
+                remedy="lower the learning rate, give more steps of warm-up, or look for odd values in the data",
+            )
+
+    def _scope(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _run(self, state: State, steps: jax.Array, rest, teacher) -> tuple[State, Metrics]:
         # The bound is data, so runs of every length are the same compiled loop and continue bit for bit.
         def body(_, carry):
             state, total = carry
             data = self.draw(self.settings.seed, state["step"], self.settings.batch)
-            state, loss = self._step(state, data, rest, teacher)
-            return state, total + loss
+            state, metrics = self.step_on(state, data, rest, teacher)
+            counted = {name: jnp.where(metrics["left_out"], 0, metrics[name]) for name in ("loss", "gradient_norm")}
+            return state, jax.tree.map(jnp.add, total, {**counted, "left_out": metrics["left_out"]})
 
-        state, total = jax.lax.fori_loop(0, steps, body, (state, jnp.float32(0)))
-        return state, total / steps
+        zero = {"loss": jnp.float32(0), "gradient_norm": jnp.float32(0), "left_out": jnp.int32(0)}
+        state, total = jax.lax.fori_loop(0, steps, body, (state, zero))
+        count = steps - total["left_out"]  # 0 / 0 is nan: no step was finite
+        return state, {
+            **{name: total[name] / count for name in ("loss", "gradient_norm")},
+            "left_out": total["left_out"],
+        }
 
-    def _run_on(self, state: State, data: dict[str, jax.Array], rest, teacher) -> tuple[State, jax.Array]:
-        return self._step(state, data, rest, teacher)
+    def step_on(self, state: State, data: dict[str, jax.Array], rest, teacher) -> tuple[State, Metrics]:
+        """One step as a pure function, what `advance_on` compiles.
 
-    def advance(self, state: State, steps: int) -> tuple[State, jax.Array]:
-        """`steps` steps on clips drawn by rule; returns the mean loss too. The given state is used up."""
-        return self.run(state, jnp.int32(steps), self.rest, self.teacher)
-
-    def advance_on(self, state: State, data: dict[str, jax.Array]) -> tuple[State, jax.Array]:
-        """One step on a given batch; returns the loss too. The given state is used up."""
-        return self.run_on(state, data, self.rest, self.teacher)
-
-    def _step(self, state: State, data: dict[str, jax.Array], rest, teacher) -> tuple[State, jax.Array]:
+        A step whose loss or gradient is not finite leaves everything but the counters as it was.
+        """
         settings, step = self.settings, state["step"]
         data = {**data, "latents": data["latents"][:, : settings.frames]}
         key = jax.random.fold_in(jax.random.key(settings.seed ^ 0x5EED), step)  # apart from the data's keys
-
-        def loss_of(params):
-            student = self.student(nnx.merge(self.graph, params, rest))
-            return settings.objective(student, data, key, teacher)
-
-        loss, gradients = jax.value_and_grad(loss_of)(state["params"])
+        loss, gradients = self._gradients(state["params"], settings.objective.corrupt(data, key), rest, teacher)
+        norm = optax.tree.norm(gradients)
         updates, optimizer = settings.transformation.update(gradients, state["optimizer"], state["params"])
-        rate, decay = settings.rate(step, state["total"]), settings.average_decay(step)
-        params = jax.tree.map(lambda p, u: p - rate * u, state["params"], updates)
-        average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), state["average"], params)
-        state = {**state, "params": params, "average": average, "optimizer": optimizer, "step": step + 1}
-        return state, loss
+        params = self._moved(state["params"], updates, settings.rate(step, state["total"]))
+        moved = {"params": params, "average": {}, "optimizer": optimizer}
+        if settings.average is not None:
+            decay = settings.average_decay(step)
+            moved["average"] = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), state["average"], params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        kept = {name: state[name] for name in moved}
+        moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
+        skipped = jnp.where(finite, 0, state["skipped"] + 1)
+        state = {**moved, "step": step + 1, "total": state["total"], "skipped": skipped}
+        return state, {"loss": loss, "gradient_norm": norm, "left_out": 1 - finite.astype(jnp.int32)}
+
+    def _moved(self, params: nnx.State, updates: nnx.State, rate: jax.Array) -> nnx.State:
+        """Parameters after a step: each kind of Variable at its own rate."""
+
+        def move(variable: nnx.Variable, update: nnx.Variable) -> nnx.Variable:
+            own = rate * self.settings.group_rate(type(variable))
+            return variable.replace(variable.get_value() - own * update.get_value())
+
+        return jax.tree.map(move, params, updates, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+    def _gradients(self, params: nnx.State, corrupted: Corrupted, rest, teacher) -> tuple[jax.Array, nnx.State]:
+        """Mean loss and its gradient, micro-batch after micro-batch."""
+        settings = self.settings
+
+        def loss_of(params, corrupted):
+            student = computing_in(self.student(nnx.merge(self.graph, params, rest)), settings.dtype)
+            velocity = functools.partial(student, remat=True) if settings.remat else student
+            return settings.objective.loss(velocity, corrupted, teacher)
+
+        gradient = jax.value_and_grad(loss_of)
+        if settings.accumulate == 1:
+            return gradient(params, corrupted)
+        # Neighbouring rows go to different micro-batches, so that each stays spread over all devices.
+        parts = jax.tree.map(
+            lambda x: einops.rearrange(x, "(b micro) ... -> micro b ...", micro=settings.accumulate), corrupted
+        )
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(add, zero, parts)
+        return jax.tree.map(lambda value: value / settings.accumulate, total)

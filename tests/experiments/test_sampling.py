@@ -300,7 +300,7 @@ def test_a_folder_without_a_pipeline_samples_embeddings_to_latents(published, tm
         ({"seeds": [-1]}, "seeds out of range"),
         ({"steps": 0}, "steps is 0"),
         ({"shift": -1.0}, "shift is -1.0"),
-        ({"solver": "ddim"}, "no solver called 'ddim'"),
+        ({"solver": "heun"}, "no solver called 'heun'"),
         ({"height": 3}, "height 3 is no multiple"),
         ({"frames": 0}, "0 x 4 x 6"),
         ({"context_file": "x.safetensors"}, "encodes prompts itself"),

@@ -2,7 +2,11 @@
 
 import json
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +21,7 @@ from experiments.quantizing import quantize_folder
 from experiments.training import train_folder
 from experiments.training.latents import DataFolder
 
+ROOT = Path(__file__).parents[3]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SETTINGS = {"batch": 6, "learning_rate": 5e-4, "warm_up": 4}
 
@@ -94,6 +99,40 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(whole, model_folder, data_f
     report = run("again", resume=True)
     assert (report["first_step"], report["last_loss"]) == (40, None)
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (whole["folder"] / WEIGHTS).read_bytes()
+
+
+@pytest.mark.slow
+def test_processes_killed_and_told_to_stop_go_on_to_the_same_bits(whole, model_folder, data_folder, tmp_path):
+    states, log = tmp_path / "states", tmp_path / "log.jsonl"
+    options = {"--steps": 40, "--batch": 6, "--learning-rate": 5e-4, "--warm-up": 4, "--save-every": 3,
+               "--recipe": "rtn-w4a4", "--data": data_folder, "--checkpoints": states, "--log": log}  # fmt: skip
+    argv = [sys.executable, "-m", "experiments.cli.main", "train", model_folder, tmp_path / "out", "--resume"]
+    argv = [str(word) for word in (*argv, *(word for pair in options.items() for word in pair))]
+
+    def saved():
+        return max((int(path.name) for path in states.glob("*") if path.name.isdigit()), default=0)
+
+    def start_and_send(number, step):
+        process = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        until = time.monotonic() + 300
+        while saved() < step and process.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        process.send_signal(number)
+        return process.wait(timeout=300), process.stderr.read()
+
+    code, _ = start_and_send(signal.SIGKILL, 6)
+    assert code == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    killed_at = saved()
+    code, error = start_and_send(signal.SIGTERM, killed_at + 6)
+    assert code == 75, error
+    assert "told to stop after step" in error
+    assert f"{saved()};" in error or f"{saved()} " in error
+    assert not (tmp_path / "out").exists()
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (whole["folder"] / WEIGHTS).read_bytes()
 
 
 def test_what_stays_float_keeps_its_type(model_folder, data_folder, tmp_path):
@@ -177,7 +216,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(refused, model_folder, data_fold
     options = ["--steps", "10", "--batch", "2", "--warm-up", "0", "--learning-rate", "1e30"]
     refused(
         model_folder, tmp_path / "out", "-r", "rtn-w4a4", "--data", data_folder, *options,
-        words=["no longer finite", "step 10", "lower the learning rate"],
+        words=["step 10", "not been finite for 9 steps", "lower the learning rate"],
     )  # fmt: skip
 
 

@@ -1,0 +1,100 @@
+"""What one training run is: batch, optimizer, learning rates by kind of parameter, precision."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+from flax import nnx
+
+from experiments.training.objective import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What one training run is, beside its length.
+
+    Attributes:
+        seed: Of the data's order, the noise and the noise levels.
+        batch: Examples in a step, over all devices and micro-batches.
+        accumulate: Micro-batches whose gradients are summed before the parameters move; divides `batch`.
+        learning_rate, final_rate, warm_up: See `rate`.
+        group_rates: Learning rates of kinds of parameters (classes of Variable), relative to `learning_rate`;
+            the nearest class of a Variable's ancestry counts, 1 where none is named.
+        weight_decay: Of matrices; vectors and tables of scales are not decayed.
+        clip: Largest global norm of the gradient; larger ones are scaled down to it.
+        average: Decay a step of the averaged weights; None keeps no average, which saves a copy of the model.
+        optimizer: "adamw", or "muon" for the blocks' matrices and AdamW for the rest.
+        dtype: What the student computes in; parameters, moments and gradients' sums are float32 always.
+        remat: Recompute each block in the backward pass, instead of keeping what is inside it.
+        tolerated: Steps in a row that may be left out because they were not finite.
+        frames: Train on the first so many frames of each clip; None for all.
+        objective: What is minimised.
+    """
+
+    seed: int = 0
+    batch: int = 128
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    final_rate: float = 1e-5
+    warm_up: int = 500
+    group_rates: Mapping[type, float] = dataclasses.field(default_factory=dict)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    average: float | None = 0.9995
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+    tolerated: int = 3
+    frames: int | None = None
+    objective: Objective = Objective()
+
+    @property
+    def transformation(self) -> optax.GradientTransformation:
+        """The optimizer without its learning rate, which depends on a total that may be set while training.
+
+        Muon (Jordan 2024; optax.contrib) orthogonalises the momentum of the blocks' matrices, each layer's by
+        itself, scaled so that an entry moves about as far as under AdamW (Liu et al. 2025, arXiv 2502.16982);
+        everything else follows AdamW.
+        """
+        clip = optax.clip_by_global_norm(self.clip)
+        if self.optimizer == "muon":
+            muon = optax.contrib.muon(
+                1.0, weight_decay=self.weight_decay, adam_b1=0.9, adam_b2=0.99, consistent_rms=0.2,
+                muon_weight_dimension_numbers=_block_matrices,
+            )  # fmt: skip
+            return optax.chain(clip, muon, optax.scale(-1.0))  # it subtracts; so does the trainer
+        matrices = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
+        return optax.chain(
+            clip,
+            optax.scale_by_adam(b1=0.9, b2=0.99),
+            optax.add_decayed_weights(self.weight_decay, mask=matrices),
+        )
+
+    def rate(self, step: jax.Array, total: jax.Array) -> jax.Array:
+        """Learning rate: linear warm-up, then half a cosine down to `final_rate` at the last step."""
+        progress = jnp.clip((step - self.warm_up) / jnp.maximum(total - self.warm_up, 1), 0, 1)
+        cosine = self.final_rate + (self.learning_rate - self.final_rate) * (1 + jnp.cos(jnp.pi * progress)) / 2
+        return cosine * jnp.minimum(1, (step + 1) / max(self.warm_up, 1))
+
+    def group_rate(self, kind: type) -> float:
+        """How much faster than `learning_rate` Variables of this kind move."""
+        return next((self.group_rates[base] for base in kind.__mro__ if base in self.group_rates), 1.0)
+
+    def average_decay(self, step: jax.Array) -> jax.Array:
+        """Early averages forget quickly, so that they do not hold the initial weights."""
+        return jnp.minimum(self.average, (1 + step) / (10 + step))
+
+
+def _block_matrices(params: nnx.State) -> nnx.State:
+    """For each parameter, how Muon reads it: (layers, out, in) of stacked blocks are matrices, the rest is not."""
+    stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
+
+    def of(path: tuple[Any, ...], leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        return stacked if "stacks" in jax.tree_util.keystr(path) and leaf.ndim == 3 else None
+
+    return jax.tree_util.tree_map_with_path(of, params)
