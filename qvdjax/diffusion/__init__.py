@@ -1,16 +1,20 @@
 """Sampling: noise schedules, solvers, guidance and the jitted loop. Nothing here knows a model by name."""
 
+from qvdjax.diffusion.ddim import DDIM
+from qvdjax.diffusion.dpm_sde import DPMSolverSDE
 from qvdjax.diffusion.euler import FlowMatchEuler
-from qvdjax.diffusion.guidance import guided
+from qvdjax.diffusion.guidance import guidance_scales, guided
 from qvdjax.diffusion.noise import initial_noise
 from qvdjax.diffusion.sampler import Compilation, SampleResult, compile_sampler, sample
 from qvdjax.diffusion.schedule import Schedule
-from qvdjax.diffusion.solvers import SOLVERS, Solver, get_solver
+from qvdjax.diffusion.solvers import SOLVERS, Solver, get_solver, related_solver
 from qvdjax.diffusion.unipc import UniPCFlow
 
 __all__ = [
+    "DDIM",
     "SOLVERS",
     "Compilation",
+    "DPMSolverSDE",
     "FlowMatchEuler",
     "SampleResult",
     "Schedule",
@@ -18,7 +22,9 @@ __all__ = [
     "UniPCFlow",
     "compile_sampler",
     "get_solver",
+    "guidance_scales",
     "guided",
     "initial_noise",
+    "related_solver",
     "sample",
 ]

@@ -1,19 +1,12 @@
 """Euler's method for flow matching."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import numpy as np
 
-from qvdjax.diffusion.schedule import TRAIN_TIMESTEPS, Schedule, check_shift, check_steps, shifted
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class EulerState:
-    """What Euler's method remembers between steps: nothing but the latents."""
-
-    latents: jax.Array
+from qvdjax.diffusion.schedule import TRAIN_TIMESTEPS, FlowSchedule, LatentsState, check_shift, check_steps, shifted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,20 +22,22 @@ class FlowMatchEuler:
 
     shift: float = 1.0
 
+    diffusion: ClassVar = "flow"
+
     def __post_init__(self):
         check_shift(self.shift)
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: int) -> FlowSchedule:
         """The run's noise levels. Raises `UserError` for fewer than one step."""
         check_steps(steps)
         sigmas = shifted(np.linspace(1.0, 0.0, steps + 1), self.shift)
-        return Schedule(TRAIN_TIMESTEPS * sigmas[:-1], sigmas[:-1], sigmas[1:])
+        return FlowSchedule(TRAIN_TIMESTEPS * sigmas[:-1], sigmas[:-1], sigmas[1:])
 
-    def init(self, noise: jax.Array) -> EulerState:
+    def init(self, noise: jax.Array, seeds: jax.Array | None = None) -> LatentsState:
         """The state before the first step; `noise` (batch, frames, height, width, channels)."""
-        return EulerState(noise)
+        return LatentsState(noise)
 
-    def step(self, row: Schedule, state: EulerState, velocity: jax.Array) -> EulerState:
+    def step(self, row: FlowSchedule, state: LatentsState, velocity: jax.Array) -> LatentsState:
         """One step along `velocity`, the model's prediction at `state.latents`, in the latents' dtype."""
         step_size = (row.next_sigmas - row.sigmas).astype(state.latents.dtype)
-        return EulerState(state.latents + step_size * velocity.astype(state.latents.dtype))
+        return LatentsState(state.latents + step_size * velocity.astype(state.latents.dtype))

@@ -1,18 +1,23 @@
 """Classifier-free guidance (Ho and Salimans 2022)."""
 
+import math
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qvdjax.errors import UserError
 
+DynamicGuidance = Literal["timestep", "step"]
+
 
 def guided(model: Callable, guidance_scale: float | jax.Array, *, doubled_batch: bool = False) -> Callable:
-    """The model's velocity after guidance: unconditional + scale * (conditional - unconditional).
+    """The model's prediction after guidance: unconditional + scale * (conditional - unconditional).
 
     Args:
-        model: `model(latents, timestep, context, **conditions) -> velocity`.
+        model: `model(latents, timestep, context, **conditions) -> prediction`.
         guidance_scale: 1 (as a Python number) means no guidance: the unconditional pass is left out. A traced
             scale always makes both passes.
         doubled_batch: Run both passes as one batch of twice the size: fewer, larger products and twice the
@@ -20,15 +25,15 @@ def guided(model: Callable, guidance_scale: float | jax.Array, *, doubled_batch:
             activation ranges span the whole batch (static ones do not) sees other ranges in a doubled batch.
 
     Returns:
-        `predict(latents, timestep, context, negative_context, **conditions) -> velocity`, with latents
+        `predict(latents, timestep, context, negative_context, **conditions) -> prediction`, with latents
         (batch, frames, height, width, channels), timestep (batch,) in 0..1000, contexts (batch, tokens, dim)
-        and a velocity like the latents, float32 or wider. Raises `UserError` when guidance lacks a negative
+        and a prediction like the latents, float32 or wider. Raises `UserError` when guidance lacks a negative
         context.
     """
     unguided = isinstance(guidance_scale, int | float) and guidance_scale == 1
 
-    def at_least_float32(velocity: jax.Array) -> jax.Array:
-        return velocity.astype(jnp.promote_types(velocity.dtype, jnp.float32))
+    def at_least_float32(prediction: jax.Array) -> jax.Array:
+        return prediction.astype(jnp.promote_types(prediction.dtype, jnp.float32))
 
     def predict(latents, timestep, context, negative_context=None, **conditions):
         if unguided:
@@ -51,3 +56,35 @@ def guided(model: Callable, guidance_scale: float | jax.Array, *, doubled_batch:
         return unconditional + scale * (conditional - unconditional)
 
     return predict
+
+
+def guidance_scales(guidance_scale: float, timesteps: np.ndarray, dynamic: DynamicGuidance | None = None) -> np.ndarray:
+    """The guidance scale of every step, float64 (steps,).
+
+    Dynamic guidance is CogVideoX's: 1 + scale * (1 - cos(pi * progress^5)) / 2, so up to 1 + scale (formula:
+    zai-org/CogVideo, sat/sgm/modules/diffusionmodules/guiders.py, `DynamicCFG`). What progress is, differs:
+
+    - "timestep": (steps - timestep) / steps, what both published programs compute
+      (sat/sgm/modules/diffusionmodules/sampling.py; diffusers' `use_dynamic_cfg`). With timesteps up to 999 and
+      few steps it is far from 0..1, and the scale jumps up and down. The authors found that it helps
+      (their issue 267).
+    - "step": step / steps, which the formula's names suggest: a smooth rise from 1.
+
+    Args:
+        guidance_scale: A finite number.
+        timesteps: Of the schedule, (steps,).
+        dynamic: None for the same scale at every step.
+
+    Raises `UserError` for a scale that is not finite and an unknown kind.
+    """
+    if not math.isfinite(guidance_scale):
+        raise UserError(f"the guidance scale is {guidance_scale}", remedy="give a finite number (1 means none)")
+    steps = len(timesteps)
+    if dynamic is None:
+        return np.full(steps, guidance_scale, np.float64)
+    if dynamic not in get_args(DynamicGuidance):
+        raise UserError(
+            f"dynamic guidance of kind {dynamic!r}", remedy=f"choose one of {', '.join(get_args(DynamicGuidance))}"
+        )
+    progress = (steps - timesteps) / steps if dynamic == "timestep" else np.arange(steps) / steps
+    return 1 + guidance_scale * (1 - np.cos(np.pi * progress**5)) / 2

@@ -1,15 +1,16 @@
 """From noise to latents: the sampling loop, as one jitted scan or step by step."""
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from qvdjax.diffusion.guidance import guided
+from qvdjax.diffusion.guidance import DynamicGuidance, guidance_scales, guided
+from qvdjax.diffusion.noise import check_seeds
 from qvdjax.diffusion.schedule import Schedule
 from qvdjax.diffusion.solvers import Solver
 from qvdjax.errors import UserError
@@ -43,6 +44,8 @@ def sample(
     solver: Solver,
     steps: int,
     guidance_scale: float = 1.0,
+    dynamic_guidance: DynamicGuidance | None = None,
+    seeds: Sequence[int] | None = None,
     trajectory: bool = False,
     on_step: OnStep | None = None,
     doubled_batch: bool = False,
@@ -55,8 +58,8 @@ def sample(
     throughout, whatever the model computes in.
 
     Args:
-        model: A pytree that is called as `model(latents, timestep, context, **conditions) -> velocity`, with
-            timestep (batch,) float in 0..1000.
+        model: A pytree that is called as `model(latents, timestep, context, **conditions) -> prediction`, with
+            timestep (batch,) float in 0..1000, and predicts what the solver expects.
         context: Text embeddings, (batch, tokens, dim).
         negative_context: The same for what to avoid; needed unless `guidance_scale` is 1.
         noise: (batch, frames, height, width, channels), see `initial_noise`. Its sharding, and the model's,
@@ -64,6 +67,8 @@ def sample(
         solver: See `get_solver`.
         steps: Number of steps; with guidance each costs two model evaluations.
         guidance_scale: 1 means no guidance.
+        dynamic_guidance: Lets the scale vary over the steps, see `guidance_scales`.
+        seeds: One per video, those of `initial_noise`; needed by a solver that draws noise at its steps.
         trajectory: Also return the model's inputs.
         on_step: Given, the steps run one by one from Python, and this is called after each. The numbers are
             those of the scan up to rounding.
@@ -72,14 +77,14 @@ def sample(
 
     Returns:
         The latents and, if asked for, the trajectory. Raises `UserError` for a number of steps below 1, for
-        guidance without a negative context, and for batches that differ.
+        guidance without a negative context, for seeds that are missing or unusable, and for batches that differ.
     """
     run = Run(solver, doubled_batch=doubled_batch, unguided=guidance_scale == 1, trajectory=trajectory)
-    inputs = _inputs(noise, context, negative_context, guidance_scale, conditions)
-    schedule = solver.schedule(steps)
+    inputs = _inputs(noise, seeds, context, negative_context, guidance_scale, conditions)
+    plan = _plan(solver, steps, guidance_scale, dynamic_guidance)
     if on_step is None:
-        return _scan(run, model, schedule, *inputs)
-    return _loop(run, model, schedule, inputs, on_step)
+        return _scan(run, model, plan, *inputs)
+    return _loop(run, model, plan, inputs, on_step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +110,8 @@ def compile_sampler(
     solver: Solver,
     steps: int,
     guidance_scale: float = 1.0,
+    dynamic_guidance: DynamicGuidance | None = None,
+    seeds: Sequence[int] | None = None,
     trajectory: bool = False,
     step_loop: bool = False,
     doubled_batch: bool = False,
@@ -115,14 +122,14 @@ def compile_sampler(
     With `step_loop` it is a single step that is compiled: what `sample` runs when it is given an `on_step`.
     """
     run = Run(solver, doubled_batch=doubled_batch, unguided=guidance_scale == 1, trajectory=trajectory)
-    inputs = _inputs(noise, context, negative_context, guidance_scale, conditions)
-    schedule = solver.schedule(steps)
+    inputs = _inputs(noise, seeds, context, negative_context, guidance_scale, conditions)
+    plan = _plan(solver, steps, guidance_scale, dynamic_guidance)
     start = time.perf_counter()
     if step_loop:
-        latents, *rest = inputs
-        lowered = _step.lower(run, model, schedule.row(0), solver.init(latents), *rest)
+        noise, seeds, *rest = inputs
+        lowered = _step.lower(run, model, plan.row(0), _init(run, noise, seeds), *rest)
     else:
-        lowered = _scan.lower(run, model, schedule, *inputs)
+        lowered = _scan.lower(run, model, plan, *inputs)
     # The program stays in jit's own cache. It is not called itself: on CPU, jax 0.10 refuses int4 arguments
     # there that jit accepts.
     compiled = lowered.compile()
@@ -138,40 +145,70 @@ class Run:
     unguided: bool
     trajectory: bool
 
-    def step(self, model, row, state, context, negative_context, guidance_scale, conditions):
+    def init(self, noise, seeds):
+        """The solver's state before the first step."""
+        return self.solver.init(noise, seeds)
+
+    def step(self, model, plan, state, context, negative_context, conditions):
         """One step: ask the model where the latents go, and let the solver go there."""
-        predict = guided(model, 1 if self.unguided else guidance_scale, doubled_batch=self.doubled_batch)
+        predict = guided(model, 1 if self.unguided else plan.guidance_scales, doubled_batch=self.doubled_batch)
         batch = state.latents.shape[0]
-        timestep = jnp.full((batch,), row.timesteps, jnp.float32)  # (batch,)
-        velocity = predict(state.latents, timestep, context, negative_context, **conditions)
-        return self.solver.step(row, state, velocity)
+        timestep = jnp.full((batch,), plan.schedule.timesteps, jnp.float32)  # (batch,)
+        prediction = predict(state.latents, timestep, context, negative_context, **conditions)
+        return self.solver.step(plan.schedule, state, prediction)
 
 
-def _scan_steps(run: Run, model, schedule, noise, *inputs) -> SampleResult:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What differs from step to step; all leaves have the leading axis `steps`.
+
+    Attributes:
+        schedule: The solver's.
+        guidance_scales: float32 (steps,).
+    """
+
+    schedule: Schedule
+    guidance_scales: np.ndarray
+
+    def row(self, step: int) -> "Plan":
+        """One step of it, as `jax.lax.scan` hands it to `Run.step`."""
+        return jax.tree.map(lambda values: values[step], self)
+
+
+def _plan(solver: Solver, steps: int, guidance_scale: float, dynamic_guidance: DynamicGuidance | None) -> Plan:
+    schedule = solver.schedule(steps)
+    scales = guidance_scales(guidance_scale, schedule.timesteps, dynamic_guidance)
+    return Plan(schedule, scales.astype(np.float32))
+
+
+def _scan_steps(run: Run, model, plan, noise, seeds, *inputs) -> SampleResult:
     def body(state, row):
         return run.step(model, row, state, *inputs), state.latents if run.trajectory else None
 
-    state, trajectory = jax.lax.scan(body, run.solver.init(noise), schedule)
+    state, trajectory = jax.lax.scan(body, run.init(noise, seeds), plan)
     return SampleResult(state.latents, trajectory)
 
 
 _scan = jax.jit(_scan_steps, static_argnums=0)
 _step = jax.jit(Run.step, static_argnums=0)
+# Compiled too, so that keys made of the seeds lie on the devices of the noise.
+_init = jax.jit(Run.init, static_argnums=0)
 
 
-def _loop(run: Run, model, schedule: Schedule, inputs: tuple, on_step: OnStep) -> SampleResult:
-    noise, *rest = inputs
-    state, seen = run.solver.init(noise), []
-    for index in range(schedule.steps):
+def _loop(run: Run, model, plan: Plan, inputs: tuple, on_step: OnStep) -> SampleResult:
+    noise, seeds, *rest = inputs
+    state, seen = _init(run, noise, seeds), []
+    for index in range(plan.schedule.steps):
         if run.trajectory:
             seen.append(state.latents)
-        state = _step(run, model, schedule.row(index), state, *rest)
+        state = _step(run, model, plan.row(index), state, *rest)
         on_step(index + 1, state.latents)
     return SampleResult(state.latents, jnp.stack(seen) if run.trajectory else None)
 
 
-def _inputs(noise, context, negative_context, guidance_scale, conditions: dict) -> tuple:
-    """The traced arguments of the jitted functions behind the schedule, checked and in their dtypes."""
+def _inputs(noise, seeds, context, negative_context, guidance_scale, conditions: dict) -> tuple:
+    """The traced arguments of the jitted functions behind the plan, checked and in their dtypes."""
     noise = jnp.asarray(noise)
     noise = noise.astype(jnp.promote_types(noise.dtype, jnp.float32))
     if guidance_scale == 1:
@@ -181,12 +218,12 @@ def _inputs(noise, context, negative_context, guidance_scale, conditions: dict) 
             f"guidance scale {guidance_scale} needs a negative context",
             remedy="pass one (zeros, or the encoding of a negative prompt), or a guidance scale of 1",
         )
-    if not math.isfinite(guidance_scale):
-        raise UserError(f"the guidance scale is {guidance_scale}", remedy="give a finite number (1 means none)")
-    for name, array in {"context": context, "negative_context": negative_context, **conditions}.items():
+    seeds = None if seeds is None else check_seeds(seeds)
+    rows = {"seeds": seeds, "context": context, "negative_context": negative_context, **conditions}
+    for name, array in rows.items():
         if array is not None and array.shape[0] != noise.shape[0]:
             raise UserError(
                 f"{name} has shape {tuple(array.shape)} beside noise of shape {tuple(noise.shape)}",
                 remedy=f"give it a leading axis of {noise.shape[0]}, one row a video",
             )
-    return noise, context, negative_context, jnp.asarray(guidance_scale, jnp.float32), conditions
+    return noise, seeds, context, negative_context, conditions

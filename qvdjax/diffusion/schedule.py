@@ -14,7 +14,7 @@ import numpy as np
 from qvdjax.errors import UserError
 
 TRAIN_TIMESTEPS = 1000
-"""Timesteps of a flow-matching checkpoint run from 0 (clean) to 1000 (noise)."""
+"""Timesteps run from 0 (clean) to 1000 (noise): continuous for flow matching, else the whole numbers below."""
 
 
 @jax.tree_util.register_dataclass
@@ -22,15 +22,13 @@ TRAIN_TIMESTEPS = 1000
 class Schedule:
     """The steps of one sampling run; a pytree whose leaves all have the leading axis `steps`.
 
+    Every solver adds what its own steps need.
+
     Attributes:
         timesteps: What the model is told, in 0..1000, shape (steps,).
-        sigmas: Share of noise in the latents that enter the step, in 0..1, shape (steps,).
-        next_sigmas: The same for the latents that leave it; the last is 0, shape (steps,).
     """
 
     timesteps: np.ndarray
-    sigmas: np.ndarray
-    next_sigmas: np.ndarray
 
     @property
     def steps(self) -> int:
@@ -40,6 +38,33 @@ class Schedule:
     def row(self, step: int) -> Self:
         """The values of one step, as `jax.lax.scan` hands them to `Solver.step`."""
         return jax.tree.map(lambda values: values[step], self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FlowSchedule(Schedule):
+    """The steps along a straight flow, latents = (1 - sigma) * video + sigma * noise.
+
+    Attributes:
+        sigmas: Share of noise in the latents that enter the step, in 0..1, shape (steps,).
+        next_sigmas: The same for the latents that leave it; the last is 0, shape (steps,).
+    """
+
+    sigmas: np.ndarray
+    next_sigmas: np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LatentsState:
+    """What a solver without memory carries between steps: nothing but the latents."""
+
+    latents: jax.Array
+
+
+def weighted_sum(weights: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
+    """sum_i weights[i] * arrays[i] in the arrays' dtype."""
+    return sum(weights[i].astype(array.dtype) * array for i, array in enumerate(arrays))
 
 
 def shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:

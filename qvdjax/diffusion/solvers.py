@@ -1,34 +1,50 @@
 """Solvers by name."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import jax
 
+from qvdjax.diffusion.ddim import DDIM
+from qvdjax.diffusion.dpm_sde import DPMSolverSDE
 from qvdjax.diffusion.euler import FlowMatchEuler
 from qvdjax.diffusion.schedule import Schedule
 from qvdjax.diffusion.unipc import UniPCFlow
 from qvdjax.errors import UserError
 
-SOLVERS = {"euler": FlowMatchEuler, "unipc": UniPCFlow}
+SOLVERS = {"unipc": UniPCFlow, "euler": FlowMatchEuler, "ddim": DDIM, "dpm-sde": DPMSolverSDE}
 """The names that `get_solver`, `pipeline.json` and `qvdjax sample --solver` understand."""
 
 
 class Solver(Protocol):
-    """What the sampler asks of a solver: a frozen dataclass, hashable and equal when its fields are."""
+    """What the sampler asks of a solver: a frozen dataclass, hashable and equal when its fields are.
+
+    Attributes:
+        diffusion: What it takes a model to be trained on: "flow" is a straight flow from noise to video (the
+            model predicts the velocity), "variance-preserving" is `VariancePreserving`.
+    """
+
+    diffusion: ClassVar[Literal["flow", "variance-preserving"]]
 
     def schedule(self, steps: int) -> Schedule:
         """Every step's numbers, computed in float64."""
 
-    def init(self, noise: jax.Array) -> Any:
-        """The state before the first step: a pytree with an attribute `latents`."""
+    def init(self, noise: jax.Array, seeds: jax.Array | None = None) -> Any:
+        """The state before the first step: a pytree with an attribute `latents`.
 
-    def step(self, row: Any, state: Any, velocity: jax.Array) -> Any:
-        """The state after a step: `row` is one row of the schedule, `velocity` belongs to `state.latents`."""
+        `seeds` (batch,) are the videos' own; only a solver that draws noise at its steps needs them.
+        """
+
+    def step(self, row: Any, state: Any, prediction: jax.Array) -> Any:
+        """The state after a step: `row` is one row of the schedule, `prediction` belongs to `state.latents`.
+
+        What the model predicts is the solver's to know: the velocity of a straight flow (`euler`, `unipc`), or
+        what the field `prediction_type` says (`ddim`, `dpm-sde`).
+        """
 
 
 def get_solver(name: str, **options) -> Solver:
-    """The solver called `name` ("euler" or "unipc") with its dataclass fields as options.
+    """The solver called `name`, a key of `SOLVERS`, with its dataclass fields as options.
 
     An option that is None is as good as left out. Raises `UserError` for an unknown name or option.
     """
@@ -44,3 +60,23 @@ def get_solver(name: str, **options) -> Solver:
             items=unknown,
         )
     return SOLVERS[name](**options)
+
+
+def related_solver(solver: Solver, name: str | None = None, **options) -> Solver:
+    """A solver for the model that `solver` is for: the same with other options, or the one called `name`.
+
+    A solver of another name takes over those fields that both have: the schedule the model was trained on.
+    Raises `UserError` as `get_solver` does, and for a solver of another kind of diffusion.
+    """
+    own = next(key for key, kind in SOLVERS.items() if type(solver) is kind)
+    name = own if name is None else name
+    if name in SOLVERS and SOLVERS[name].diffusion != solver.diffusion:
+        alike = [key for key, kind in SOLVERS.items() if kind.diffusion == solver.diffusion]
+        raise UserError(
+            f"solver {name!r} is for models of {SOLVERS[name].diffusion} diffusion, and this one is not",
+            remedy=f"choose one of {', '.join(alike)}",
+        )
+    options = {key: value for key, value in options.items() if value is not None}
+    fields = {field.name for field in dataclasses.fields(SOLVERS[name])} if name in SOLVERS else set()
+    kept = {key: value for key, value in dataclasses.asdict(solver).items() if key in fields}
+    return get_solver(name, **{**kept, **options})

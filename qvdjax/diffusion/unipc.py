@@ -10,12 +10,19 @@ noise levels alone. They are computed here once, in float64; a step is then two 
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import jax
 import numpy as np
 
-from qvdjax.diffusion.schedule import TRAIN_TIMESTEPS, Schedule, check_shift, check_steps, shifted
+from qvdjax.diffusion.schedule import (
+    TRAIN_TIMESTEPS,
+    FlowSchedule,
+    check_shift,
+    check_steps,
+    shifted,
+    weighted_sum,
+)
 from qvdjax.errors import UserError
 
 SigmaGrid = Literal["original", "diffusers"]
@@ -23,7 +30,7 @@ SigmaGrid = Literal["original", "diffusers"]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class UniPCSchedule(Schedule):
+class UniPCSchedule(FlowSchedule):
     """A schedule with the weights of UniPC's two sums.
 
     Attributes:
@@ -70,9 +77,11 @@ class UniPCFlow:
     order: int = 2
     sigma_grid: SigmaGrid = "original"
 
+    diffusion: ClassVar = "flow"
+
     def __post_init__(self):
         check_shift(self.shift)
-        if self.order not in (1, 2, 3):
+        if type(self.order) is not int or self.order not in (1, 2, 3):
             raise UserError(f"UniPC's order is {self.order!r}", remedy="choose 1, 2 or 3")
         if self.sigma_grid not in get_args(SigmaGrid):
             raise UserError(
@@ -102,7 +111,7 @@ class UniPCFlow:
             predictor=np.stack([self._predictor(sigmas, orders, step) for step in range(steps)]),
         )
 
-    def init(self, noise: jax.Array) -> UniPCState:
+    def init(self, noise: jax.Array, seeds: jax.Array | None = None) -> UniPCState:
         """The state before the first step; `noise` (batch, frames, height, width, channels)."""
         # Finite stand-ins for a past that does not exist: their weights are zero.
         return UniPCState(noise, noise, (noise,) * self.order)
@@ -114,8 +123,8 @@ class UniPCFlow:
         """
         dtype = state.latents.dtype
         clean = state.latents - row.sigmas.astype(dtype) * velocity.astype(dtype)
-        corrected = _weighted_sum(row.corrector, (state.latents, state.corrected, clean, *state.history))
-        latents = _weighted_sum(row.predictor, (corrected, clean, *state.history[:-1]))
+        corrected = weighted_sum(row.corrector, (state.latents, state.corrected, clean, *state.history))
+        latents = weighted_sum(row.predictor, (corrected, clean, *state.history[:-1]))
         return UniPCState(latents, corrected, (clean, *state.history[:-1]))
 
     def _sigmas(self, steps: int) -> np.ndarray:
@@ -186,8 +195,3 @@ def _combination(distances: np.ndarray, h: float) -> np.ndarray:
         factorial *= n + 1
         phi = phi / -h - 1 / factorial
     return np.linalg.solve(np.vander(distances, order, increasing=True).T, np.array(right))
-
-
-def _weighted_sum(weights: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
-    """sum_i weights[i] * arrays[i] in the arrays' dtype."""
-    return sum(weights[i].astype(array.dtype) * array for i, array in enumerate(arrays))

@@ -151,7 +151,7 @@ def changed(value, path, new):
         ("solver.shift", "3", "'solver.shift' is '3'.*finite number"),
         ("solver.shift", float("nan"), "'solver.shift' is nan"),
         ("solver.shift", -1.0, "shift is -1.0"),
-        ("solver.name", "ddim", "no solver called 'ddim'"),
+        ("solver.name", "heun", "no solver called 'heun'"),
         ("solver.steps", 0, "'solver.steps' is 0"),
         ("latents.frames", 2.5, "'latents.frames' is 2.5.*whole number"),
         ("latents.channels", 12, "12 channels do not hold 3 x 3"),

@@ -10,11 +10,21 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qvdjax.diffusion import FlowMatchEuler, UniPCFlow, compile_sampler, guided, initial_noise, sample
+from qvdjax.diffusion import (
+    DDIM,
+    DPMSolverSDE,
+    FlowMatchEuler,
+    UniPCFlow,
+    compile_sampler,
+    guidance_scales,
+    guided,
+    initial_noise,
+    sample,
+)
 from qvdjax.errors import UserError
 
 SHAPE = (3, 4, 6, 5)  # frames, height, width, channels
-SOLVERS = [FlowMatchEuler(3.0), UniPCFlow(3.0)]
+SOLVERS = [FlowMatchEuler(3.0), UniPCFlow(3.0), DDIM(), DPMSolverSDE()]
 
 
 class Field(nnx.Module):
@@ -46,18 +56,20 @@ def case():
         "context": context,
         "negative_context": jnp.zeros_like(context),
         "noise": initial_noise(range(8), SHAPE),
+        "seeds": range(8),
     }
 
 
-def by_hand(model, context, negative_context, noise, solver, steps, guidance_scale):
+def by_hand(model, context, negative_context, noise, seeds, solver, steps, guidance_scale, dynamic_guidance=None):
     """The loop written out, in NumPy where it matters: the reference for `sample`."""
-    schedule, state, seen = solver.schedule(steps), solver.init(noise), []
+    schedule, state, seen = solver.schedule(steps), solver.init(noise, np.array(seeds, np.uint32)), []
+    scales = np.float32(guidance_scales(guidance_scale, schedule.timesteps, dynamic_guidance))
     for index in range(steps):
         timestep = jnp.full((noise.shape[0],), schedule.timesteps[index], jnp.float32)
         conditional = np.asarray(model(state.latents, timestep, context))
         unconditional = np.asarray(model(state.latents, timestep, negative_context))
         seen.append(state.latents)
-        velocity = unconditional + np.float32(guidance_scale) * (conditional - unconditional)
+        velocity = unconditional + scales[index] * (conditional - unconditional)
         state = solver.step(schedule.row(index), state, velocity)
     return state.latents, np.stack(seen)
 
@@ -131,7 +143,7 @@ def test_latents_stay_float32_under_a_bfloat16_model(case):
 
 @pytest.mark.parametrize("doubled_batch", [False, True])
 def test_guidance(case, doubled_batch):
-    model, context, negative, noise = case.values()
+    model, context, negative, noise, _ = case.values()
     timestep, brightness = jnp.full((8,), 500.0), jnp.arange(8) / 8
     conditional = model(noise, timestep, context, brightness=brightness)
     unconditional = model(noise, timestep, negative, brightness=brightness)
@@ -162,6 +174,37 @@ def test_without_guidance_the_negative_pass_is_left_out(case):
     assert Field.calls == before + 1  # one trace of the scan's body, one call in it
 
 
+def test_dynamic_guidance_scales():
+    timesteps = DDIM().timesteps(50)
+    assert (guidance_scales(6.0, timesteps) == 6.0).all()
+    published = dict(zip(timesteps, guidance_scales(6.0, timesteps, "timestep")))
+    # Values of diffusers' formula, written down to two decimals when it was studied.
+    expected = {999: 2.29, 899: 4.27, 499: 1.52, 99: 6.86, 19: 1.12}
+    assert {t: round(published[t], 2) for t in expected} == expected
+    rising = guidance_scales(6.0, timesteps, "step")
+    assert rising[0] == 1
+    assert (np.diff(rising) >= 0).all()
+    assert 6.8 < rising[-1] < 7  # 1 + 6 * (1 - cos(pi * 0.98^5)) / 2 = 6.87
+
+
+@pytest.mark.parametrize("kind", ["timestep", "step"])
+def test_dynamic_guidance_reaches_every_step(case, kind):
+    arguments = {**case, "solver": DDIM(), "steps": 4, "guidance_scale": 4.0, "dynamic_guidance": kind}
+    want, _ = by_hand(**arguments)
+    # As for the written-out loop, at guidance of up to 5.
+    np.testing.assert_allclose(sample(**arguments).latents, want, atol=3e-5)
+    assert not np.allclose(want, by_hand(**{**arguments, "dynamic_guidance": None})[0], atol=1e-2)
+
+
+def test_step_noise_is_the_videos_own(case):
+    """The same initial noise with other seeds is another video; each follows its own seed, not its place."""
+    arguments = {**case, "solver": DPMSolverSDE(), "steps": 3, "guidance_scale": 1.0}
+    first = sample(**arguments).latents
+    other = sample(**{**arguments, "seeds": [9, *range(1, 8)]}).latents
+    np.testing.assert_array_equal(first[1:], other[1:])
+    assert not np.allclose(first[0], other[0], atol=0.1)
+
+
 def test_noise_belongs_to_the_seed_alone():
     together = initial_noise([3, 4, 5], SHAPE)
     np.testing.assert_array_equal(initial_noise([4], SHAPE)[0], together[1])
@@ -189,8 +232,8 @@ def test_the_same_video_on_one_device_and_on_eight(case, solver):
     settings = {"solver": solver, "steps": 8, "guidance_scale": 4.0}
     one = sample(**case, **settings).latents
     model = jax.device_put(case["model"], NamedSharding(mesh, P()))
-    arrays = {name: jax.device_put(array, spread) for name, array in case.items() if name != "model"}
-    eight = sample(model, **arrays, **settings).latents
+    arrays = {name: jax.device_put(array, spread) for name, array in case.items() if name not in ("model", "seeds")}
+    eight = sample(model, **arrays, seeds=case["seeds"], **settings).latents
     assert len(eight.sharding.device_set) == 8
     # No sum crosses devices here; what differs is how a product of one row is compiled from one of eight:
     # last bits of float32, grown over 8 steps as in the test of the written-out loop.
@@ -206,6 +249,9 @@ def test_the_same_video_on_one_device_and_on_eight(case, solver):
         ({"negative_context": None}, "guidance scale 4.0 needs a negative context"),
         ({"context": jnp.zeros((7, 4, 7))}, r"context has shape \(7, 4, 7\)"),
         ({"brightness": jnp.zeros((3,))}, r"brightness has shape \(3,\)"),
+        ({"seeds": [1, 2]}, r"seeds has shape \(2,\)"),
+        ({"solver": DPMSolverSDE(), "seeds": None}, "given no seeds"),
+        ({"dynamic_guidance": "cosine"}, "kind 'cosine'.*timestep, step"),
         ({"steps": 0}, "steps is 0"),
         ({"guidance_scale": float("inf")}, "guidance scale is inf"),
     ],

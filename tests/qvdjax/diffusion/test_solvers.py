@@ -164,7 +164,7 @@ def test_get_solver():
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: get_solver("ddim"), "ddim.*euler, unipc"),
+        (lambda: get_solver("heun"), "heun.*unipc, euler, ddim, dpm-sde"),
         (lambda: get_solver("euler", order=2), "order.*shift"),
         (lambda: UniPCFlow(sigma_grid="karras"), "karras.*original, diffusers"),
         (lambda: UniPCFlow(order=4), "order is 4"),
