@@ -28,9 +28,7 @@ from qvdjax.numerics.packing import pack_bits, unpack_bits
 
 # A shard up to this size is put together on the host and sent at once. A larger one is filled row by row on
 # its device, because a host copy would double the memory of the largest stack on a CPU. That way compiles
-# one small program a shape, which is not worth it for the many small vectors. Codes narrower than a byte are
-# put together on the host whatever their size: XLA on a CPU updates them by writing the whole stack anew, code
-# by code, for each row.
+# one small program a shape, which is not worth it for the many small vectors.
 _STAGE_BYTES = 64 << 20
 
 
@@ -45,9 +43,9 @@ def load_variables(
     """A model like `abstract_model` with the weights of a folder.
 
     Each process reads only the shards of its own devices, one row of one shard at a time: beside the
-    result, a few copies of the largest tensor of the file (one layer's, not a stack's) are in memory. One
-    stack of codes narrower than a byte stands there too while it is filled, one byte a code; the largest
-    variables are read first, when there is little else.
+    result, a few copies of the largest tensor of the file (one layer's, not a stack's) are in memory. Of one
+    stack of int4 codes there are two copies for a moment; the largest variables are read first, when there is
+    little else.
 
     Args:
         abstract_model: A VideoModel whose variables hold ShapeDtypeStructs (`jax.eval_shape`).
@@ -145,26 +143,40 @@ def _shard(
         return [jax.device_put(row, device) for device in devices]
     names, rest = one.names[index[0]], index[1:]
     shape = (len(names), *(s.stop - s.start for s in rest))
-    if math.prod(shape) * dtype.itemsize <= _STAGE_BYTES or _narrower_than_a_byte(dtype):
+    if math.prod(shape) * dtype.itemsize <= _STAGE_BYTES:
         block = np.empty(shape, dtype)
         for i, name in enumerate(names):
             block[i] = _read_row(one, folder, name, rest, dtype)
         return [jax.device_put(block, device).block_until_ready() for device in devices]
+    # XLA on a CPU replaces a row of int4 by writing the whole stack anew, code by code: such a stack is filled as
+    # bytes of two codes each.
+    pairs = dtype == jnp.int4 and shape[-1] % 2 == 0
+    filled = ((*shape[:-1], shape[-1] // 2), np.uint8) if pairs else (shape, dtype)
     buffers = [
         jax.jit(
-            functools.partial(jnp.zeros, shape, dtype),
+            functools.partial(jnp.zeros, *filled),
             out_shardings=jax.sharding.SingleDeviceSharding(device),
         )()
         for device in devices
     ]
     for i, name in enumerate(names):
-        row = _read_row(one, folder, name, rest, dtype)
+        row = _read_row(one, folder, name, rest, np.int8 if pairs else dtype)
+        row = _two_a_byte(row) if pairs else row
         buffers = [_put_row(b, jax.device_put(row, d), i).block_until_ready() for b, d in zip(buffers, devices)]
-    return buffers
+    return [_int4(b).block_until_ready() for b in buffers] if pairs else buffers
 
 
-def _narrower_than_a_byte(dtype: np.dtype) -> bool:
-    return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8
+def _two_a_byte(codes: np.ndarray) -> np.ndarray:
+    """int8 [..., in] of at most four bits -> uint8 [..., in / 2], the first of two codes in the low bits."""
+    low, high = codes[..., 0::2].view(np.uint8), codes[..., 1::2].view(np.uint8)
+    return low & np.uint8(15) | high << np.uint8(4)
+
+
+@jax.jit
+def _int4(pairs: jax.Array) -> jax.Array:
+    """uint8 [..., in / 2] as `_two_a_byte` makes them -> int4 [..., in]."""
+    codes = jax.lax.bitcast_convert_type(pairs, jnp.int4)  # [..., in / 2, 2]
+    return codes.reshape(*pairs.shape[:-1], -1)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -24,6 +24,8 @@ from qvdjax.checkpoint import (
 )
 from qvdjax.checkpoint.folder import WEIGHTS
 from qvdjax.errors import UserError
+from qvdjax.nn import Stack, VideoModel
+from qvdjax.nn.variables import Codes
 
 
 @pytest.fixture
@@ -174,57 +176,53 @@ def test_every_sharding_gives_the_same_values(tiny, tmp_path, stage, spec):
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "model" / WEIGHTS).read_bytes()
 
 
-def test_narrow_codes_are_put_together_on_the_host_each_device_its_part_only(tiny, tmp_path, monkeypatch):
-    """Row by row on the device, XLA on a CPU writes a whole int4 stack anew for each row: minutes at a real size."""
-    model, abstract = tiny()
-    save_variables(model, tmp_path / "model", {})
-    updated, sent = [], []
+def codes_alone(values, bits):
+    """A model of one stack whose blocks hold codes [layers, out, in] and nothing else."""
 
-    def put_row(stack, *arguments, put_row=loading._put_row):
-        updated.append(stack.dtype)
-        return put_row(stack, *arguments)
+    class Block(nnx.Module):
+        def __init__(self):
+            self.codes = Codes(jnp.asarray(values, jnp.int4), axes=(None, None), bits=bits)
 
-    def device_put(value, *arguments, device_put=jax.device_put):
-        sent.append((value.dtype, value.shape))
-        return device_put(value, *arguments)
+    class Model(VideoModel):
+        def __init__(self):
+            self.stacks = nnx.List([Stack(Block(), prefix="blocks", count=len(values))])
 
-    mesh = jax.make_mesh((2,), ("a",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
-    split = NamedSharding(mesh, PartitionSpec(None, "a"))  # rows of a layer
-    whole = NamedSharding(mesh, PartitionSpec())
-    codes = lambda v: v.get_value().dtype == jnp.int4 and v.get_value().ndim == 3  # noqa: E731
-    shardings = jax.tree.map(
-        lambda v: v.replace(split if codes(v) else whole), abstract, is_leaf=lambda v: isinstance(v, nnx.Variable)
-    )
+    return Model()
+
+
+@pytest.mark.parametrize("axis", ["out", "in", None])
+def test_stacks_of_int4_are_filled_as_bytes_of_two_codes(tmp_path, monkeypatch, axis):
+    """Row by row, XLA on a CPU writes a whole int4 stack anew for each row: minutes at a real size."""
+    values = np.random.default_rng(0).integers(-8, 8, (3, 4, 12))
     monkeypatch.setattr(loading, "_STAGE_BYTES", 0)
+    updated = []
+
+    def put_row(stack, row, i, put_row=loading._put_row):
+        updated.append((str(stack.dtype), stack.shape, row.shape))
+        return put_row(stack, row, i)
+
     monkeypatch.setattr(loading, "_put_row", put_row)
-    monkeypatch.setattr(jax, "device_put", device_put)
-    assert tiny.equal(load_variables(abstract, tmp_path / "model", shardings=shardings), model)
-    assert np.int8 in updated  # the other stack of codes
-    assert jnp.int4 not in updated
-    # Two layers of [6, 11] codes, half the rows to each device; and the lone block's, whole on both.
-    narrow = [shape for dtype, shape in sent if dtype == jnp.int4]
-    assert sorted(narrow) == [(2, 3, 11), (2, 3, 11), (6, 11), (6, 11)]
+    model = codes_alone(values, bits=4)
+    save_variables(model, tmp_path / "model", {})
+    mesh = jax.make_mesh((2,), ("a",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec(None, *("a" if name == axis else None for name in ("out", "in"))))
+    abstract = jax.eval_shape(lambda: codes_alone(values, bits=4))
+    codes = load_variables(abstract, tmp_path / "model", shardings=sharding).stacks[0].block.codes[...]
+    assert (codes.dtype, codes.sharding) == (jnp.int4, sharding)
+    np.testing.assert_array_equal(np.asarray(codes), values)
+    # Each of the two devices gets its own part, of all three layers.
+    part = {"out": (2, 6), "in": (4, 3), None: (4, 6)}[axis]
+    assert updated == [("uint8", (3, *part), part)] * 6
 
 
 def test_codes_split_along_the_input_axis(tmp_path, stage):
     """An input axis of 12 codes of 3 bits, on four devices: 9 bits each, cut in the middle of a word."""
-    from qvdjax.nn import Stack, VideoModel
-    from qvdjax.nn.variables import Codes
-
-    class Block(nnx.Module):
-        def __init__(self):
-            values = np.random.default_rng(0).integers(-4, 4, (2, 5, 12))
-            self.codes = Codes(jnp.asarray(values, jnp.int4), axes=(None, None), bits=3)
-
-    class Model(VideoModel):
-        def __init__(self):
-            self.stacks = nnx.List([Stack(Block(), prefix="blocks", count=2)])
-
-    model = Model()
+    make = lambda: codes_alone(np.random.default_rng(0).integers(-4, 4, (2, 5, 12)), bits=3)  # noqa: E731
+    model = make()
     save_variables(model, tmp_path / "model", {})
     mesh = jax.make_mesh((4,), ("a",), devices=jax.devices()[:4], axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec(None, None, "a"))
-    codes = load_variables(jax.eval_shape(Model), tmp_path / "model", shardings=sharding).stacks[0].block.codes[...]
+    codes = load_variables(jax.eval_shape(make), tmp_path / "model", shardings=sharding).stacks[0].block.codes[...]
     assert codes.sharding == sharding
     np.testing.assert_array_equal(np.asarray(codes), np.asarray(model.stacks[0].block.codes[...]))
 
