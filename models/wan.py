@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from models.blocks import FeedForward, modulate
 from qvdjax.errors import UserError
 from qvdjax.nn import (
     Attention,
@@ -101,11 +102,6 @@ class WanConditioning:
     grid: tuple[int, int, int]
 
 
-def modulate(normalised, scale, shift, dtype):
-    """Scale and shift in float32, then back to the type of the stream."""
-    return (normalised * (1 + scale) + shift).astype(dtype)
-
-
 class WanAttention(nnx.Module):
     """Self-attention over video tokens, or cross-attention to the text."""
 
@@ -129,20 +125,6 @@ class WanAttention(nnx.Module):
         if rope is not None:
             query, key = rotate_adjacent_pairs(query, *rope), rotate_adjacent_pairs(key, *rope)
         return self.to_out["0"](rearrange(self.attention(query, key, value), "b t h d -> b t (h d)"))
-
-
-class FeedForward(nnx.Module):
-    """Linear, tanh-approximated GELU, Linear, under diffusers' names."""
-
-    def __init__(self, width: int, hidden: int, *, key: jax.Array, dtype):
-        up, down = jax.random.split(key)
-        wide = Linear(width, hidden, role="feed_forward_in", axes=("mlp", "embed"), key=up, dtype=dtype)
-        narrow = Linear(hidden, width, role="feed_forward_out", axes=("embed", "mlp"), key=down, dtype=dtype)
-        self.net = nnx.Dict({"0": nnx.Dict({"proj": wide}), "2": narrow})
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, tokens, width) -> the same."""
-        return self.net["2"](jax.nn.gelu(self.net["0"]["proj"](x), approximate=True))
 
 
 class WanBlock(nnx.Module):

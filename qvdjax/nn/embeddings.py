@@ -1,5 +1,7 @@
 """Embeddings that several families share."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,17 +19,22 @@ def timestep_sinusoid(timestep: jax.Array, width: int, *, period: float = 10000.
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def axial_rope(sizes: tuple[int, ...], widths: tuple[int, ...], *, theta: float) -> tuple[np.ndarray, np.ndarray]:
+def axial_rope(
+    grid: Sequence[int | np.ndarray], widths: tuple[int, ...], *, theta: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines [tokens, sum(widths) / 2] in float64 for a grid of tokens, last axis fastest.
 
-    Each grid axis owns a block of `widths` features of the head; the blocks lie side by side in grid order.
+    Each grid axis owns a block of `widths` features of the head; the blocks lie side by side in grid order. An axis is
+    its size, for positions 0, 1, ..., or its positions [size], which may be fractional.
     """
+    positions = [np.arange(axis) if np.ndim(axis) == 0 else axis for axis in grid]
+    sizes = [len(axis) for axis in positions]
     angles = []
-    for axis, (size, width) in enumerate(zip(sizes, widths, strict=True)):
+    for axis, (along, width) in enumerate(zip(positions, widths, strict=True)):
         frequencies = theta ** -(np.arange(0, width, 2) / width)
-        along = np.arange(size)[:, None] * frequencies  # [size, width / 2]
+        along = along[:, None] * frequencies  # [size, width / 2]
         shape = [1] * len(sizes) + [width // 2]
-        shape[axis] = size
+        shape[axis] = len(along)
         angles.append(np.broadcast_to(along.reshape(shape), (*sizes, width // 2)))
     angle = np.concatenate(angles, axis=-1).reshape(-1, sum(widths) // 2)  # [tokens, sum(widths) / 2]
     return np.cos(angle), np.sin(angle)
