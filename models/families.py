@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from models.cogvideox import CogVideoXModel
+from models.cogvideox_config import CogVideoXConfig
 from models.wan import WanConfig, WanModel
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
@@ -24,7 +26,10 @@ class Family:
 # Far above any published model, far below what a damaged file may say and a computer cannot build.
 MOST_LAYERS, MOST = 1000, 2**20
 
-FAMILIES = {"WanTransformer3DModel": Family("wan", WanConfig, WanModel)}
+FAMILIES = {
+    "CogVideoXTransformer3DModel": Family("cogvideox", CogVideoXConfig, CogVideoXModel),
+    "WanTransformer3DModel": Family("wan", WanConfig, WanModel),
+}
 
 
 def family_of(config: dict[str, Any]) -> Family:
@@ -58,6 +63,8 @@ def parse_config(config: dict[str, Any]):
 
 def _check_field(name: str, value: Any, default: Any) -> None:
     """UserError unless a value is of the kind that the field's default is, and of a credible size."""
+    if type(value) is type(default) and value == default:
+        return  # also where the default is zero
     most = MOST_LAYERS if name == "num_layers" else MOST
 
     def whole(number: Any) -> bool:

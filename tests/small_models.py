@@ -13,6 +13,23 @@ WAN = {
     "num_layers": 3, "rope_max_seq_len": 32,
 }  # fmt: skip
 
+COGVIDEOX = {
+    "_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": 2, "attention_head_dim": 32,
+    "in_channels": 5, "out_channels": 5, "time_embed_dim": 20, "text_embed_dim": 24, "num_layers": 3,
+    "sample_height": 8, "sample_width": 6, "sample_frames": 9, "max_text_seq_length": 7, "dropout": 0.0,
+    "freq_shift": 0,
+}  # fmt: skip
+# What makes the published models of it. Latents are (3, 8, 6), or (4, 8, 6) where a patch has two frames.
+_ROTARY = {"use_rotary_positional_embeddings": True}
+_TEMPORAL = {**_ROTARY, "patch_size_t": 2, "patch_bias": False, "sample_height": 16, "sample_width": 18}
+COGVIDEOX_VARIANTS = {
+    "2b": {},
+    "5b": _ROTARY,
+    "5b-i2v": {**_ROTARY, "use_learned_positional_embeddings": True, "in_channels": 10},
+    "1.5-5b": _TEMPORAL,
+    "1.5-5b-i2v": {**_TEMPORAL, "in_channels": 10, "ofs_embed_dim": 20},
+}
+
 
 def randomised(model, seed: int = 0):
     """Every parameter drawn anew, so that a zero or one of the initialisation cannot hide a mistake.
@@ -40,6 +57,23 @@ def wan_inputs(batch: int = 2, seed: int = 0, dtype=jnp.float32) -> dict:
     keys = jax.random.split(jax.random.key(seed), 2)
     return {
         "latents": jax.random.normal(keys[0], (batch, 3, 8, 6, 5), dtype),
+        "timestep": jnp.linspace(317.0, 999.0, batch, dtype=dtype),
+        "context": jax.random.normal(keys[1], (batch, 7, 24), dtype),
+    }
+
+
+def cogvideox(variant: str = "5b", seed: int = 0, dtype=jnp.float32, **fields):
+    """A CogVideoX model of three blocks with random parameters."""
+    config = {**COGVIDEOX, **COGVIDEOX_VARIANTS[variant], **fields}
+    return randomised(models.build(config, dtype=dtype), seed)
+
+
+def cogvideox_inputs(variant: str = "5b", batch: int = 2, seed: int = 0, dtype=jnp.float32) -> dict:
+    """Inputs of that model: not square, two timesteps."""
+    keys = jax.random.split(jax.random.key(seed), 2)
+    frames, channels = 4 if variant.startswith("1.5") else 3, 10 if variant.endswith("i2v") else 5
+    return {
+        "latents": jax.random.normal(keys[0], (batch, frames, 8, 6, channels), dtype),
         "timestep": jnp.linspace(317.0, 999.0, batch, dtype=dtype),
         "context": jax.random.normal(keys[1], (batch, 7, 24), dtype),
     }
