@@ -37,10 +37,14 @@ class RoundedZeroPoints:
 
 
 def refuse_transforms(layers: Iterable[StoredLayer]):
-    """UserError for layers whose input passes through something, which the layout cannot say."""
-    if names := [f"{layer.name} ({', '.join(layer.scheme.transforms)})" for layer in layers if layer.scheme.transforms]:
+    """UserError for layers whose input is transformed, or its range clipped, which the layout cannot say."""
+    changes = {
+        layer.name: [*layer.scheme.transforms, *["input_clip"] * (layer.scheme.input_clip is not None)]
+        for layer in layers
+    }
+    if names := [f"{name} ({', '.join(what)})" for name, what in changes.items() if what]:
         raise UserError(
-            "layers that transform their input have no form in compressed-tensors",
+            "layers that transform their input or clip its range have no form in compressed-tensors",
             remedy="export to diffusers, or quantize with a recipe without transforms",
             items=names,
         )

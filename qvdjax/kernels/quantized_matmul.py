@@ -80,7 +80,8 @@ def _whole_and_rest(zero_point):
     """A zero point as an int32 and the fraction (zero for every calibrated one, not for learned ones) beside it."""
     if zero_point is None:
         return None, None
-    whole = jnp.round(zero_point)
+    # A learned zero point may leave the codes' range; int32 holds the sum only within it, so the rest is a float.
+    whole = jnp.clip(jnp.round(zero_point), -128, 127)
     return whole.astype(jnp.int32), zero_point - whole
 
 

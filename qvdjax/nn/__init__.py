@@ -2,12 +2,14 @@
 
 from qvdjax.nn.attention import Attention, dot_product_attention, quantized_attention
 from qvdjax.nn.conv import Conv, QuantizedConv
+from qvdjax.nn.input_clip import InputClip
 from qvdjax.nn.layers import FLOAT_LAYERS, QUANTIZED_LAYERS, layers_of
 from qvdjax.nn.linear import Linear, QuantizedLinear
 from qvdjax.nn.norm import LayerNorm, RMSNorm, at_least_float32
-from qvdjax.nn.protocol import Stack, VideoModel, stacked
+from qvdjax.nn.protocol import Stack, VideoModel, at_timestep, stacked
 from qvdjax.nn.scheme import EXECUTIONS, AttentionScheme, Execution, LayerScheme, Role
 from qvdjax.nn.swap import swap_layers
+from qvdjax.nn.timestep import PerCall, TimestepReader
 from qvdjax.nn.variables import Codes, Param, Scale, Statistic
 
 __all__ = [
@@ -19,10 +21,12 @@ __all__ = [
     "Codes",
     "Conv",
     "Execution",
+    "InputClip",
     "LayerNorm",
     "LayerScheme",
     "Linear",
     "Param",
+    "PerCall",
     "QuantizedConv",
     "QuantizedLinear",
     "RMSNorm",
@@ -30,8 +34,10 @@ __all__ = [
     "Scale",
     "Stack",
     "Statistic",
+    "TimestepReader",
     "VideoModel",
     "at_least_float32",
+    "at_timestep",
     "dot_product_attention",
     "layers_of",
     "quantized_attention",

@@ -6,6 +6,7 @@ from flax import nnx
 
 from qvdjax.kernels import quantized_matmul
 from qvdjax.nn.scheme import Execution, LayerScheme, Role
+from qvdjax.nn.timestep import TimestepReader
 from qvdjax.nn.variables import Codes, Param, Scale, Statistic
 from qvdjax.numerics import QTensor, encode, fake_quantize, fake_quantize_dynamic
 
@@ -41,7 +42,7 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-class QuantizedLinear(nnx.Module):
+class QuantizedLinear(TimestepReader):
     """A Linear whose weight, input or both are quantized.
 
     Integer execution multiplies int8 codes into int32 and applies scales afterwards; simulated execution multiplies the
@@ -51,14 +52,15 @@ class QuantizedLinear(nnx.Module):
         codes: [out, in] integers, or None when the weight stays float and `weight` [out, in] holds it.
         weight_scale, weight_zero_point: [out or 1, groups] float32; no zero point when symmetric.
         input_scale, input_zero_point: [1, 1] float32 of a static activation quantizer, else None.
+        input_clip: [count, sides] float32 factors of the dynamic range (`qvdjax.nn.input_clip`), or None.
         transform: What the input passes through first, or None.
         weight_sqnr_db: [] signal-to-quantization-noise ratio of the weight, recorded when quantizing.
     """
 
     def __init__(
         self, *, weight: QTensor | jax.Array, bias: jax.Array | None, role: Role, axes: tuple, scheme: LayerScheme,
-        execution: Execution, input_scale=None, input_zero_point=None, transform: nnx.Module | None = None,
-        weight_sqnr_db=None,
+        execution: Execution, input_scale=None, input_zero_point=None, input_clip=None,
+        transform: nnx.Module | None = None, weight_sqnr_db=None,
     ):  # fmt: skip
         if isinstance(weight, QTensor):
             scale_axes = (axes[0] if scheme.weight.granularity != "tensor" else None, None)
@@ -72,6 +74,7 @@ class QuantizedLinear(nnx.Module):
         self.bias = None if bias is None else Param(bias, axes=axes[:1])
         self.input_scale = None if input_scale is None else Scale(input_scale, axes=(None, None))
         self.input_zero_point = None if input_zero_point is None else Scale(input_zero_point, axes=(None, None))
+        self.input_clip = None if input_clip is None else Scale(input_clip, axes=(None, None))
         self.transform = transform
         self.weight_sqnr_db = None if weight_sqnr_db is None else Statistic(weight_sqnr_db, axes=())
         self.role, self.axes, self.scheme, self.execution = role, axes, scheme, execution
@@ -82,9 +85,20 @@ class QuantizedLinear(nnx.Module):
         zero_point = None if self.weight_zero_point is None else self.weight_zero_point[...]
         return QTensor(self.codes[...], self.weight_scale[...], zero_point, self.scheme.weight.bits)
 
+    @property
+    def reads_timestep(self) -> bool:
+        """Whether the range of the input depends on the timestep."""
+        return self.scheme.input_clip is not None and self.scheme.input_clip.reads_timestep
+
+    def _clip(self, x):
+        if self.input_clip is None:
+            return None
+        timestep = self.current_timestep() if self.reads_timestep else None
+        return self.scheme.input_clip.factors(self.input_clip[...], timestep, x)
+
     def _input_range(self, x):
         if self.input_scale is None:
-            return self.scheme.activation.scale_of(x)
+            return self.scheme.activation.scale_of(x, self._clip(x))
         return self.input_scale[...], None if self.input_zero_point is None else self.input_zero_point[...]
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -104,7 +118,7 @@ class QuantizedLinear(nnx.Module):
         """The same integers, multiplied as floats; gradients pass straight through the rounding."""
         activation = self.scheme.activation
         if self.input_scale is None:
-            x = fake_quantize_dynamic(x, activation)
+            x = fake_quantize_dynamic(x, activation, self._clip(x))
         else:
             x = fake_quantize(x, activation.grid, *self._input_range(x))
         return _contract(x, self._float_weight(x.dtype), jax.lax.Precision.HIGHEST)

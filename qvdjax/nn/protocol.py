@@ -6,9 +6,11 @@ Scan, remat, capture of block inputs, calibration and reconstruction know a mode
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from qvdjax.nn.variables import dotted
+from qvdjax.nn.timestep import PerCall, TimestepReader
+from qvdjax.nn.variables import at, dotted, iterate
 
 
 class Stack(nnx.Module):
@@ -89,12 +91,36 @@ class VideoModel(nnx.Module):
 
         A Variable that a block writes inside a scan is lost unless it is returned; this returns it.
         """
-        stream, conditioning = self.embed(latents, timestep, context, **conditions)
+        model = at_timestep(self, timestep)
+        stream, conditioning = model.embed(latents, timestep, context, **conditions)
         collected = []
-        for stack in self.stacks:
+        for stack in model.stacks:
             stream, state = stack(stream, conditioning, remat=remat, collect=collect)
             collected.append(state)
-        return self.head(stream, conditioning), collected
+        return model.head(stream, conditioning), collected
+
+
+def at_timestep(model: VideoModel, timestep: jax.Array) -> VideoModel:
+    """The model with the timestep in the layers that read it (`TimestepReader`), for one call.
+
+    The given model is left as it is and shares its arrays; without such layers it is returned itself.
+
+    Args:
+        model: Any model.
+        timestep: (batch,), or (batch, tokens), of which each sample's largest counts: tokens given as condition have
+            timestep 0 and say nothing about how noisy the sample is.
+    """
+    paths = [path for path, layer in iterate(model, TimestepReader) if layer.reads_timestep]
+    if not paths:
+        return model
+    if timestep.ndim == 2:
+        timestep = timestep.max(axis=1)  # (batch, tokens) -> (batch,)
+    model = nnx.merge(*nnx.split(model))
+    for path in paths:
+        count = model.stacks[path[1]].count if path[0] == "stacks" else None
+        value = timestep if count is None else jnp.broadcast_to(timestep, (count, *timestep.shape))
+        at(model, path).timestep = PerCall(value)
+    return model
 
 
 def stacked(make, count: int, key: jax.Array) -> nnx.Module:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from qvdjax.nn.input_clip import InputClip
 from qvdjax.numerics import Quantizer
 
 Execution = Literal["simulate", "integer"]
@@ -24,12 +25,18 @@ class LayerScheme:
         transforms: Names of what the input passes through before it is quantized (see `qvdjax.nn.transforms`); the
             weight has been changed to make up for it.
         reason: Why, in words, for the table that users read.
+        input_clip: How the dynamic range of the input is narrowed, None for not at all.
     """
 
     weight: Quantizer | None = None
     activation: Quantizer | None = None
     transforms: tuple[str, ...] = ()
     reason: str = ""
+    input_clip: InputClip | None = None
+
+    def __post_init__(self):
+        if self.input_clip is not None and not (self.activation is not None and self.activation.dynamic):
+            raise ValueError("an input clip belongs to a dynamic activation quantizer")
 
     @property
     def quantizes(self) -> bool:
@@ -38,7 +45,10 @@ class LayerScheme:
 
     def to_dict(self) -> dict:
         """Plain fields, for a config file."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        if self.input_clip is None:
+            del fields["input_clip"]  # folders without one stay readable by programs that do not know it
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict) -> "LayerScheme":
@@ -46,7 +56,9 @@ class LayerScheme:
         quantizers = {
             name: None if fields.get(name) is None else Quantizer(**fields[name]) for name in ("weight", "activation")
         }
-        return cls(**{**fields, **quantizers, "transforms": tuple(fields.get("transforms", ()))})
+        clip = None if fields.get("input_clip") is None else InputClip(**fields["input_clip"])
+        rest = {"transforms": tuple(fields.get("transforms", ())), "input_clip": clip}
+        return cls(**{**fields, **quantizers, **rest})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,11 +78,18 @@ class Quantizer:
             low, high = low.min(axis=-2, keepdims=True), high.max(axis=-2, keepdims=True)  # [..., 1, groups]
         return low, high
 
-    def scale_of(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Scale and zero point for x [..., rows, width]: each [..., rows or 1, groups]; no zero point if symmetric."""
+    def scale_of(
+        self, x: jax.Array, clip: tuple[jax.Array, jax.Array] | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Scale and zero point for x [..., rows, width]: each [..., rows or 1, groups]; no zero point if symmetric.
+
+        `clip` narrows the range: factors of its low and its high end, each broadcastable to [..., rows or 1, groups].
+        """
         low, high = self.range_of(x)
         if self.range_method == "search":
             low, high = self._search(x, low, high)
+        if clip is not None:
+            low, high = low * clip[0], high * clip[1]
         return self.grid.from_range(low, high)
 
     def _search(self, x: jax.Array, low: jax.Array, high: jax.Array, candidates: int = 80) -> tuple:

@@ -41,7 +41,12 @@ def fake_quantize(x: jax.Array, grid: Grid, scale: jax.Array, zero_point: jax.Ar
     return rearrange(codes * scale, "... groups size -> ... (groups size)")
 
 
-def fake_quantize_dynamic(x: jax.Array, quantizer: Quantizer) -> jax.Array:
-    """Fake-quantize x with the range it has now; the range itself takes no gradient."""
-    scale, zero_point = jax.lax.stop_gradient(quantizer.scale_of(x))
+def fake_quantize_dynamic(
+    x: jax.Array, quantizer: Quantizer, clip: tuple[jax.Array, jax.Array] | None = None
+) -> jax.Array:
+    """Fake-quantize x with the range it has now, narrowed by `clip` (see `Quantizer.scale_of`).
+
+    The range itself takes no gradient.
+    """
+    scale, zero_point = jax.lax.stop_gradient(quantizer.scale_of(x, clip))
     return fake_quantize(x, quantizer.grid, scale, zero_point)

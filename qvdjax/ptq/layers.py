@@ -29,13 +29,15 @@ def quantize_layer(
             that are to be loaded later.
 
     Raises:
-        UserError: A group size that does not divide the layer's width, or a transform on a convolution.
+        UserError: A group size that does not divide the layer's width, or a transform or input clip on a convolution.
     """
     convolution = isinstance(layer, Conv)
     if convolution and scheme.transforms:
         raise UserError(
             f"a convolution cannot carry {scheme.transforms}", remedy="give its role a rule without transform"
         )
+    if convolution and scheme.input_clip is not None:
+        raise UserError("a convolution cannot clip its input's range", remedy="give its role a rule without input clip")
     stacked = len(shape_of(layer.weight)) > (2 + len(layer.kernel) if convolution else 2)
     weight = layer.weight[...]
     if convolution:
@@ -79,6 +81,8 @@ def _quantize_arrays(weight, low, high, *, scheme: LayerScheme, fit) -> dict:
     if scheme.activation is not None and not scheme.activation.dynamic:
         low, high = (rearrange(edge, "-> 1 1") for edge in (low.min(), high.max()))
         parts["input_scale"], parts["input_zero_point"] = scheme.activation.grid.from_range(low, high)
+    if scheme.input_clip is not None:
+        parts["input_clip"] = scheme.input_clip.start_table(scheme.activation.symmetric)
     if scheme.weight is None:
         return {**parts, "weight": quantized_from.astype(weight.dtype)}
     quantized = encode(quantized_from, scheme.weight.grid, *scheme.weight.scale_of(quantized_from))

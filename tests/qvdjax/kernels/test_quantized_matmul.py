@@ -63,6 +63,14 @@ def test_fractional_zero_points():
     )
 
 
+def test_zero_points_beyond_the_codes():
+    """Training may push one there. Its integer part times a sum of codes would leave int32 at real widths."""
+    width = 13824
+    x = quantize(jax.random.normal(jax.random.key(0), (2, width)), Quantizer(8, False, "token"), jnp.int8)
+    weight = quantize(jax.random.normal(jax.random.key(1), (3, width)), Quantizer(8, False))
+    agree(x, QTensor(weight.codes, weight.scale, jnp.array([[-3000.3], [90000.0], [130.2]]), 8))
+
+
 def test_integer_sums_are_exact_at_real_widths():
     """At 13,824 products of the largest codes the int32 sum is exact; a float32 sum of the same is not."""
     codes = jnp.full((1, 13824), 127, jnp.int8).at[0, -1].set(126)

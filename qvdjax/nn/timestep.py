@@ -1,0 +1,38 @@
+"""How the timestep of a call reaches the layers that compute differently at different timesteps."""
+
+import jax
+from flax import nnx
+
+from qvdjax.errors import UserError
+
+
+class PerCall(nnx.Variable):
+    """A value that is put into layers for one call and never stored."""
+
+
+class TimestepReader(nnx.Module):
+    """A layer that may want to know the timestep.
+
+    The model puts it there before every call (`qvdjax.nn.protocol.at_timestep`), as an array beside the layer's own:
+    in a stack it has the layer axis that scan takes away, and so nothing about blocks, scan or remat need know.
+    """
+
+    timestep: PerCall | None = None  # (batch,), or with the layer axis of a stack in front
+
+    @property
+    def reads_timestep(self) -> bool:
+        """Whether this layer wants it."""
+        return False
+
+    def current_timestep(self) -> jax.Array:
+        """(batch,) in 0..1000.
+
+        Raises:
+            UserError: The layer is called outside a call of its model.
+        """
+        if self.timestep is None:
+            raise UserError(
+                "a layer whose input range depends on the timestep was called without one",
+                remedy="call the model, or take the layer from qvdjax.nn.at_timestep(model, timestep)",
+            )
+        return self.timestep[...]
