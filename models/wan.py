@@ -60,6 +60,11 @@ class WanConfig:
             )
         if self.qk_norm != "rms_norm_across_heads":
             raise UserError(f"unknown qk_norm {self.qk_norm!r}", remedy="Wan models have 'rms_norm_across_heads'")
+        if self.attention_head_dim % 2:
+            raise UserError(
+                f"attention_head_dim {self.attention_head_dim} is odd",
+                remedy="rotary positions turn pairs of a head's features, so make it even",
+            )
 
     @property
     def width(self) -> int:

@@ -137,6 +137,7 @@ def test_wrong_sizes_are_said(change, message):
     ({**WAN, "num_layers": 0}, "positive integer"),
     ({**WAN, "ffn_dim": "many"}, "positive integer"),
     ({**WAN, "qk_norm": "other"}, "qk_norm"),
+    ({**WAN, "attention_head_dim": 33}, "attention_head_dim 33 is odd; .*make it even"),
     ({**WAN, "image_dim": 1280}, "image-to-video"),
     ({**WAN, "num_layers": 1001}, "num_layers is 1001; it must be a positive integer of at most 1000$"),
     ({**WAN, "ffn_dim": 2**20 + 1}, "ffn_dim is 1048577; .* at most 1048576"),
