@@ -11,9 +11,10 @@ at a cost of O((out + in) r^2). It is a change of basis, L' = L A and R' = A^-1 
 (L A = Q1 R1 R2^T V / sqrt(S) = Q1 U S V^T V / sqrt(S) = L'; A^-1 A = U^T C V / S = 1), for which no matrix is inverted.
 
 Why Householder's QR and not the Gram matrices L^T L and R R^T, which would need nothing but products: a Gram matrix
-squares the condition, in float32 it loses directions of L below 3e-4 of its largest. Where R is as weak in the same
-direction that is as good as rounding, but nothing in training makes it so, and a direction of L that is lost with a
-strong partner in R is an error of the model. QR keeps L R to rounding whatever the factors are.
+squares the condition, and float32 then knows nothing of a direction of L below sqrt(eps) = 3e-4 of the strongest.
+Where R is as weak in that direction, nothing is lost; but nothing in training makes it so. With one direction 1e-5 as
+strong in L and 1e5 times stronger in R, Gram matrices lost a quarter of L R. QR keeps L R to rounding, whatever the
+factors are.
 """
 
 import dataclasses

@@ -31,13 +31,20 @@ def factors(kind, out=13, rank=6, inputs=9, seed=0):
         left = left * 10.0 ** -np.arange(rank)
     elif kind == "nearly dependent":
         left = left[:, :1] + 1e-5 * left
+    elif kind == "unequal partners":  # a direction of L R that is 1e5 times stronger in R than in L
+        left, right = (
+            left / 10.0 ** np.array([5, 0, 0, 0, 0, 0]),
+            right * 10.0 ** np.array([[5], [0], [0], [0], [0], [0]]),
+        )
+        turn = np.linalg.qr(random.standard_normal((rank, rank)))[0]
+        left, right = left @ turn, turn.T @ right
     elif kind == "equal values":
         left, right = np.linalg.qr(left)[0], np.linalg.qr(right.T)[0].T
     return left, right
 
 
 KINDS = ["random", "zero", "zero left", "lower rank", "equal columns", "unequal scales", "graded", "nearly dependent",
-         "equal values"]  # fmt: skip
+         "unequal partners", "equal values"]  # fmt: skip
 
 
 @pytest.mark.parametrize("double", [True, False], ids=["float64", "float32"])
