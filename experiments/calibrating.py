@@ -104,7 +104,7 @@ def _request(source, config, prompts, count, seeds, context_file, settings: Sett
                 remedy="give a file of text embeddings with --context",
             )
         channels = models.parse_config(config).in_channels
-        return request_from_context(context_file, channels, prompts, seeds or (FIRST_SEED,), settings)
+        return request_from_context(source, context_file, channels, prompts, seeds or (FIRST_SEED,), settings)
     if context_file is not None:
         raise UserError(f"{source} encodes prompts itself", remedy="give prompts instead of --context")
     if prompts is None:
@@ -132,7 +132,9 @@ def _recorder(model, request: Request) -> Callable[[int], Trajectory]:
             "context": request.context[number, None],  # tokens dim -> 1 tokens dim
             "negative_context": None if negative is None else negative[number, None],
             "noise": initial_noise([request.seeds[number]], request.latents_shape),
+            "seeds": [request.seeds[number]],
             "guidance_scale": request.guidance_scale,
+            "dynamic_guidance": request.dynamic_guidance,
             "solver": request.solver,
             "steps": request.steps,
             "trajectory": True,

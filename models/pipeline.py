@@ -9,6 +9,8 @@ pipeline.json:
      "solver": {"name": "unipc", "shift": 3.0, "steps": 20, "guidance_scale": 4.0},
      "fps": 8, "negative_prompt": ""}
 
+Beside name, steps and guidance_scale the solver's part holds fields of the solver, those that are not its defaults.
+
 word_table.safetensors: tensor "embeddings" float32 (words, dim); header metadata "words", a JSON list.
 
 Prompts are looked up word by word in a fixed table, and latents are RGB folded space-to-depth: enough for
@@ -19,17 +21,18 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from einops import rearrange
 
+from models.scheduler import SCHEDULER, scheduler_file
 from qvdjax.checkpoint.atomic import new_file
 from qvdjax.checkpoint.folder import read_json
 from qvdjax.checkpoint.safetensors_file import SafetensorsFile, TensorSource, write_file
-from qvdjax.diffusion import Solver, get_solver
+from qvdjax.diffusion import SOLVERS, Solver, get_solver, related_solver
 from qvdjax.errors import UserError
 
 FILE = "pipeline.json"
@@ -48,11 +51,12 @@ class Pipeline:
         frames, height, width, channels: Of one video's latents.
         factor: Side of the block of pixels that one latent position holds.
         solver: Name of the default solver, see `qvdjax.diffusion.get_solver`.
-        shift: Its shift.
+        shift: Its shift, for flow matching; None for a solver that has none.
         steps: Default number of steps.
         guidance_scale: Default guidance; 1 is none.
         fps: Frames a second of the written video.
         negative_prompt: What guidance leads away from; "" is the empty prompt.
+        solver_options: Further fields of the default solver by name, as for `get_solver`.
     """
 
     words: tuple[str, ...]
@@ -64,11 +68,12 @@ class Pipeline:
     channels: int
     factor: int
     solver: str
-    shift: float
+    shift: float | None
     steps: int
     guidance_scale: float
     fps: float
     negative_prompt: str = ""
+    solver_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if len(self.embeddings) != len(self.words) or self.embeddings.ndim != 2:
@@ -103,6 +108,8 @@ class Pipeline:
             raise UserError(f"{path} is no {FORMAT} file of version {VERSION}", remedy="restore the file")
         context, latents = fields.part("context"), fields.part("latents")
         decoder, solver = fields.part("decoder"), fields.part("solver")
+        name = solver.take("name", str)
+        options = [field.name for field in dataclasses.fields(SOLVERS[name])] if name in SOLVERS else []
         context.expect("kind", "word_table")
         decoder.expect("kind", "depth_to_space")
         table = context.take("file", str)
@@ -115,12 +122,13 @@ class Pipeline:
             tokens=context.count("tokens"),
             **{name: latents.count(name) for name in ("frames", "height", "width", "channels")},
             factor=decoder.count("factor"),
-            solver=solver.take("name", str),
-            shift=solver.take("shift", float),
+            solver=name,
+            shift=solver.take("shift", float) if "shift" in options else None,
             steps=solver.count("steps"),
             guidance_scale=solver.take("guidance_scale", float),
             fps=fields.take("fps", float),
             negative_prompt=fields.take("negative_prompt", str),
+            solver_options=solver.rest(),
         )
         for part in (fields, context, latents, decoder, solver):
             part.check_used()
@@ -136,7 +144,8 @@ class Pipeline:
         table = TensorSource("embeddings", self.embeddings.shape, np.dtype(np.float32), lambda: self.embeddings)
         write_file(folder / WORD_TABLE, [table], {"words": json.dumps(self.words)})
         latents = {name: getattr(self, name) for name in ("frames", "height", "width", "channels")}
-        solver = {"name": self.solver, "shift": self.shift, "steps": self.steps}
+        shift = {} if self.shift is None else {"shift": self.shift}
+        solver = {"name": self.solver, **shift, **self.solver_options, "steps": self.steps}
         text = json.dumps(
             {
                 "format": FORMAT,
@@ -159,9 +168,12 @@ class Pipeline:
         return self.frames, self.height, self.width, self.channels
 
     def make_solver(self, name: str | None = None, **options) -> Solver:
-        """The default solver, or the one named; `options` as for `get_solver`, with the folder's shift."""
-        shift = options.pop("shift", None)
-        return get_solver(name or self.solver, shift=self.shift if shift is None else shift, **options)
+        """The default solver, or the one named; `options` as for `get_solver`.
+
+        What the two have in common is the folder's: its shift, the schedule it was trained on. Raises
+        `UserError`, see `related_solver`.
+        """
+        return related_solver(get_solver(self.solver, **{"shift": self.shift, **self.solver_options}), name, **options)
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Prompts -> context, float32 (batch, tokens, dim): a row a word, then zeros; "" is all zeros.
@@ -218,13 +230,15 @@ class Pipeline:
 
 
 def side_files(folder: str | os.PathLike) -> dict[str, Path]:
-    """A folder's pipeline files by name, as `models.save` takes them along; none where there is no pipeline.
+    """What says how a folder is sampled, by file name, as `models.save` takes it along.
 
-    Raises `UserError` if they are corrupt.
+    The pipeline's files, or a published model's scheduler where there is no pipeline, or nothing. Raises
+    `UserError` if a pipeline is corrupt.
     """
     path = Path(folder) / FILE
     if not path.exists():
-        return {}
+        scheduler = scheduler_file(folder)
+        return {} if scheduler is None else {SCHEDULER: scheduler}
     Pipeline.load(folder)
     table = read_json(path)["context"]["file"]
     return {FILE: path, table: path.parent / table}
@@ -293,6 +307,11 @@ class _Fields:
     def part(self, key: str) -> "_Fields":
         """The fields of an inner object."""
         return _Fields(self.path, self.take(key, dict), f"{self.name}{key}.")
+
+    def rest(self) -> dict[str, Any]:
+        """All fields that are left, whatever they are."""
+        rest, self.left = self.left, {}
+        return rest
 
     def check_used(self) -> None:
         """Raise unless every field was taken."""

@@ -61,12 +61,15 @@ class Sampler:
     context: hinted(Path, "FILE", "prompts are encoded by the folder") = None
     """Safetensors with the text embeddings context and negative_context, (tokens, dim) each, for a model
     folder without pipeline.json."""
-    solver: hinted(Literal["unipc", "euler"], "{unipc,euler}", FOLDERS) = None
-    """Sampler."""
+    solver: hinted(Literal["unipc", "euler", "ddim", "dpm-sde"], "{unipc,euler,ddim,dpm-sde}", FOLDERS) = None
+    """Sampler: unipc and euler for flow matching; ddim and, with noise at every step, dpm-sde for
+    variance-preserving models such as CogVideoX."""
     sigma_grid: hinted(Literal["original", "diffusers"], "{original,diffusers}", "original") = None
     """Noise levels of unipc: those of Wan's own code or of diffusers."""
     shift: RealOfFolder = None
-    """Shift of the noise schedule towards high noise."""
+    """Shift of the noise schedule towards high noise, of unipc and euler."""
+    dynamic_guidance: hinted(Literal["timestep", "step"], "{timestep,step}", "the same at every step") = None
+    """Let the guidance vary over the steps: as CogVideoX's programs do, by the timestep, or smoothly."""
     frames: WholeOfFolder = None
     """Frames of the latents (not of the video)."""
     height: WholeOfFolder = None

@@ -42,6 +42,7 @@ def run_freely(model, setup: Setup, *, batch: int, place: Place, progress: Calla
             place(setup.context[rows]),
             None if setup.unguided else place(setup.negative_context[rows]),
             noise=place(setup.noise(rows)),
+            seeds=[setup.seeds[row] for row in rows],
             solver=setup.solver,
             steps=setup.steps,
             guidance_scale=setup.guidance_scale,

@@ -112,7 +112,7 @@ def _from_context(folder: Path, options: Options) -> Setup:
     sizes = {name: getattr(options, name) for name in ("frames", "height", "width")}
     settings = Settings(steps=options.steps, guidance_scale=options.guidance_scale, **sizes)
     channels = models.skeleton(folder).config.in_channels
-    texts = request_from_context(Path(options.context_file), channels, options.prompts, [0], settings)
+    texts = request_from_context(folder, Path(options.context_file), channels, options.prompts, [0], settings)
     prompt_of_sample, seeds = _pairs(len(texts.context), options.seeds)
     rows = list(prompt_of_sample)
     return Setup(

@@ -34,9 +34,10 @@ def sample_videos(
     for start in range(0, len(sentences), batch):
         rows = [min(row, len(sentences) - 1) for row in range(start, start + batch)]
         context = pipeline.encode([sentences[row] for row in rows])
+        own = [seeds[row] for row in rows]
         result = sample(
             model, context, pipeline.encode([pipeline.negative_prompt] * batch),
-            noise=initial_noise([seeds[row] for row in rows], pipeline.latents_shape),
+            noise=initial_noise(own, pipeline.latents_shape), seeds=own,
             solver=pipeline.make_solver(solver), steps=steps or pipeline.steps,
             guidance_scale=pipeline.guidance_scale if guidance_scale is None else guidance_scale,
         )  # fmt: skip

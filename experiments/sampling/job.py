@@ -34,6 +34,7 @@ def sample_folder(
     solver: str | None = None,
     sigma_grid: str | None = None,
     negative_prompt: str | None = None,
+    dynamic_guidance: str | None = None,
     context_file: Path | None = None,
     frames: int | None = None,
     height: int | None = None,
@@ -60,7 +61,8 @@ def sample_folder(
         seeds: Of the initial noise. A seed means the same video in any batch and on any number of devices, up
             to rounding.
         steps, guidance_scale, shift, solver, sigma_grid, negative_prompt: The folder's by default; without a
-            `pipeline.json` what Wan's own script uses (UniPC, shift 5, 50 steps, guidance 5).
+            `pipeline.json` what its scheduler or its family says, see `models.scheduler`.
+        dynamic_guidance: Let the guidance vary over the steps, see `qvdjax.diffusion.guidance_scales`.
         context_file: Safetensors with `context` and `negative_context`, see `request_from_context`.
         frames, height, width: Of the latents (not of the video); the folder's by default.
         fps: Frames a second; the folder's by default.
@@ -83,7 +85,9 @@ def sample_folder(
             that cannot be written, latents that are not finite.
     """
     folder, output = Path(folder), Path(output)
-    settings = Settings(steps, guidance_scale, shift, solver, sigma_grid, frames, height, width, negative_prompt)
+    settings = Settings(
+        steps, guidance_scale, shift, solver, sigma_grid, frames, height, width, negative_prompt, dynamic_guidance
+    )
     report = progress or (lambda stage, done, total: None)
     skeleton = models.skeleton(folder, execution=execution)
     check_output(output, decodes=(folder / FILE).exists())
@@ -129,7 +133,7 @@ def _request(folder, skeleton, prompts, seeds, context_file, settings: Settings)
             f"{folder} has no {FILE}, so it cannot encode prompts",
             remedy="give a context file: safetensors with `context` and `negative_context` (tokens, dim)",
         )
-    return request_from_context(Path(context_file), skeleton.config.in_channels, prompts, seeds, settings)
+    return request_from_context(folder, Path(context_file), skeleton.config.in_channels, prompts, seeds, settings)
 
 
 def _sample(
@@ -139,7 +143,12 @@ def _sample(
     count = len(request.seeds)
     batch = min(batch, count)
     chunks = [np.arange(start, start + batch).clip(max=count - 1) for start in range(0, count, batch)]
-    settings = {"solver": request.solver, "steps": request.steps, "guidance_scale": request.guidance_scale}
+    settings = {
+        "solver": request.solver,
+        "steps": request.steps,
+        "guidance_scale": request.guidance_scale,
+        "dynamic_guidance": request.dynamic_guidance,
+    }
     done, compilation, seconds, latents = 0, None, 0.0, []
 
     def on_step(step: int, _) -> None:
@@ -170,12 +179,14 @@ def _sample(
 
 def _inputs(request: Request, rows: np.ndarray, mesh: Mesh | None) -> dict:
     """What the sampler is given for some of the videos, on the devices that compute them."""
-    noise = initial_noise([request.seeds[row] for row in rows], request.latents_shape)
+    seeds = [request.seeds[row] for row in rows]
+    noise = initial_noise(seeds, request.latents_shape)
     negative = None if request.negative_context is None else _placed(request.negative_context[rows], mesh)
     return {
         "context": _placed(request.context[rows], mesh),
         "negative_context": negative,
         "noise": _placed(np.asarray(noise), mesh),
+        "seeds": seeds,
     }
 
 

@@ -20,6 +20,7 @@ def settings_record(request: Request) -> dict:
         "negative_prompt": request.negative_prompt,
         "steps": request.steps,
         "guidance_scale": request.guidance_scale,
+        "dynamic_guidance": request.dynamic_guidance,
         "solver": next(name for name, kind in SOLVERS.items() if type(request.solver) is kind),
         **dataclasses.asdict(request.solver),
         "latents": list(request.latents_shape),

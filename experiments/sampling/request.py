@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from models import scheduler
 from models.pipeline import FILE, Pipeline
 from qvdjax.checkpoint import SafetensorsFile
-from qvdjax.diffusion import Solver, get_solver
+from qvdjax.diffusion import Solver, related_solver
 from qvdjax.errors import UserError
 
-# For a folder without pipeline.json: what Wan's own generate.py uses for text-to-video.
-PUBLISHED = {"solver": "unipc", "shift": 5.0, "steps": 50, "guidance_scale": 5.0}
+# The noise levels that training visits where no pipeline.json says it.
+PUBLISHED = {"shift": scheduler.PUBLISHED["wan"].solver.shift}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class Request:
         context, negative_context: float32 (videos, tokens, dim); the latter None without guidance.
         latents_shape: (frames, height, width, channels) of one video.
         negative_prompt: None where the negative context came from a file.
-        solver, steps, guidance_scale: See `qvdjax.diffusion.sample`.
+        solver, steps, guidance_scale, dynamic_guidance: See `qvdjax.diffusion.sample`.
         pipeline: What decodes the latents; None if nothing does.
     """
 
@@ -43,6 +44,7 @@ class Request:
     steps: int
     guidance_scale: float
     pipeline: Pipeline | None
+    dynamic_guidance: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Settings:
     height: int | None = None
     width: int | None = None
     negative_prompt: str | None = None
+    dynamic_guidance: str | None = None
+
+    def solver_options(self) -> dict:
+        """Fields of the solver, as for `related_solver`."""
+        return {"name": self.solver, "shift": self.shift, "sigma_grid": self.sigma_grid}
 
     def sizes(self, default: tuple[int | None, int | None, int | None]) -> tuple[int, int, int]:
         """Frames, height and width of the latents. Raises `UserError` if one is unknown or below 1."""
@@ -103,33 +110,37 @@ def request_from_pipeline(
         negative_context=None if guidance_scale == 1 else pipeline.encode([negative] * len(pairs)),
         latents_shape=(*settings.sizes(pipeline.latents_shape[:3]), pipeline.channels),
         negative_prompt=negative,
-        solver=pipeline.make_solver(settings.solver, shift=settings.shift, sigma_grid=settings.sigma_grid),
+        solver=pipeline.make_solver(**settings.solver_options()),
         steps=_choose(settings.steps, pipeline.steps),
         guidance_scale=guidance_scale,
         pipeline=pipeline,
+        dynamic_guidance=settings.dynamic_guidance,
     )
 
 
 def request_from_context(
-    file: Path, channels: int, prompts: Sequence[str] | None, seeds: Sequence[int], settings: Settings
+    folder: Path, file: Path, channels: int, prompts: Sequence[str] | None, seeds: Sequence[int], settings: Settings
 ) -> Request:
     """Every text embedding of a file at every seed, for a model without a pipeline; the result stays latents.
 
     Args:
+        folder: The model's, whose scheduler or family says how it is sampled, see `models.scheduler`.
         file: Safetensors with `context` (tokens, dim) or (texts, tokens, dim), made by the model's own text
             encoder, and with `negative_context` (tokens, dim) unless guidance is off. Any floating type.
         channels: Of the model's latents.
         prompts: Must be None: nothing here could encode them.
 
     Raises:
-        UserError: The file is missing, damaged or lacks a tensor; sizes are not given; settings out of range.
+        UserError: The file is missing, damaged or lacks a tensor; sizes are not given; settings out of range; a
+            scheduler that is not here.
     """
     if prompts is not None or settings.negative_prompt is not None:
         raise UserError(
             f"prompts were given for a model folder without {FILE}",
             remedy="encode them with the model's own text encoder and give the file of embeddings instead",
         )
-    guidance_scale = _choose(settings.guidance_scale, PUBLISHED["guidance_scale"])
+    defaults = scheduler.sampling_defaults(folder, solver_named=settings.solver is not None)
+    guidance_scale = _choose(settings.guidance_scale, defaults.guidance_scale)
     embeddings = SafetensorsFile(file)
     context = _read_context(embeddings, "context")
     negative = None if guidance_scale == 1 else _read_context(embeddings, "negative_context")
@@ -148,14 +159,11 @@ def request_from_context(
         negative_context=None if negative is None else np.repeat(negative, len(rows), axis=0),
         latents_shape=(*settings.sizes((None, None, None)), channels),
         negative_prompt=None,
-        solver=get_solver(
-            settings.solver or PUBLISHED["solver"],
-            shift=_choose(settings.shift, PUBLISHED["shift"]),
-            sigma_grid=settings.sigma_grid,
-        ),
-        steps=_choose(settings.steps, PUBLISHED["steps"]),
+        solver=related_solver(defaults.solver, **settings.solver_options()),
+        steps=_choose(settings.steps, defaults.steps),
         guidance_scale=guidance_scale,
         pipeline=None,
+        dynamic_guidance=settings.dynamic_guidance,
     )
 
 

@@ -1,5 +1,6 @@
 """The job behind `qvdjax sample`, on small Wan models in folders."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -10,12 +11,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import small_models
 from safetensors.numpy import load_file, save_file
 
 import models
 import qvdjax
 from experiments.sampling import sample_folder
-from models.pipeline import Pipeline, side_files
+from models.pipeline import side_files
 from qvdjax.diffusion import UniPCFlow, initial_noise, sample
 from qvdjax.errors import UserError
 from qvdjax.video import read_mp4
@@ -32,21 +34,7 @@ CONFIG = {
     "ffn_dim": 48,
     "num_layers": 2,
 }
-PIPELINE = Pipeline(
-    words=WORDS,
-    embeddings=np.random.default_rng(0).standard_normal((len(WORDS), 8)).astype(np.float32),
-    tokens=6,
-    frames=3,
-    height=4,
-    width=6,
-    channels=12,
-    factor=2,
-    solver="unipc",
-    shift=3.0,
-    steps=3,
-    guidance_scale=4.0,
-    fps=8.0,
-)
+PIPELINE = small_models.pipeline(WORDS, 8, tokens=6, width=6)
 # Between batches, devices and loops the same float32 operations are fused and summed in another order.
 # Latents are of size 7, whose last bit is 5e-7. Some ten roundings a step, three steps, and guidance, which
 # multiplies a difference between two predictions by up to 7, make 1e-4; 4e-6 was seen.
@@ -167,6 +155,36 @@ def test_settings_override_the_folder(folder, tmp_path):
     expected = {"steps": 2, "guidance_scale": 1.0, "shift": 5.0, "solver": "euler", "latents": [2, 2, 4, 12]}
     assert {name: record[name] for name in expected} == expected
     assert "w16a16" in record["quantization"]["layers"]
+
+
+@pytest.fixture(scope="module")
+def stochastic(tmp_path_factory):
+    """A model folder whose solver draws noise at every step."""
+    path = tmp_path_factory.mktemp("models") / "stochastic"
+    models.save(models.build(CONFIG, key=jax.random.key(0)), path)
+    dataclasses.replace(PIPELINE, solver="dpm-sde", shift=None, solver_options={"snr_shift_scale": 1.0}).save(path)
+    return path
+
+
+def test_a_stochastic_solver_draws_each_videos_own_noise(stochastic, tmp_path):
+    """In whatever batch a video is, on however many devices, and step by step: the same video."""
+    if jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, has {jax.device_count()}")
+    settings = {"prompts": ["a red disc"], "steps": 3}
+    three = sample_folder(stochastic, tmp_path / "three.safetensors", **settings, seeds=[7, 8, 9], batch=2)
+    latents = [load_file(file)["latents"] for file in three["files"]]
+    assert three["solver"] == "dpm-sde"
+    assert three["snr_shift_scale"] == 1.0
+    assert "shift" not in three
+    eight = sample_folder(
+        stochastic, tmp_path / "eight.safetensors", **settings, seeds=range(7, 15), mesh={"data": 4, "tensor": 2},
+        step_loop=True,
+    )  # fmt: skip
+    for one, file in zip(latents, eight["files"]):
+        np.testing.assert_allclose(load_file(file)["latents"], one, atol=ROUNDING)
+    deterministic = sample_folder(stochastic, tmp_path / "ddim.safetensors", **settings, seeds=[7], solver="ddim")
+    assert deterministic["snr_shift_scale"] == 1.0
+    assert np.abs(load_file(deterministic["files"][0])["latents"] - latents[0]).max() > 0.1
 
 
 def test_step_loop_reports_each_step_and_makes_the_same_video(folder, tmp_path):
@@ -291,6 +309,30 @@ def test_a_folder_without_a_pipeline_samples_embeddings_to_latents(published, tm
     np.testing.assert_allclose(load_file(report["files"][1])["latents"], want.latents[0], atol=ROUNDING)
 
 
+def test_the_scheduler_beside_a_published_model_counts(published, tmp_path):
+    folder, context = published
+    repository = tmp_path / "repository"
+    (repository / "scheduler").mkdir(parents=True)
+    (repository / "transformer").mkdir()
+    for file in folder.iterdir():
+        (repository / "transformer" / file.name).symlink_to(file)
+    config = repository / "scheduler" / "scheduler_config.json"
+    settings = {"context_file": context, "seeds": [4], "steps": 1, "frames": 3, "height": 4, "width": 6}
+
+    def run(**options):
+        return sample_folder(repository / "transformer", tmp_path / "out.safetensors", **settings, **options)
+
+    config.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0}')
+    report = run()
+    assert (report["solver"], report["shift"]) == ("euler", 7.0)
+    report = run(solver="unipc", dynamic_guidance="step")
+    assert (report["solver"], report["shift"], report["dynamic_guidance"]) == ("unipc", 7.0, "step")
+    config.write_text('{"_class_name": "LCMScheduler"}')
+    with pytest.raises(UserError, match="asks for 'LCMScheduler'"):
+        run()
+    assert run(solver="euler")["shift"] == 5.0
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -301,6 +343,8 @@ def test_a_folder_without_a_pipeline_samples_embeddings_to_latents(published, tm
         ({"steps": 0}, "steps is 0"),
         ({"shift": -1.0}, "shift is -1.0"),
         ({"solver": "heun"}, "no solver called 'heun'"),
+        ({"solver": "ddim"}, "'ddim' is for models of variance-preserving diffusion.*unipc, euler"),
+        ({"dynamic_guidance": "cosine"}, "kind 'cosine'"),
         ({"height": 3}, "height 3 is no multiple"),
         ({"frames": 0}, "0 x 4 x 6"),
         ({"context_file": "x.safetensors"}, "encodes prompts itself"),

@@ -5,10 +5,11 @@ import json
 
 import numpy as np
 import pytest
+import small_models
 from safetensors.numpy import load_file, save_file
 
 from models.pipeline import FILE, WORD_TABLE, Pipeline, copy_pipeline, side_files
-from qvdjax.diffusion import FlowMatchEuler, UniPCFlow
+from qvdjax.diffusion import DDIM, DPMSolverSDE, FlowMatchEuler, UniPCFlow
 from qvdjax.errors import UserError
 
 WORDS = ("a", "red", "disc", "moving", "left")
@@ -16,22 +17,8 @@ WORDS = ("a", "red", "disc", "moving", "left")
 
 @pytest.fixture
 def pipeline():
-    return Pipeline(
-        words=WORDS,
-        embeddings=np.random.default_rng(0).standard_normal((len(WORDS), 6)).astype(np.float32),
-        tokens=8,
-        frames=3,
-        height=4,
-        width=5,
-        channels=27,
-        factor=3,
-        solver="unipc",
-        shift=3.0,
-        steps=20,
-        guidance_scale=4.0,
-        fps=8.0,
-        negative_prompt="a disc",
-    )
+    sizes = {"width": 5, "channels": 27, "factor": 3}
+    return small_models.pipeline(WORDS, 6, **sizes, steps=20, negative_prompt="a disc")
 
 
 def test_load_is_the_inverse_of_save(pipeline, tmp_path):
@@ -104,6 +91,23 @@ def test_make_solver(pipeline):
     assert pipeline.make_solver() == UniPCFlow(3.0)
     assert pipeline.make_solver("euler") == FlowMatchEuler(3.0)
     assert pipeline.make_solver(shift=5.0, sigma_grid="diffusers") == UniPCFlow(5.0, sigma_grid="diffusers")
+    with pytest.raises(UserError, match="'ddim' is for models of variance-preserving diffusion.*unipc, euler"):
+        pipeline.make_solver("ddim")
+
+
+def test_a_solver_without_a_shift_and_with_options_of_its_own(pipeline, tmp_path):
+    options = {"snr_shift_scale": 1.0, "timestep_spacing": "leading"}
+    changed_solver = dataclasses.replace(pipeline, solver="ddim", shift=None, solver_options=options)
+    changed_solver.save(tmp_path)
+    expected = {"name": "ddim", **options, "steps": 20, "guidance_scale": 4.0}
+    assert json.loads((tmp_path / FILE).read_text())["solver"] == expected
+    loaded = Pipeline.load(tmp_path)
+    assert loaded.make_solver() == DDIM(**options)
+    assert loaded.make_solver("dpm-sde") == DPMSolverSDE(**options)  # the schedule the model was trained on
+    with pytest.raises(UserError, match="no such option.*shift"):
+        loaded.make_solver(shift=3.0)
+    with pytest.raises(UserError, match="'unipc' is for models of flow diffusion"):
+        loaded.make_solver("unipc")
 
 
 @pytest.mark.parametrize(
@@ -152,6 +156,11 @@ def changed(value, path, new):
         ("solver.shift", float("nan"), "'solver.shift' is nan"),
         ("solver.shift", -1.0, "shift is -1.0"),
         ("solver.name", "heun", "no solver called 'heun'"),
+        ("solver.name", "ddim", "'ddim' has no such option.*shift"),
+        ("solver.shift", ..., "lacks 'solver.shift'"),
+        ("solver.sigma_grid", ["original"], "sigma grid is"),
+        ("solver.order", 2.0, "order is 2.0"),
+        ("solver.orders", 2, "no such option.*orders"),
         ("solver.steps", 0, "'solver.steps' is 0"),
         ("latents.frames", 2.5, "'latents.frames' is 2.5.*whole number"),
         ("latents.channels", 12, "12 channels do not hold 3 x 3"),

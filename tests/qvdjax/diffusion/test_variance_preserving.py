@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvdjax.diffusion import DDIM, DPMSolverSDE, get_solver
+from qvdjax.diffusion import DDIM, DPMSolverSDE, FlowMatchEuler, UniPCFlow, get_solver, related_solver
 from qvdjax.diffusion.noise import check_seeds, step_keys, step_noise
 from qvdjax.errors import UserError
 
@@ -227,6 +227,15 @@ def test_step_noise_belongs_to_the_seed_and_the_step_alone():
         np.testing.assert_array_equal(wide, alone.astype(np.float64))
 
 
+def test_another_solver_for_the_same_model_keeps_its_schedule():
+    solver = DDIM(snr_shift_scale=1.0, timestep_spacing="leading", steps_offset=1)
+    assert related_solver(solver) == solver
+    expected = DPMSolverSDE(snr_shift_scale=1.0, timestep_spacing="trailing", steps_offset=1)
+    assert related_solver(solver, "dpm-sde", timestep_spacing="trailing", steps_offset=None) == expected
+    assert related_solver(UniPCFlow(3.0, order=3), "euler") == FlowMatchEuler(3.0)
+    assert related_solver(UniPCFlow(3.0), None, order=1) == UniPCFlow(3.0, order=1)
+
+
 def test_seeds_are_checked():
     np.testing.assert_array_equal(check_seeds([0, 2**32 - 1]), np.array([0, 2**32 - 1], np.uint32))
     with pytest.raises(UserError, match="no seeds"):
@@ -249,6 +258,8 @@ def test_seeds_are_checked():
         (lambda: DDIM(timestep_spacing="leading", steps_offset=100).schedule(10), "beyond 999"),
         (lambda: DDIM(prediction_type="epsilon").schedule(5), "no signal, at timestep 999"),
         (lambda: get_solver("ddim", shift=3.0), "shift.*beta_start"),
+        (lambda: related_solver(DDIM(), "euler"), "'euler' is for models of flow diffusion.*ddim, dpm-sde"),
+        (lambda: related_solver(DDIM(), "heun"), "no solver called 'heun'"),
     ],
 )
 def test_bad_settings_are_named(make, named):

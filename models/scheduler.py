@@ -1,0 +1,145 @@
+"""How a published model is sampled where no `pipeline.json` says it.
+
+diffusers keeps it in `scheduler/scheduler_config.json`, in a folder beside the model's own (`transformer`). Its
+number of steps and guidance scale are not in any file: they are those of the published scripts.
+"""
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from models.families import family_of
+from qvdjax.checkpoint.folder import CONFIG, read_json
+from qvdjax.diffusion import DDIM, DPMSolverSDE, FlowMatchEuler, Solver, UniPCFlow
+from qvdjax.errors import UserError
+
+SCHEDULER = "scheduler_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingDefaults:
+    """What holds where nothing else is asked for: see `qvdjax.diffusion.sample`."""
+
+    solver: Solver
+    steps: int
+    guidance_scale: float
+
+
+PUBLISHED = {
+    # Wan-Video/Wan2.1:generate.py, text to video.
+    "wan": SamplingDefaults(UniPCFlow(5.0), 50, 5.0),
+    # CogVideoX-2B; diffusers:pipelines/cogvideo/pipeline_cogvideox.py.
+    "cogvideox": SamplingDefaults(DDIM(), 50, 6.0),
+}
+
+# diffusers' class -> (what it is here, our field: (its field, its default), what must hold: field: only value).
+# Fields that are in neither column do not change what is sampled.
+_VARIANCE_PRESERVING = {
+    "beta_start": ("beta_start", 0.00085),
+    "beta_end": ("beta_end", 0.012),
+    "beta_schedule": ("beta_schedule", "scaled_linear"),
+    "snr_shift_scale": ("snr_shift_scale", 3.0),
+    "rescale_betas_zero_snr": ("rescale_betas_zero_snr", False),
+    "set_alpha_to_one": ("set_alpha_to_one", True),
+    "timestep_spacing": ("timestep_spacing", "leading"),
+    "steps_offset": ("steps_offset", 0),
+    "prediction_type": ("prediction_type", "epsilon"),
+}
+_TRAINED = {"num_train_timesteps": 1000}
+_ONE_GRID = dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False)
+_FLOW = {**_TRAINED, **_ONE_GRID, "use_dynamic_shifting": False, "shift_terminal": None}
+KNOWN = {
+    "UniPCMultistepScheduler": (
+        UniPCFlow,
+        {"shift": ("flow_shift", 1.0), "order": ("solver_order", 2)},
+        {
+            **_FLOW, "use_flow_sigmas": True, "prediction_type": "flow_prediction", "predict_x0": True,
+            "solver_type": "bh2", "lower_order_final": True, "disable_corrector": [], "final_sigmas_type": "zero",
+            "thresholding": False,
+        },
+    ),
+    "FlowMatchEulerDiscreteScheduler": (
+        FlowMatchEuler,
+        {"shift": ("shift", 1.0)},
+        {**_FLOW, "invert_sigmas": False, "stochastic_sampling": False},
+    ),
+    "CogVideoXDDIMScheduler": (DDIM, _VARIANCE_PRESERVING, {**_TRAINED, "trained_betas": None}),
+    "CogVideoXDPMScheduler": (DPMSolverSDE, _VARIANCE_PRESERVING, {**_TRAINED, "trained_betas": None}),
+}  # fmt: skip
+# Where a field that must hold is left out, diffusers' default holds, and for these it is another value.
+_OTHERWISE = {"use_flow_sigmas": False, "prediction_type": "epsilon"}
+
+
+def scheduler_file(folder: str | os.PathLike) -> Path | None:
+    """The `scheduler_config.json` in a model folder, or in `scheduler` beside it; None where there is none."""
+    folder = Path(folder).resolve()
+    places = (folder / SCHEDULER, folder.parent / "scheduler" / SCHEDULER)
+    return next((place for place in places if place.is_file()), None)
+
+
+def read_scheduler(path: Path) -> Solver:
+    """The solver that a `scheduler_config.json` of diffusers describes.
+
+    UniPC's grid of noise levels, which the file does not name, stays ours ("original").
+
+    Raises:
+        UserError: A corrupt file, a class that is not here, a setting that no solver here has.
+    """
+    config = read_json(path)
+    name = config.get("_class_name")
+    if not _is_known(config):
+        raise UserError(
+            f"{path} asks for {name!r}, which is no solver here",
+            remedy=f"choose one with --solver, or one of {', '.join(KNOWN)} in the file",
+        )
+    solver, fields, required = KNOWN[name]
+    wrong = [
+        f"{field} {config.get(field, _OTHERWISE.get(field, only))!r}"
+        for field, only in required.items()
+        if config.get(field, _OTHERWISE.get(field, only)) != only
+    ]
+    if wrong:
+        raise UserError(
+            f"{path} has settings that {name} does not have here",
+            remedy="remove the file to sample as the model's published script does",
+            items=wrong,
+        )
+    options = {ours: config.get(theirs, default) for ours, (theirs, default) in fields.items()}
+    for ours, (theirs, default) in fields.items():
+        if isinstance(default, float) and not _is_number(options[ours]):
+            raise UserError(f"{path}: {theirs!r} is {options[ours]!r}", remedy="it must be a finite number")
+    return solver(**options)
+
+
+def sampling_defaults(folder: str | os.PathLike, *, solver_named: bool = False) -> SamplingDefaults:
+    """How the model of a folder without `pipeline.json` is sampled: its scheduler's settings, or its family's.
+
+    Args:
+        folder: A model folder.
+        solver_named: Another solver was asked for, so a scheduler of an unknown class does no harm: the
+            family's published settings stand in.
+
+    Raises:
+        UserError: See `read_scheduler`; an unknown architecture.
+    """
+    config = read_json(Path(folder) / CONFIG)
+    published = PUBLISHED[family_of(config).name]
+    if config.get("use_rotary_positional_embeddings") and isinstance(published.solver, DDIM):
+        # The 5B models, which differ from the 2B by these embeddings, were trained without the shift.
+        solver = dataclasses.replace(published.solver, snr_shift_scale=1.0)
+        published = dataclasses.replace(published, solver=solver)
+    path = scheduler_file(folder)
+    if path is None or (solver_named and not _is_known(read_json(path))):
+        return published
+    return dataclasses.replace(published, solver=read_scheduler(path))
+
+
+def _is_known(config: dict) -> bool:
+    name = config.get("_class_name")
+    return isinstance(name, str) and name in KNOWN
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
