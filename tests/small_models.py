@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 import models
+from models.pipeline import Pipeline
 
 WAN = {
     "_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "num_attention_heads": 2,
@@ -77,3 +78,13 @@ def cogvideox_inputs(variant: str = "5b", batch: int = 2, seed: int = 0, dtype=j
         "timestep": jnp.linspace(317.0, 999.0, batch, dtype=dtype),
         "context": jax.random.normal(keys[1], (batch, 7, 24), dtype),
     }
+
+
+def pipeline(words: tuple[str, ...], text_dim: int, **fields) -> Pipeline:
+    """What a folder needs to sample 3 frames of 8 x 8 pixels, with random embeddings [words, text_dim]."""
+    usual = {
+        "tokens": 8, "frames": 3, "height": 4, "width": 4, "channels": 12, "factor": 2, "solver": "unipc", "shift": 3.0,
+        "steps": 3, "guidance_scale": 4.0, "fps": 8.0,
+    }  # fmt: skip
+    embeddings = np.random.default_rng(0).standard_normal((len(words), text_dim)).astype(np.float32)
+    return Pipeline(words=words, embeddings=embeddings, **{**usual, **fields})
