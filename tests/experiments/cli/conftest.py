@@ -4,13 +4,12 @@ import json
 from types import SimpleNamespace
 
 import jax
-import numpy as np
 import pytest
+import small_models
 
 import models
 from experiments.cli.main import main
 from experiments.moving_shapes import captions
-from models.pipeline import Pipeline
 
 CONFIG = {
     "_class_name": "WanTransformer3DModel",
@@ -31,21 +30,7 @@ def model_folder(tmp_path_factory):
     """A Wan of 24 features and two blocks, with a pipeline of 3 frames of 4 x 4 latents (8 x 8 pixels)."""
     folder = tmp_path_factory.mktemp("models") / "small"
     models.save(models.build(CONFIG, key=jax.random.key(0)), folder)
-    Pipeline(
-        words=captions.WORDS,
-        embeddings=np.random.default_rng(0).standard_normal((len(captions.WORDS), 8)).astype(np.float32),
-        tokens=8,
-        frames=3,
-        height=4,
-        width=4,
-        channels=12,
-        factor=2,
-        solver="unipc",
-        shift=3.0,
-        steps=2,
-        guidance_scale=4.0,
-        fps=8.0,
-    ).save(folder)
+    small_models.pipeline(captions.WORDS, 8, steps=2).save(folder)
     return folder
 
 
