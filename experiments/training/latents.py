@@ -7,21 +7,21 @@
     prompts.json             list of N strings, the caption of each example
     data-XXXXX.safetensors   latents (n, frames, height, width, channels), context (n, tokens, dim), float32
 
-The manifest is written last: a folder without one is unfinished.
+The folder appears under its name when all of it is written.
 """
 
 import bisect
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from qvdjax.checkpoint import TensorSource, new_folder, write_file
+from qvdjax.checkpoint.atomic import disk_errors
 from qvdjax.errors import UserError
 
 MANIFEST: Final = "manifest.json"
@@ -34,14 +34,8 @@ def write_folder(path: Path, examples: Iterable[dict[str, Any]], *, shard: int =
     Raises:
         UserError: The folder exists and is not empty, or cannot be written, or there are no examples.
     """
-    path = Path(path)
-    if path.exists() and any(path.iterdir()):
-        raise UserError(f"{path} exists and is not empty", remedy="name a new folder")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        _write(path, iter(examples), shard)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})", remedy="check rights and free space") from error
+    with new_folder(path) as unfinished, disk_errors(Path(path)):
+        _write(unfinished, iter(examples), shard)
 
 
 def _write(path: Path, examples: Iterator[dict[str, Any]], shard: int) -> None:
@@ -53,7 +47,7 @@ def _write(path: Path, examples: Iterator[dict[str, Any]], shard: int) -> None:
     def flush() -> None:
         stacked = {name: np.stack([row[name] for row in pending]).astype(np.float32) for name in _FIELDS}
         file = f"data-{len(shards):05d}.safetensors"
-        save_file(stacked, path / file)
+        write_file(path / file, [TensorSource(k, v.shape, v.dtype, lambda v=v: v) for k, v in stacked.items()])
         shapes.update({name: list(value.shape[1:]) for name, value in stacked.items()})
         shards.append({"file": file, "count": len(pending)})
         prompts.extend(row["prompt"] for row in pending)
@@ -70,9 +64,7 @@ def _write(path: Path, examples: Iterator[dict[str, Any]], shard: int) -> None:
     (path / "prompts.json").write_text(json.dumps(prompts, indent=0))
     manifest = {"format": "qvdjax-data", "version": 1, "count": len(prompts), **shapes, "shards": shards,
                 "prompts": "prompts.json"}  # fmt: skip
-    unfinished = path / (MANIFEST + ".tmp")
-    unfinished.write_text(json.dumps(manifest, indent=1))
-    os.replace(unfinished, path / MANIFEST)
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 class DataFolder:

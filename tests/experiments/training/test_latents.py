@@ -61,6 +61,24 @@ def test_a_folder_is_not_overwritten(written):
 def test_no_examples_are_refused(tmp_path):
     with pytest.raises(UserError, match="no examples"):
         write_folder(tmp_path / "empty", [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_writer_leaves_nothing(tmp_path):
+    def interrupted():
+        yield from examples(10)
+        assert list(tmp_path.glob(".clips.partial-*/data-00001.safetensors"))  # there is something to leave
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "clips", interrupted(), shard=4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="clips cannot be written"):
+        write_folder(tmp_path / "file" / "clips", examples(1))
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"format": "other"}'])
