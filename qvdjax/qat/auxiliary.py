@@ -1,0 +1,68 @@
+"""Phi in a model: put beside every rounded weight, gated in each call, and taken away again."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qvdjax.nn import PerCall, VideoModel
+from qvdjax.nn.variables import iterate
+from qvdjax.qat import phi
+from qvdjax.qat.learned_linear import LearnedLinear
+
+
+def with_low_rank(
+    model: VideoModel, rank: int, *, start: phi.Start = "svd", key: jax.Array | None = None
+) -> VideoModel:
+    """The model with a low-rank module in every LearnedLinear whose weight is rounded, made of what rounding leaves.
+
+    Args:
+        model: Left as it is.
+        rank: Columns of each module.
+        start: See `qvdjax.qat.phi.low_rank`.
+        key: Of what is random there, folded with the layer's number; None is `jax.random.key(0)`.
+
+    Raises:
+        UserError: See `qvdjax.qat.phi.low_rank`.
+    """
+    model = nnx.merge(*nnx.split(model))  # other modules around the same arrays
+    key = jax.random.key(0) if key is None else key
+    for number, (_, layer) in enumerate(iterate(model, LearnedLinear)):
+        if layer.scheme.weight is not None:
+            own = jax.random.fold_in(key, number)
+            layer.auxiliary = phi.low_rank(_residual(layer), rank, axes=layer.axes, start=start, key=own)
+    return model
+
+
+def with_gamma(model: VideoModel, gamma: jax.Array) -> VideoModel:
+    """The model with `gamma` in every layer that has an auxiliary module, for one call.
+
+    Args:
+        model: Left as it is.
+        gamma: [rank], the same for all layers, see `qvdjax.qat.rank_decay`.
+    """
+    model = nnx.merge(*nnx.split(model))
+    for path, layer in _with_auxiliary(model):
+        count = model.stacks[path[1]].count if path[0] == "stacks" else None
+        # Scan takes the axis of layers away again.
+        layer.gamma = PerCall(gamma if count is None else jnp.broadcast_to(gamma, (count, *gamma.shape)))
+    return model
+
+
+def without_auxiliary(model: VideoModel) -> VideoModel:
+    """The model without auxiliary modules, as their last gamma, all zeros, leaves it."""
+    model = nnx.merge(*nnx.split(model))
+    for _, layer in _with_auxiliary(model):
+        del layer.auxiliary
+    return model
+
+
+@jax.jit
+def _residual(layer: LearnedLinear) -> jax.Array:
+    """W - Q(W) of a layer or a stack, without temporaries of that size."""
+    return layer.weight[...] - layer.rounded_weight()
+
+
+def _with_auxiliary(model: VideoModel) -> Iterator[tuple[tuple, LearnedLinear]]:
+    yield from ((path, layer) for path, layer in iterate(model, LearnedLinear) if layer.auxiliary is not None)
