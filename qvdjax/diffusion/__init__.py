@@ -3,6 +3,7 @@
 from qvdjax.diffusion.ddim import DDIM
 from qvdjax.diffusion.dpm_sde import DPMSolverSDE
 from qvdjax.diffusion.euler import FlowMatchEuler
+from qvdjax.diffusion.examples import Example
 from qvdjax.diffusion.guidance import guidance_scales, guided
 from qvdjax.diffusion.noise import initial_noise
 from qvdjax.diffusion.sampler import Compilation, SampleResult, compile_sampler, sample
@@ -15,6 +16,7 @@ __all__ = [
     "SOLVERS",
     "Compilation",
     "DPMSolverSDE",
+    "Example",
     "FlowMatchEuler",
     "SampleResult",
     "Schedule",

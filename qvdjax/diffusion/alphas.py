@@ -9,8 +9,10 @@ import dataclasses
 import math
 from typing import ClassVar, Literal, get_args
 
+import jax
 import numpy as np
 
+from qvdjax.diffusion.examples import Example, variance_preserving_example
 from qvdjax.diffusion.schedule import TRAIN_TIMESTEPS, check_steps
 from qvdjax.errors import UserError
 
@@ -149,6 +151,10 @@ class VariancePreserving:
                 remedy="set rescale_betas_zero_snr to False, or timestep_spacing to leading",
             )
         return Levels(timesteps, before, after, targets < 0)
+
+    def example(self, clean: jax.Array, noise: jax.Array, uniform: jax.Array) -> Example:
+        """What its models are trained on, see `variance_preserving_example`."""
+        return variance_preserving_example(clean, noise, uniform, self.alphas_cumprod(), self.prediction_type)
 
     def clean_weights(self, alphas: np.ndarray) -> np.ndarray:
         """Weights of (latents, prediction) whose sum is the predicted clean latents: (steps,) -> (steps, 2)."""

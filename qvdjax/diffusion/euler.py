@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import numpy as np
 
+from qvdjax.diffusion.examples import Example, flow_example
 from qvdjax.diffusion.schedule import TRAIN_TIMESTEPS, FlowSchedule, LatentsState, check_shift, check_steps, shifted
 
 
@@ -41,3 +42,7 @@ class FlowMatchEuler:
         """One step along `velocity`, the model's prediction at `state.latents`, in the latents' dtype."""
         step_size = (row.next_sigmas - row.sigmas).astype(state.latents.dtype)
         return LatentsState(state.latents + step_size * velocity.astype(state.latents.dtype))
+
+    def example(self, clean: jax.Array, noise: jax.Array, uniform: jax.Array) -> Example:
+        """What its models are trained on, see `flow_example`."""
+        return flow_example(clean, noise, uniform, self.shift)

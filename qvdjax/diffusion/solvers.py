@@ -8,6 +8,7 @@ import jax
 from qvdjax.diffusion.ddim import DDIM
 from qvdjax.diffusion.dpm_sde import DPMSolverSDE
 from qvdjax.diffusion.euler import FlowMatchEuler
+from qvdjax.diffusion.examples import Example
 from qvdjax.diffusion.schedule import Schedule
 from qvdjax.diffusion.unipc import UniPCFlow
 from qvdjax.errors import UserError
@@ -40,6 +41,13 @@ class Solver(Protocol):
 
         What the model predicts is the solver's to know: the velocity of a straight flow (`euler`, `unipc`), or
         what the field `prediction_type` says (`ddim`, `dpm-sde`).
+        """
+
+    def example(self, clean: jax.Array, noise: jax.Array, uniform: jax.Array) -> Example:
+        """What the models it samples are trained on.
+
+        From clean latents and Gaussian noise, both (batch, frames, height, width, channels), and numbers `uniform`
+        (batch,) spread evenly over 0..1, which decide how noisy each video is.
         """
 
 

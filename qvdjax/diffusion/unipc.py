@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, get_args
 import jax
 import numpy as np
 
+from qvdjax.diffusion.examples import Example, flow_example
 from qvdjax.diffusion.schedule import (
     TRAIN_TIMESTEPS,
     FlowSchedule,
@@ -126,6 +127,10 @@ class UniPCFlow:
         corrected = weighted_sum(row.corrector, (state.latents, state.corrected, clean, *state.history))
         latents = weighted_sum(row.predictor, (corrected, clean, *state.history[:-1]))
         return UniPCState(latents, corrected, (clean, *state.history[:-1]))
+
+    def example(self, clean: jax.Array, noise: jax.Array, uniform: jax.Array) -> Example:
+        """What its models are trained on, see `flow_example`."""
+        return flow_example(clean, noise, uniform, self.shift)
 
     def _sigmas(self, steps: int) -> np.ndarray:
         """Noise levels before each step, float64 (steps,)."""
