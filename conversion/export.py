@@ -18,7 +18,6 @@ from qvdjax.checkpoint import (
     Progress,
     TensorSource,
     all_finite,
-    check_tensors,
     expected_tensors,
     floating_dtype,
     write_folder,
@@ -71,8 +70,7 @@ def export(
         raise UserError(f"unknown export format {format!r}", remedy=f"use one of {', '.join(EXPORT_FORMATS)}")
     wanted = None if dtype is None else floating_dtype(dtype)
     folder = CheckpointFolder.open(source)
-    check_tensors(expected_tensors(models.skeleton(source)), {k: folder.info(k) for k in folder.keys}, str(source))
-    layers = stored_layers(folder)
+    layers = stored_layers(folder)  # which also checks every tensor's name, shape and type
     side_files = {name: folder.path / name for name in SIDE_FILES if (folder.path / name).is_file()}
     report: dict[str, Any] = {"source": str(source), "target": str(target), "format": format}
     if format == "compressed-tensors":
@@ -85,7 +83,7 @@ def export(
     if format == "wan-original":
         tensors, config, side_files = _original(tensors, config), wan_original.original_config(config), {}
     write_folder(target, config, tensors, side_files=side_files, overwrite=overwrite, progress=progress)
-    attentions = layers_of(models.skeleton(source), (Attention,))
+    attentions = layers_of(models.skeleton(folder), (Attention,))
     report["attention_left_out"] = [
         n for names, _, a in attentions if a.scheme.qk_bits or a.scheme.pv_bits for n in names
     ]
@@ -159,7 +157,7 @@ def _compressed(
     tensors = _float_tensors(folder, convolutions, wanted, without={f"{name}.weight" for name in linear})
     for layer in linear.values():
         tensors += compressed_tensors.layer_tensors(layer)
-    floats = [name for names, _, _ in layers_of(models.skeleton(folder.path), (Linear,)) for name in names]
+    floats = [name for names, _, _ in layers_of(models.skeleton(folder), (Linear,)) for name in names]
     config = _float_config(folder)
     config["quantization_config"] = compressed_tensors.quantization_config(linear.values(), floats)
     rounded = dataclasses.asdict(compressed_tensors.rounding(linear.values()))

@@ -89,6 +89,6 @@ def stored_layers(folder: CheckpointFolder) -> dict[str, StoredLayer]:
     shapes = {key: tensor.shape for key, tensor in expected_tensors(models.abstract(config)).items()}
     return {
         name: StoredLayer(folder, name, layer.scheme, shapes[f"{name}.weight"], isinstance(layer, QuantizedConv))
-        for names, _, layer in layers_of(models.skeleton(folder.path), QUANTIZED_LAYERS)
+        for names, _, layer in layers_of(models.skeleton(folder), QUANTIZED_LAYERS)
         for name in names
     }

@@ -27,13 +27,13 @@ from qvdjax.ptq import apply_schemes
 from qvdjax.quantization import best_execution
 
 
-def skeleton(path: str | os.PathLike, *, execution: Execution | None = None) -> VideoModel:
+def skeleton(folder: str | os.PathLike | CheckpointFolder, *, execution: Execution | None = None) -> VideoModel:
     """The model of a folder as shapes and the file's dtypes; quantized layers are in place, no weight is read.
 
     Raises:
         UserError: See `load`.
     """
-    folder = CheckpointFolder.open(path)
+    folder = folder if isinstance(folder, CheckpointFolder) else CheckpointFolder.open(folder)
     model = _skeleton(folder, execution)
     check_tensors(expected_tensors(model), {key: folder.info(key) for key in folder.keys}, str(folder.path))
     graph, state = nnx.split(model)

@@ -50,9 +50,10 @@ def info(arguments: Info, progress: Progress | None) -> Outcome:
     from qvdjax.checkpoint.variables import parameter_count
     from qvdjax.description import weight_bytes
 
-    model = models.skeleton(arguments.dir)  # which also checks every tensor's name, shape and type
+    folder = CheckpointFolder.open(arguments.dir)
+    model = models.skeleton(folder)  # which also checks every tensor's name, shape and type
     layers = qvdjax.describe(model)
-    _add_recorded_ratios(layers, CheckpointFolder.open(arguments.dir))
+    _add_recorded_ratios(layers, folder)
     parameters, size_of_weights = parameter_count(model), weight_bytes(model)
     report = {
         "family": models.family_of(model.config.to_dict()).name,

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qvdjax import recipes
+from qvdjax.checkpoint import CheckpointFolder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 QUANTIZED = "blocks.0.attn1.to_q"
@@ -37,6 +38,20 @@ def refused(done, *names):
         assert set(done.report) == {"error", "remedy", "items"}
         assert done.report["remedy"]
     return True
+
+
+def test_info_opens_the_folder_once(qvdjax, quantized_folder, monkeypatch):
+    opened = []
+
+    def count(path, open=CheckpointFolder.open):
+        opened.append(path)
+        return open(path)
+
+    monkeypatch.setattr(CheckpointFolder, "open", count)
+    done = qvdjax("info", quantized_folder, "--json")
+    ratios = {row["path"]: row["sqnr_db"] for row in done.report["layers"]}
+    assert ratios[QUANTIZED] > 0  # read from the folder
+    assert len(opened) == 1
 
 
 def test_info_of_a_full_precision_folder(qvdjax, model_folder):
