@@ -18,7 +18,7 @@ import models
 import qvdjax
 from experiments.sampling import sample_folder
 from models.pipeline import side_files
-from qvdjax.diffusion import UniPCFlow, initial_noise, sample
+from qvdjax.diffusion import DDIM, UniPCFlow, initial_noise, sample
 from qvdjax.errors import UserError
 from qvdjax.video import read_mp4
 
@@ -331,6 +331,41 @@ def test_the_scheduler_beside_a_published_model_counts(published, tmp_path):
     with pytest.raises(UserError, match="asks for 'LCMScheduler'"):
         run()
     assert run(solver="euler")["shift"] == 5.0
+
+
+def test_a_published_cogvideox_is_sampled_as_its_scripts_do(tmp_path):
+    """Without a scheduler beside it: DDIM on v; with the published one that adds noise, that one."""
+    folder, context = tmp_path / "transformer", tmp_path / "context.safetensors"
+    models.save(small_models.cogvideox("5b"), folder)
+    embeddings = np.random.default_rng(1).standard_normal((2, 7, 24)).astype(np.float32)
+    save_file({"context": embeddings[0], "negative_context": embeddings[1]}, context)
+    settings = {"context_file": context, "seeds": [4], "steps": 2, "frames": 3, "height": 8, "width": 6}
+    report = sample_folder(folder, tmp_path / "out.safetensors", **settings)
+    expected = {"solver": "ddim", "snr_shift_scale": 1.0, "prediction_type": "v_prediction", "guidance_scale": 6.0}
+    assert {name: report[name] for name in expected} == expected
+    want = sample(
+        models.load(folder),
+        embeddings[:1],
+        embeddings[1:],
+        noise=initial_noise([4], (3, 8, 6, 5)),
+        solver=DDIM(snr_shift_scale=1.0),
+        steps=2,
+        guidance_scale=6.0,
+    )
+    latents = load_file(report["files"][0])["latents"]
+    np.testing.assert_allclose(latents, want.latents[0], atol=ROUNDING)
+
+    scheduler = {
+        "_class_name": "CogVideoXDPMScheduler",
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+    }
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    report = sample_folder(folder, tmp_path / "out.safetensors", **settings, dynamic_guidance="timestep")
+    expected = {"solver": "dpm-sde", "snr_shift_scale": 3.0, "rescale_betas_zero_snr": False}
+    assert {name: report[name] for name in expected} == expected
+    assert np.abs(load_file(report["files"][0])["latents"] - latents).max() > 0.1
 
 
 @pytest.mark.parametrize(
