@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from qvdjax.nn.scheme import Execution, LayerScheme, Role
-from qvdjax.nn.variables import Codes, Param, Scale, Statistic
+from qvdjax.nn.quantized_layer import QuantizedLayer
+from qvdjax.nn.scheme import LayerScheme, Role
+from qvdjax.nn.variables import Param
 from qvdjax.numerics import QTensor, encode, fake_quantize
 
 Padding = tuple[tuple[int, int], ...]
@@ -65,38 +66,23 @@ def convolve(x, weight, stride, padding, **options) -> jax.Array:
     return jax.lax.conv_general_dilated(x, weight, stride, padding, dimension_numbers=layout, **options)
 
 
-class QuantizedConv(nnx.Module):
+class QuantizedConv(QuantizedLayer):
     """A Conv with a quantized weight (one range an output channel or the tensor) and one range an input sample.
 
     A product here sums over positions too, so activations can have no finer range than "tensor" (dynamic: one a
     sample; static: one in all). Integer execution is for one and two axes away from GPUs; int8 convolution over three
     axes is slower than bf16 on TPU and unreliable on GPU, so there the same integers are multiplied as floats.
 
-    Attributes:
-        codes: [out, in * kernel] integers. weight_scale, weight_zero_point: [out or 1, 1] float32.
-        input_scale, input_zero_point: [1, 1] float32 of a static activation quantizer, else None.
+    Attributes, beside those of every quantized layer (`in` is in * kernel here):
+        kernel, stride, padding: One entry a spatial axis.
     """
 
     def __init__(
-        self, *, weight: QTensor, bias, kernel, stride, padding, role: Role, axes: tuple, scheme: LayerScheme,
-        execution: Execution, input_scale=None, input_zero_point=None, weight_sqnr_db=None,
+        self, *, weight: QTensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: Padding, **shared,
     ):  # fmt: skip
-        scale_axes = (axes[0] if scheme.weight.granularity != "tensor" else None, None)
-        self.codes = Codes(weight.codes, axes=axes, bits=weight.bits)
-        self.weight_scale = Scale(weight.scale, axes=scale_axes)
-        self.weight_zero_point = None if weight.zero_point is None else Scale(weight.zero_point, axes=scale_axes)
-        self.bias = None if bias is None else Param(bias, axes=axes[:1])
-        self.input_scale = None if input_scale is None else Scale(input_scale, axes=(None, None))
-        self.input_zero_point = None if input_zero_point is None else Scale(input_zero_point, axes=(None, None))
-        self.weight_sqnr_db = None if weight_sqnr_db is None else Statistic(weight_sqnr_db, axes=())
+        """`shared` as `QuantizedLayer` takes it."""
+        super().__init__(weight=weight, **shared)
         self.kernel, self.stride, self.padding = kernel, stride, padding
-        self.role, self.axes, self.scheme, self.execution = role, axes, scheme, execution
-
-    @property
-    def qweight(self) -> QTensor:
-        """The weight as a QTensor [out, in * kernel]."""
-        zero_point = None if self.weight_zero_point is None else self.weight_zero_point[...]
-        return QTensor(self.codes[...], self.weight_scale[...], zero_point, self.scheme.weight.bits)
 
     def _unflatten(self, rows):
         """[out, in * kernel] -> [out, in, *kernel]."""

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qvdjax.kernels import quantized_matmul
-from qvdjax.nn.scheme import Execution, LayerScheme, Role
+from qvdjax.nn.quantized_layer import QuantizedLayer
+from qvdjax.nn.scheme import LayerScheme, Role
 from qvdjax.nn.timestep import TimestepReader
-from qvdjax.nn.variables import Codes, Param, Scale, Statistic
+from qvdjax.nn.variables import Param, Scale
 from qvdjax.numerics import QTensor, encode, fake_quantize, fake_quantize_dynamic
 
 
@@ -42,48 +43,28 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-class QuantizedLinear(TimestepReader):
+class QuantizedLinear(QuantizedLayer, TimestepReader):
     """A Linear whose weight, input or both are quantized.
 
     Integer execution multiplies int8 codes into int32 and applies scales afterwards; simulated execution multiplies the
     dequantized floats. Where only one side is quantized there is no integer product to make: both multiply floats.
 
-    Attributes:
-        codes: [out, in] integers, or None when the weight stays float and `weight` [out, in] holds it.
-        weight_scale, weight_zero_point: [out or 1, groups] float32; no zero point when symmetric.
-        input_scale, input_zero_point: [1, 1] float32 of a static activation quantizer, else None.
+    Attributes, beside those of every quantized layer:
+        weight: [out, in] where it stays float, else None.
         input_clip: [count, sides] float32 factors of the dynamic range (`qvdjax.nn.input_clip`), or None.
         transform: What the input passes through first, or None.
-        weight_sqnr_db: [] signal-to-quantization-noise ratio of the weight, recorded when quantizing.
     """
 
     def __init__(
-        self, *, weight: QTensor | jax.Array, bias: jax.Array | None, role: Role, axes: tuple, scheme: LayerScheme,
-        execution: Execution, input_scale=None, input_zero_point=None, input_clip=None,
-        transform: nnx.Module | None = None, weight_sqnr_db=None,
+        self, *, weight: QTensor | jax.Array, axes: tuple, input_clip=None, transform: nnx.Module | None = None,
+        **shared,
     ):  # fmt: skip
-        if isinstance(weight, QTensor):
-            scale_axes = (axes[0] if scheme.weight.granularity != "tensor" else None, None)
-            self.weight, self.codes = None, Codes(weight.codes, axes=axes, bits=weight.bits)
-            self.weight_scale = Scale(weight.scale, axes=scale_axes)
-            zero_point = weight.zero_point
-            self.weight_zero_point = None if zero_point is None else Scale(zero_point, axes=scale_axes)
-        else:
-            self.weight, self.codes = Param(weight, axes=axes), None
-            self.weight_scale = self.weight_zero_point = None
-        self.bias = None if bias is None else Param(bias, axes=axes[:1])
-        self.input_scale = None if input_scale is None else Scale(input_scale, axes=(None, None))
-        self.input_zero_point = None if input_zero_point is None else Scale(input_zero_point, axes=(None, None))
+        """`weight` as codes or as floats [out, in]; `shared` as `QuantizedLayer` takes it."""
+        quantized = isinstance(weight, QTensor)
+        super().__init__(weight=weight if quantized else None, axes=axes, **shared)
+        self.weight = None if quantized else Param(weight, axes=axes)
         self.input_clip = None if input_clip is None else Scale(input_clip, axes=(None, None))
         self.transform = transform
-        self.weight_sqnr_db = None if weight_sqnr_db is None else Statistic(weight_sqnr_db, axes=())
-        self.role, self.axes, self.scheme, self.execution = role, axes, scheme, execution
-
-    @property
-    def qweight(self) -> QTensor:
-        """The weight as a QTensor [out, in]."""
-        zero_point = None if self.weight_zero_point is None else self.weight_zero_point[...]
-        return QTensor(self.codes[...], self.weight_scale[...], zero_point, self.scheme.weight.bits)
 
     @property
     def reads_timestep(self) -> bool:

@@ -1,0 +1,44 @@
+"""What every quantized layer holds."""
+
+import jax
+from flax import nnx
+
+from qvdjax.nn.scheme import Execution, LayerScheme, Role
+from qvdjax.nn.variables import Codes, Param, Scale, Statistic
+from qvdjax.numerics import QTensor
+
+
+class QuantizedLayer(nnx.Module):
+    """The variables of a quantized layer, and the weight that they stand for.
+
+    Attributes:
+        codes: [out, in] integers, or None when the weight stays float.
+        weight_scale, weight_zero_point: [out or 1, groups] float32; no zero point when symmetric.
+        bias: [out], or None.
+        input_scale, input_zero_point: [1, 1] float32 of a static activation quantizer, else None.
+        weight_sqnr_db: [] signal-to-quantization-noise ratio of the weight, recorded when quantizing.
+        axes: Logical names of the two axes of `codes`.
+    """
+
+    def __init__(
+        self, *, weight: QTensor | None, bias: jax.Array | None, role: Role, axes: tuple, scheme: LayerScheme,
+        execution: Execution, input_scale=None, input_zero_point=None, weight_sqnr_db=None,
+    ):  # fmt: skip
+        if weight is None:
+            self.codes = self.weight_scale = self.weight_zero_point = None
+        else:
+            scale_axes = (axes[0] if scheme.weight.granularity != "tensor" else None, None)
+            self.codes = Codes(weight.codes, axes=axes, bits=weight.bits)
+            self.weight_scale = Scale(weight.scale, axes=scale_axes)
+            self.weight_zero_point = None if weight.zero_point is None else Scale(weight.zero_point, axes=scale_axes)
+        self.bias = None if bias is None else Param(bias, axes=axes[:1])
+        self.input_scale = None if input_scale is None else Scale(input_scale, axes=(None, None))
+        self.input_zero_point = None if input_zero_point is None else Scale(input_zero_point, axes=(None, None))
+        self.weight_sqnr_db = None if weight_sqnr_db is None else Statistic(weight_sqnr_db, axes=())
+        self.role, self.axes, self.scheme, self.execution = role, axes, scheme, execution
+
+    @property
+    def qweight(self) -> QTensor:
+        """The weight as a QTensor [out, in]."""
+        zero_point = None if self.weight_zero_point is None else self.weight_zero_point[...]
+        return QTensor(self.codes[...], self.weight_scale[...], zero_point, self.scheme.weight.bits)
