@@ -17,7 +17,7 @@ from qvdjax import quantize
 from qvdjax.checkpoint import CheckpointFolder, expected_tensors
 from qvdjax.checkpoint.folder import WEIGHTS
 from qvdjax.errors import UserError
-from qvdjax.nn import QUANTIZED_LAYERS, LayerScheme, layers_of
+from qvdjax.nn import QUANTIZED_LAYERS, InputClip, LayerScheme, layers_of
 from qvdjax.numerics import Quantizer
 from qvdjax.recipes import Recipe, Rule, get
 
@@ -398,6 +398,14 @@ def test_smoothed_inputs_have_no_form_in_compressed_tensors(tmp_path, quantized)
     assert len(error.items) == 3 * 10
     assert "blocks.0.attn1.to_q (smooth_scale)" in error.items
     assert error.remedy == "export to diffusers, or quantize with a recipe without transforms"
+
+
+def test_clipped_ranges_have_no_form_in_compressed_tensors(tmp_path):
+    clipped = LayerScheme(Quantizer(4), TOKENS, input_clip=InputClip())
+    recipe = Recipe("clipped-w4a8", (Rule(clipped, path=r"blocks\.0\.attn1\.to_q"),))
+    models.save(quantize(wan(), recipe), tmp_path / "clipped")
+    error = refused(tmp_path / "clipped", tmp_path, "clip its range", "compressed-tensors")
+    assert error.items == ("blocks.0.attn1.to_q (input_clip)",)
 
 
 def test_a_plain_folder_has_nothing_to_compress(tmp_path):
