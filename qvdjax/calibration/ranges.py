@@ -36,6 +36,11 @@ class Watched(nnx.Module):
         """The layer's weight, which some models read for its dtype."""
         return self.layer.weight
 
+    @property
+    def bias(self):
+        """The layer's bias, likewise: quantized layers have one too."""
+        return self.layer.bias
+
 
 def watch(model: VideoModel) -> VideoModel:
     """A copy of a float model whose linear and convolution layers are Watched."""
