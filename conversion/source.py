@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from conversion import wan_original
+from models.scheduler import SCHEDULER, scheduler_file
 from qvdjax.checkpoint import CheckpointFolder, SafetensorsFile, read_json
 from qvdjax.checkpoint.folder import CONFIG, INDEX, WEIGHTS, read_shards
 from qvdjax.errors import UserError
 
-SIDE_FILES = ("pipeline.json", "word_table.safetensors")
+SIDE_FILES = ("pipeline.json", "word_table.safetensors", SCHEDULER)
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -79,6 +80,8 @@ def open_source(path: str | os.PathLike) -> Source:
     tensors = _renamed(raw, path) if original else raw
     config, config_from = _config(folder, tensors, original)
     side_files = {name: folder / name for name in SIDE_FILES if (folder / name).is_file()}
+    if scheduler := scheduler_file(folder):  # as a rule in a folder beside the weights, where the target has none
+        side_files[SCHEDULER] = scheduler
     return Source(path, "wan-original" if original else "diffusers", config, config_from, tensors, side_files)
 
 

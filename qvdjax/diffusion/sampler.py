@@ -67,7 +67,7 @@ def sample(
         solver: See `get_solver`.
         steps: Number of steps; with guidance each costs two model evaluations.
         guidance_scale: 1 means no guidance.
-        dynamic_guidance: Lets the scale vary over the steps, see `guidance_scales`.
+        dynamic_guidance: Lets the scale vary over the steps, see `guidance_scales`; a scale of 1 stays none.
         seeds: One per video, those of `initial_noise`; needed by a solver that draws noise at its steps.
         trajectory: Also return the model's inputs.
         on_step: Given, the steps run one by one from Python, and this is called after each. The numbers are

@@ -11,6 +11,7 @@ import pytest
 import conversion
 import models
 from conversion import wan_original
+from models.scheduler import sampling_defaults
 from qvdjax.checkpoint import (
     CheckpointFolder,
     SafetensorsFile,
@@ -20,6 +21,7 @@ from qvdjax.checkpoint import (
     write_folder,
 )
 from qvdjax.checkpoint.folder import WEIGHTS
+from qvdjax.diffusion import FlowMatchEuler
 from qvdjax.errors import UserError
 
 CONFIG = {
@@ -93,6 +95,16 @@ def test_the_model_inside_a_pipeline_folder_is_taken(tmp_path, values, inner):
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
     conversion.convert(tmp_path / "pipeline", tmp_path / "target")
     assert holds(tmp_path / "target", values)
+
+
+def test_the_scheduler_of_a_pipeline_folder_is_taken_along(tmp_path, values):
+    write_folder(tmp_path / "repository" / "transformer", CONFIG, sources(values))
+    scheduler = tmp_path / "repository" / "scheduler" / "scheduler_config.json"
+    scheduler.parent.mkdir()
+    scheduler.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 9.0}')
+    report = conversion.convert(tmp_path / "repository", tmp_path / "target")
+    assert report["side_files"] == ["scheduler_config.json"]
+    assert sampling_defaults(tmp_path / "target").solver == FlowMatchEuler(9.0)
 
 
 def test_a_pipeline_with_two_experts_asks_for_one(tmp_path, values):
