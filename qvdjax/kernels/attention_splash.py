@@ -5,11 +5,19 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from qvdjax.parallel.rules import partition_spec
 
 BLOCK = 512  # rows and columns of scores that are held at a time
+
+
+def splash_suits(query: jax.Array, key: jax.Array) -> bool:
+    """Whether the kernel takes arrays like these and saves something: shapes as in `splash_attention`.
+
+    Fewer keys than a block holds (a text's tokens) would be padded to it, and their scores are small.
+    """
+    return query.shape[-1] % 128 == 0 and key.shape[1] > BLOCK and query.dtype in (jnp.bfloat16, jnp.float32)
 
 
 def splash_attention(
@@ -20,7 +28,7 @@ def splash_attention(
     Tokens are padded to whole blocks and the padding is kept apart by segment numbers. Under a mesh
     (`jax.set_mesh`) heads are split as the rule `attention_heads` says, so that every device holds all tokens
     of its heads: callers that keep tokens split pin query, key and value to tokens first, and XLA exchanges
-    heads for tokens (all-to-all).
+    heads for tokens (all-to-all). Inside a caller's own `shard_map` the arrays are a device's own.
 
     Args:
         query: [batch, queries, heads, head_dim]; head_dim a multiple of 128.
@@ -38,7 +46,7 @@ def splash_attention(
         raise ValueError(f"splash takes multiples of 128: head_dim {query.shape[-1]}, block {block}")
     mesh = jax.sharding.get_abstract_mesh()
     attend = functools.partial(_attend, block=block, interpret=interpret)
-    if mesh.empty:
+    if AxisType.Auto not in mesh.axis_types:
         return attend(query, key, value)
     axes = ("batch", None, "attention_heads", None)
     spec: PartitionSpec = partition_spec(query.shape, axes, mesh)[0]

@@ -1,19 +1,20 @@
 """Scaled dot-product attention: float, and with quantized products in simulated or integer execution."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from qvdjax.kernels.attention_splash import splash_attention, splash_suits
 from qvdjax.nn.norm import at_least_float32
 from qvdjax.nn.scheme import AttentionScheme, Execution
 from qvdjax.numerics import Grid, QTensor, Quantizer, quantize
 from qvdjax.parallel.rules import constrain
 
-Implementation = Literal["xla", "mapped", "cudnn"]
+Implementation = Literal["xla", "mapped", "cudnn", "splash"]
 
 # Scores of more elements than this are made one block of queries after the other (1 GiB of float32).
 MAXIMUM_SCORES = 2**28
@@ -54,16 +55,21 @@ def dot_product_attention(query, key, value, *, implementation: Implementation |
         "mapped": one head of one sample after the other, recomputed in the backward pass. Scores then stay in the cache
             of a CPU, where this is 5 to 10 times as fast; elsewhere it is slow.
         "cudnn": cuDNN's flash attention, for half-precision arrays on a GPU.
-        None: "cudnn" where it applies, "mapped" on CPU outside meshes, otherwise "xla".
+        "splash": flash attention on TPU, for heads of 128 features or a multiple; under a mesh every device takes its
+            own heads (see `splash_attention`).
+        None: "cudnn" or "splash" where they apply, "mapped" on CPU outside meshes, otherwise "xla". "xla" by name turns
+            both off.
     """
     if implementation is None:
-        implementation = _best_implementation(query.dtype)
+        implementation = _best_implementation(query, key)
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    if implementation == "splash":
+        return splash_attention(query, key, value)
     if implementation == "mapped":
         return _mapped(query, key, value)
     if implementation != "xla":
-        raise ValueError(f"unknown implementation {implementation!r}: use 'xla', 'mapped' or 'cudnn'")
+        raise ValueError(f"unknown implementation {implementation!r}: use one of {', '.join(get_args(Implementation))}")
 
     def attend(query):
         scores = _scores(query, key, jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=_wide(query)))
@@ -73,12 +79,21 @@ def dot_product_attention(query, key, value, *, implementation: Implementation |
     return _by_query_blocks(attend, query, key.shape[1])
 
 
-def _best_implementation(dtype) -> Implementation:
-    backend = jax.default_backend()
-    if backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16):
+def _best_implementation(query, key) -> Implementation:
+    mesh, backend = jax.sharding.get_abstract_mesh(), jax.default_backend()
+    if _is_for_tpu(mesh):
+        return "splash" if splash_suits(query, key) else "xla"
+    if backend == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16):
         return "cudnn"
     # A mesh may describe other devices than this process has, and "mapped" would gather a sharded batch.
-    return "mapped" if backend == "cpu" and jax.sharding.get_abstract_mesh().empty else "xla"
+    return "mapped" if backend == "cpu" and mesh.empty else "xla"
+
+
+def _is_for_tpu(mesh) -> bool:
+    """Whether a program traced under this mesh is for TPUs; a described mesh is, wherever it is compiled."""
+    if mesh.abstract_device is None:  # no mesh, or one of axis sizes alone
+        return jax.default_backend() == "tpu"
+    return mesh.abstract_device.device_kind.startswith("TPU")
 
 
 def _mapped(query, key, value):

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,8 +8,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qvdjax.kernels.attention_splash import splash_attention
-from qvdjax.nn import dot_product_attention
+from qvdjax.nn import Attention, dot_product_attention
 from qvdjax.parallel import make_mesh, plan, topology_mesh
+from qvdjax.parallel.program import Program
 
 
 def inputs(queries, keys, heads=2, batch=2):
@@ -39,6 +42,16 @@ def test_heads_split_over_a_mesh_give_the_same():
     np.testing.assert_array_equal(split, alone)  # every head is computed whole, on one device
 
 
+def test_inside_a_shard_map_each_device_attends_to_its_own():
+    arrays = inputs(128, 128, heads=1, batch=2)
+    mesh = make_mesh({"data": 2}, jax.devices()[:2])
+    attend = functools.partial(splash_attention, block=128, interpret=True)
+    rows = P("data")
+    with jax.set_mesh(mesh):
+        split = jax.jit(jax.shard_map(attend, in_specs=rows, out_specs=rows, check_vma=False))(*arrays)
+    np.testing.assert_array_equal(split, attend(*arrays))
+
+
 def test_odd_head_widths_are_refused():
     with pytest.raises(ValueError, match="multiples of 128"):
         splash_attention(*(a[..., :64] for a in inputs(128, 128)))
@@ -55,3 +68,33 @@ def test_splash_compiles_for_a_slice_and_keeps_no_scores():
     # chip's five heads alone would take 20 GiB.
     assert report["temporary_bytes"] < 12 * (tokens * heads * 128 * 2 // 8)
     assert {row["kind"] for row in report["collectives"]} == {"all-to-all"}
+
+
+def lowered_for_eight_chips(keys=1024, head_dim=128, dtype=jnp.bfloat16, implementation=None):
+    """The program of one attention over tokens that a described slice holds split."""
+    attention = Attention()
+    attention.implementation = implementation
+    mesh = topology_mesh("v5e:2x4", {"context": 8})
+    array = lambda tokens: jax.ShapeDtypeStruct(  # noqa: E731
+        (1, tokens, 8, head_dim), dtype, sharding=NamedSharding(mesh, P(None, "context"))
+    )
+    with jax.set_mesh(mesh):
+        return jax.jit(attention.__call__).lower(array(1024), array(keys), array(keys))
+
+
+@pytest.mark.tpu_compile
+def test_attention_is_splash_on_tpu_where_that_suits_and_no_other_is_named():
+    kernel = "tpu_custom_call"  # what a Pallas kernel is in a program for TPU
+    assert kernel in lowered_for_eight_chips().as_text()
+    assert kernel in lowered_for_eight_chips(dtype=jnp.float32).as_text()
+    for other in ({"implementation": "xla"}, {"keys": 512}, {"head_dim": 64}, {"dtype": jnp.float16}):
+        assert kernel not in lowered_for_eight_chips(**other).as_text(), other
+
+
+@pytest.mark.tpu_compile
+def test_a_slice_exchanges_heads_for_tokens_and_nothing_else():
+    program = Program(lowered_for_eight_chips().compile().as_text())
+    # Query, key and value to heads, the result back to tokens: each of 1024 tokens of 8 heads over 8 chips.
+    exchanged = sum(row["bytes"] for row in program.collectives())
+    assert {(row["kind"], row["dtype"]) for row in program.collectives()} == {("all-to-all", "bf16")}
+    assert exchanged == 4 * (1024 * 8 * 128 * 2 // 8)
