@@ -123,6 +123,11 @@ def test_parity_with_diffusers(errors, name):
 run = jax.jit(lambda model, inputs: model(**inputs))
 
 
+def relative(one, other) -> float:
+    """Relative L2 distance."""
+    return float(jnp.linalg.norm(one.astype(jnp.float32) - other) / jnp.linalg.norm(other))
+
+
 def variables(model):
     return [(path, variable.get_value()) for path, variable in nnx.to_flat_state(nnx.state(model))]
 
@@ -150,15 +155,14 @@ def test_quantized_models_agree_in_both_executions(tmp_path, variant):
     for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"):
         assert bits(f"transformer_blocks.2.{name}") == (8, 8)
     for name in ("transformer_blocks.0.norm1.linear", "transformer_blocks.0.norm2.linear", "norm_out.linear"):
-        assert bits(name) == (8, 16)
+        assert bits(name) == (8, 32)  # weights only
     models.save(quantized, tmp_path / "model")
     integer, simulate = (run(models.load(tmp_path / "model", execution=e), inputs) for e in ("integer", "simulate"))
-    size = jnp.linalg.norm(simulate)
-    # The same codes multiplied exactly or in float32, whose rounding flips a code here and there, one step of 1/127.
-    assert jnp.linalg.norm(integer - simulate) / size < 5e-3
-    exact = run(model, inputs)
-    # Eight bits a token through three blocks, whose random weights of gain 1.5 enlarge errors.
-    assert 1e-4 < jnp.linalg.norm(integer - exact) / jnp.linalg.norm(exact) < 0.1
+    # The same codes multiplied exactly or in float32, whose rounding flips a code here and there, one step of 1/127
+    # of one feature: 1e-7 without such a flip and 1e-4 with some.
+    assert relative(integer, simulate) < 1e-3
+    # Some twenty products in a row, each with errors of some 1e-3 from eight bits a token and channel.
+    assert 1e-3 < relative(integer, run(model, inputs)) < 3e-2
 
 
 def test_a_quantized_folder_is_exported(tmp_path):
@@ -182,8 +186,8 @@ def test_products_of_attention_are_quantized_alike_in_both_executions():
     model, inputs = cogvideox(), cogvideox_inputs()
     recipe = qvdjax.recipes.get("rtn-w8a8", attention_qk_bits=8, attention_pv_bits=8)
     integer, simulate = (run(qvdjax.quantize(model, recipe, execution=e), inputs) for e in ("integer", "simulate"))
-    # As above.
-    assert jnp.linalg.norm(integer - simulate) / jnp.linalg.norm(simulate) < 5e-3
+    # As above, with more to flip.
+    assert relative(integer, simulate) < 5e-3
 
 
 @pytest.mark.parametrize("variant", ["5b-i2v", "1.5-5b-i2v"])
@@ -192,20 +196,19 @@ def test_image_latents_are_the_last_channels(variant):
     noise, image = jnp.split(inputs["latents"], 2, axis=-1)
     out = run(model, inputs)
     assert out.shape == noise.shape
-    assert (run(model, {**inputs, "latents": noise, "image_latents": image}) == out).all()
-    other = run(model, {**inputs, "latents": noise, "image_latents": image[:, ::-1]})
-    assert not jnp.allclose(other, out, atol=1e-2)
+    # The same operations on equal numbers, of which one program joins two parts: float32 rounding at most.
+    assert relative(run(model, {**inputs, "latents": noise, "image_latents": image}), out) < 1e-5
+    assert relative(run(model, {**inputs, "latents": noise, "image_latents": image[:, ::-1]}), out) > 1e-2
 
 
 def test_ofs_is_two_unless_it_is_given():
     model, inputs = cogvideox("1.5-5b-i2v"), cogvideox_inputs("1.5-5b-i2v")
     out = run(model, inputs)
-    for ofs in (jnp.full((2,), 2.0), jnp.full((1,), 2.0), jnp.asarray(2.0)):
-        assert (run(model, {**inputs, "ofs": ofs}) == out).all()
+    # The same numbers, one of them known to the compiler or not: float32 rounding through three blocks.
+    assert relative(run(model, {**inputs, "ofs": jnp.asarray([2.0])}), out) < 1e-5
     mixed = run(model, {**inputs, "ofs": jnp.asarray([2.0, 0.5])})
-    # Each video has its own; a batch of other values is compiled alike: float32 rounding.
-    chex.assert_trees_all_close(mixed[0], out[0], atol=1e-5)
-    assert not jnp.allclose(mixed[1], out[1], atol=1e-2)
+    assert relative(mixed[0], out[0]) < 1e-5
+    assert relative(mixed[1], out[1]) > 1e-2
 
 
 def test_positions_are_those_of_diffusers_at_the_published_sizes():
@@ -272,7 +275,7 @@ def test_bfloat16_keeps_its_float32_islands(tmp_path):
     out, exact = run(narrow, inputs), run(model, inputs)
     assert out.dtype == jnp.bfloat16
     # bfloat16 keeps 8 bits; three blocks of some ten roundings each.
-    assert jnp.linalg.norm(out.astype(jnp.float32) - exact) / jnp.linalg.norm(exact) < 0.05
+    assert relative(out, exact) < 0.05
 
 
 @pytest.mark.parametrize(("variant", "change", "message"), [
