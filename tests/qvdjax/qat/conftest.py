@@ -30,10 +30,10 @@ class Toy(VideoModel):
         self.proj_out = Linear(WIDTH, WIDTH, role="head", axes=(None, "embed"), key=keys[1])
 
     def embed(self, latents, timestep, context):
-        return latents.reshape(latents.shape[0], -1, WIDTH), None  # b f h w c -> b (f h w) c
+        return latents.reshape(latents.shape[0], -1, WIDTH), latents.shape  # b f h w c -> b (f h w) c
 
     def head(self, stream, conditioning):
-        return self.proj_out(stream)
+        return self.proj_out(stream).reshape(conditioning)  # b (f h w) c -> b f h w c
 
 
 def toy_inputs(batch=2):
