@@ -165,6 +165,15 @@ def test_quantized_models_agree_in_both_executions(tmp_path, variant):
     assert 1e-3 < relative(integer, run(model, inputs)) < 3e-2
 
 
+def test_a_calibrated_method_sees_all_conditions():
+    model, inputs = cogvideox("1.5-5b-i2v"), cogvideox_inputs("1.5-5b-i2v")
+    latents, image_latents = jnp.split(inputs["latents"], 2, axis=-1)
+    batch = {**inputs, "latents": latents, "image_latents": image_latents, "ofs": jnp.asarray([2.0])}
+    quantized = qvdjax.quantize(model, "smoothquant-w8a8", [batch])
+    # As above: random weights have no outliers that smoothing could take away.
+    assert 1e-3 < relative(run(quantized, inputs), run(model, inputs)) < 3e-2
+
+
 def test_a_quantized_folder_is_exported(tmp_path):
     # Diffusers' names need no table, and the two formats know no family: that this one gets there is all to see.
     quantized = qvdjax.quantize(cogvideox("1.5-5b-i2v"), "rtn-w4a8")
