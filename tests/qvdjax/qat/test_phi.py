@@ -1,5 +1,8 @@
 """Phi: the start from the residual, the folded weight, and the truncated decomposition behind it."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from qvdjax.errors import UserError
 from qvdjax.numerics import Quantizer, fake_quantize_dynamic
 from qvdjax.parallel import Program, make_mesh, shardings
+from qvdjax.parallel.program import COLLECTIVES
 from qvdjax.qat.phi import Factor, LowRank, low_rank
 from qvdjax.qat.truncated_svd import DENSE_UP_TO, truncated_svd
 
@@ -183,17 +187,23 @@ def test_the_size_decides_unless_told():
     assert methods(DENSE_UP_TO + 1, 3000)
 
 
+def largest_moved(compiled):
+    """Numbers in the largest array that any collective of the program makes."""
+    rows = [row for rows in Program(compiled.as_text()).computations.values() for row in rows]
+    shapes = [re.findall(r"\[([\d,]*)\]", row.result) for row in rows if row.kind.removesuffix("-start") in COLLECTIVES]
+    assert shapes  # something is spread, so something has to travel
+    return max(math.prod(int(size) for size in shape.split(",") if size) for found in shapes for shape in found)
+
+
 def test_a_spread_matrix_is_decomposed_where_it_lies():
     rows, columns = 128, 192
     mesh = make_mesh({"fsdp": 8})
     place = NamedSharding(mesh, P("fsdp", None))
     find = lambda matrix: truncated_svd(matrix, 4, method="randomized", oversample=4)  # noqa: E731
     matrix = residual_of(rows, columns)
-    lowered = jax.jit(find).lower(jax.ShapeDtypeStruct((rows, columns), jnp.float32, sharding=place))
-    moved = Program(lowered.compile().as_text()).collectives()
-    assert moved
-    # Thin factors of 8 columns travel, at most 192 x 8 float32 at once; the matrix is 16 times that.
-    assert max(row["bytes"] / row["count"] for row in moved) <= columns * 8 * 4
+    compiled = jax.jit(find).lower(jax.ShapeDtypeStruct((rows, columns), jnp.float32, sharding=place)).compile()
+    # Thin factors of 8 columns travel, at most 192 x 8 numbers at once; the matrix is 16 times that.
+    assert largest_moved(compiled) <= columns * 8
     here, there = find(matrix), jax.jit(find)(jax.device_put(matrix, place))
     # The same projection in another order of summation; the values are what does not depend on signs.
     np.testing.assert_allclose(there[1], here[1], rtol=1e-4)
