@@ -13,8 +13,9 @@ Beside name, steps and guidance_scale the solver's part holds fields of the solv
 
 word_table.safetensors: tensor "embeddings" float32 (words, dim); header metadata "words", a JSON list.
 
-Prompts are looked up word by word in a fixed table, and latents are RGB folded space-to-depth: enough for
-models that need neither a text encoder nor an autoencoder. Published models' folders have no `pipeline.json`.
+Prompts are looked up word by word in a fixed table, and latents are RGB folded space-to-depth, which a decoder with
+"enlarge": n shows n times as high and wide: enough for models that need neither a text encoder nor an autoencoder.
+Published models' folders have no `pipeline.json`.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from einops import rearrange
+from einops import rearrange, reduce
 
 from models.scheduler import SCHEDULER, scheduler_file
 from qvdjax.checkpoint.atomic import new_file
@@ -57,6 +58,7 @@ class Pipeline:
         fps: Frames a second of the written video.
         negative_prompt: What guidance leads away from; "" is the empty prompt.
         solver_options: Further fields of the default solver by name, as for `get_solver`.
+        enlarge: Decoding makes each of those pixels so many times as high and wide, by linear interpolation.
     """
 
     words: tuple[str, ...]
@@ -74,6 +76,7 @@ class Pipeline:
     fps: float
     negative_prompt: str = ""
     solver_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    enlarge: int = 1
 
     def __post_init__(self):
         if len(self.embeddings) != len(self.words) or self.embeddings.ndim != 2:
@@ -122,6 +125,7 @@ class Pipeline:
             tokens=context.count("tokens"),
             **{name: latents.count(name) for name in ("frames", "height", "width", "channels")},
             factor=decoder.count("factor"),
+            enlarge=decoder.count("enlarge", default=1),
             solver=name,
             shift=solver.take("shift", float) if "shift" in options else None,
             steps=solver.count("steps"),
@@ -145,6 +149,7 @@ class Pipeline:
         write_file(folder / WORD_TABLE, [table], {"words": json.dumps(self.words)})
         latents = {name: getattr(self, name) for name in ("frames", "height", "width", "channels")}
         shift = {} if self.shift is None else {"shift": self.shift}
+        enlarge = {} if self.enlarge == 1 else {"enlarge": self.enlarge}
         solver = {"name": self.solver, **shift, **self.solver_options, "steps": self.steps}
         text = json.dumps(
             {
@@ -152,7 +157,7 @@ class Pipeline:
                 "version": VERSION,
                 "context": {"kind": "word_table", "file": WORD_TABLE, "tokens": self.tokens},
                 "latents": latents,
-                "decoder": {"kind": "depth_to_space", "factor": self.factor},
+                "decoder": {"kind": "depth_to_space", "factor": self.factor, **enlarge},
                 "solver": {**solver, "guidance_scale": self.guidance_scale},
                 "fps": self.fps,
                 "negative_prompt": self.negative_prompt,
@@ -205,20 +210,25 @@ class Pipeline:
         latents = np.asarray(latents, np.float32)
         self._check_channels(latents, self.channels)
         video = rearrange(latents, "b f h w (p q c) -> b f (h p) (w q) c", p=self.factor, q=self.factor)
+        if self.enlarge > 1:
+            down, across = (_interpolation(size, self.enlarge) for size in video.shape[2:4])
+            video = np.einsum("yh,xw,bfhwc->bfyxc", down, across, video, optimize=True)
         return np.clip(video / 2 + 0.5, 0.0, 1.0)
 
     def fold(self, video: Any) -> np.ndarray:
-        """The inverse of `decode`: video in [0, 1] -> latents in [-1, 1], float32.
+        """Video in [0, 1] -> latents in [-1, 1], float32: the inverse of `decode`, where `enlarge` is 1.
 
-        Raises `UserError` when height or width is not a multiple of `factor`.
+        Otherwise blocks of `enlarge` x `enlarge` pixels are averaged first. Raises `UserError` when height or width is
+        not a multiple of `factor` times `enlarge`.
         """
-        video = np.asarray(video, np.float32)
+        video, block = np.asarray(video, np.float32), self.factor * self.enlarge
         self._check_channels(video, 3)
-        if video.shape[-3] % self.factor or video.shape[-2] % self.factor:
+        if video.shape[-3] % block or video.shape[-2] % block:
             raise UserError(
                 f"a video of {video.shape[-3]} x {video.shape[-2]} pixels cannot be folded",
-                remedy=f"make height and width multiples of {self.factor}",
+                remedy=f"make height and width multiples of {block}",
             )
+        video = reduce(video, "b f (h n) (w m) c -> b f h w c", "mean", n=self.enlarge, m=self.enlarge)
         return rearrange(2 * video - 1, "b f (h p) (w q) c -> b f h w (p q c)", p=self.factor, q=self.factor)
 
     def _check_channels(self, array: np.ndarray, channels: int):
@@ -253,6 +263,13 @@ def copy_pipeline(source: str | os.PathLike, target: str | os.PathLike) -> bool:
         return False
     Pipeline.load(source).save(target)
     return True
+
+
+def _interpolation(size: int, times: int) -> np.ndarray:
+    """Weights [size * times, size] of linear interpolation between pixel centres; edges are continued."""
+    centers = np.clip((np.arange(size * times) + 0.5) / times - 0.5, 0, size - 1)
+    columns = [np.interp(centers, np.arange(size), unit) for unit in np.eye(size)]
+    return np.stack(columns, axis=1).astype(np.float32)  # size x [size * times] -> [size * times, size]
 
 
 def _read_word_table(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
@@ -291,8 +308,10 @@ class _Fields:
             raise UserError(f"{self.path}: {self.name + key!r} is {value!r}", remedy=f"it must be {_KINDS[kind]}")
         return kind(value)
 
-    def count(self, key: str) -> int:
+    def count(self, key: str, default: int | None = None) -> int:
         """A whole number of at least one."""
+        if default is not None and key not in self.left:
+            return default
         value = self.take(key, int)
         if value < 1:
             raise UserError(f"{self.path}: {self.name + key!r} is {value}", remedy="it must be at least 1")

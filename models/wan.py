@@ -187,7 +187,7 @@ class ConditionEmbedder(nnx.Module):
     def __call__(self, timestep, context, dtype):
         """(batch,) or (batch, tokens), (batch, text tokens, text_dim) -> time embedding, modulation, context."""
         first, second = self.time_embedder["linear_1"], self.time_embedder["linear_2"]
-        wide = jnp.promote_types(first.weight[...].dtype, jnp.float32)
+        wide = jnp.promote_types(first.bias[...].dtype, jnp.float32)  # a quantized layer has no weight
         sinusoid = timestep_sinusoid(timestep, self.frequencies).astype(wide)
         embedding = second(jax.nn.silu(first(sinusoid))).astype(dtype)  # (batch, [tokens,] width)
         if timestep.ndim == 1:

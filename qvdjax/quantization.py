@@ -43,6 +43,10 @@ def quantize(
     """
     if isinstance(recipe, str):
         recipe = get(recipe)
+    if recipe.training is not None:
+        raise UserError(
+            f"the quantizers of {recipe.name} are trained", remedy="make the model with `qvdjax train DIR OUT`"
+        )
     if any(True for _ in layers_of(model, QUANTIZED_LAYERS)):
         raise UserError("the model is quantized already", remedy="start from the full-precision model")
     decision = decide(model, recipe)

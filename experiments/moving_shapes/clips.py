@@ -24,7 +24,8 @@ from experiments.moving_shapes.captions import (
 
 FRAMES: Final = 9
 SIZE: Final = 32  # pixels, height and width
-FACTOR: Final = 2  # space-to-depth: a latent pixel is 2 x 2 pixels of RGB
+POOL: Final = 2  # latents hold means of 2 x 2 pixels: a quarter of the tokens, and shapes are as clear
+FACTOR: Final = 2  # space-to-depth: a latent position is 2 x 2 of those means
 RADII: Final = (6.0, 7.25)  # pixels, half the width of a shape
 
 
@@ -136,15 +137,9 @@ def _clip(caption: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def fold(video: jax.Array) -> jax.Array:
-    """Video (..., frames, 32, 32, rgb) in [0, 1] to latents (..., frames, 16, 16, 12) in [-1, 1].
+    """Video (..., frames, 32, 32, rgb) in [0, 1] to latents (..., frames, 8, 8, 12) in [-1, 1].
 
-    Space to depth; the pipeline's `depth_to_space` undoes it.
+    Means of 2 x 2 pixels, then space to depth; the pipeline's decoder undoes the second and enlarges again.
     """
-    pattern = "... (h p) (w q) c -> ... h w (p q c)"
-    return einops.rearrange(video * 2 - 1, pattern, p=FACTOR, q=FACTOR)
-
-
-def unfold(latents: jax.Array) -> jax.Array:
-    """The inverse of `fold`: latents (..., 9, 16, 16, 12) to video (..., 9, 32, 32, rgb), not clipped."""
-    pattern = "... h w (p q c) -> ... (h p) (w q) c"
-    return (einops.rearrange(latents, pattern, p=FACTOR, q=FACTOR) + 1) / 2
+    small = einops.reduce(video, "... (h n) (w m) c -> ... h w c", "mean", n=POOL, m=POOL)
+    return einops.rearrange(small * 2 - 1, "... (h p) (w q) c -> ... h w (p q c)", p=FACTOR, q=FACTOR)

@@ -26,7 +26,7 @@ def example(seed: jax.Array | int, index: jax.Array | int) -> dict[str, jax.Arra
     """Example number `index` of a seed's endless stream.
 
     Returns:
-        latents float32 (9, 16, 16, 12), context float32 (8, 64), caption int32 () into `all_captions()`.
+        latents float32 (9, 8, 8, 12), context float32 (8, 64), caption int32 () into `all_captions()`.
     """
     key = jax.random.fold_in(jax.random.key(seed), index)
     caption_key, scene_key = jax.random.split(key)

@@ -17,7 +17,6 @@ import argparse
 import functools
 import itertools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,24 +25,24 @@ import jax.numpy as jnp
 
 import models
 from experiments.moving_shapes.captions import TOKENS, WORDS
-from experiments.moving_shapes.clips import FACTOR, FRAMES, SIZE
+from experiments.moving_shapes.clips import FACTOR, FRAMES, POOL, SIZE
 from experiments.moving_shapes.data import batch
 from experiments.moving_shapes.words import WIDTH, embeddings
 from experiments.training.log import Log
 from experiments.training.objective import Objective
+from experiments.training.plans import averaged, following, group_rates
 from experiments.training.settings import Settings
 from experiments.training.states import last_state, save_state
+from experiments.training.student import student_of
 from experiments.training.trainer import State, Trainer
 from models.pipeline import Pipeline
 from qvdjax import recipes
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
-from qvdjax.qat import fake_quantized
-from qvdjax.quantization import quantize
 
 CONFIG: Final = {
     "_class_name": "WanTransformer3DModel",
-    "patch_size": [1, 2, 4],  # 288 tokens of 96 values: half the tokens of [1, 2, 2], a training step 2.4 times faster
+    "patch_size": [1, 2, 2],
     "num_attention_heads": 4,
     "attention_head_dim": 32,
     "in_channels": FACTOR * FACTOR * 3,
@@ -63,8 +62,8 @@ def pipeline() -> Pipeline:
     """How a bench model is sampled."""
     return Pipeline(
         words=WORDS, embeddings=embeddings(), tokens=TOKENS,
-        frames=FRAMES, height=SIZE // FACTOR, width=SIZE // FACTOR, channels=CONFIG["in_channels"],
-        factor=FACTOR, solver="unipc", shift=3.0, steps=20, guidance_scale=4.0, fps=8,
+        frames=FRAMES, height=SIZE // (POOL * FACTOR), width=SIZE // (POOL * FACTOR), channels=CONFIG["in_channels"],
+        factor=FACTOR, enlarge=POOL, solver="unipc", shift=3.0, steps=20, guidance_scale=4.0, fps=8,
     )  # fmt: skip
 
 
@@ -168,6 +167,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give --steps or --minutes")
     if options.resume and not options.checkpoints:
         parser.error("--resume needs --checkpoints")
+    if options.recipe and not options.steps:
+        parser.error("--recipe needs --steps, which its phases divide")
     if options.recipe and not options.teacher:
         parser.error("--recipe needs --teacher, whose weights it starts from")
     if options.out.exists():
@@ -175,32 +176,30 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def student_of(model: VideoModel, recipe: str | None) -> Callable[[VideoModel], VideoModel]:
-    """What the loss evaluates in place of the model: itself, or the model rounded as a recipe says."""
-    if recipe is None:
-        return lambda model: model
-    schemes = recipes.decide(model, recipes.get(recipe)).schemes
-    return lambda model: fake_quantized(model, schemes)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Train, save, and say how well it went."""
     options = arguments(argv)
     log = Log(options.log, echo=True)
     teacher = models.load(options.teacher) if options.teacher else None
-    objective = Objective() if teacher is None else Objective(data=options.data_weight, teacher=1.0)
+    recipe = recipes.get(options.recipe) if options.recipe else None
+    if recipe is not None:
+        objective = following(recipe, options.data_weight)
+    else:
+        objective = Objective() if teacher is None else Objective(data=options.data_weight, teacher=1.0)
     settings = Settings(
         seed=options.seed, batch=options.batch, learning_rate=options.learning_rate, warm_up=options.warm_up,
-        average=options.average, optimizer=options.optimizer, frames=options.frames, objective=objective,
+        average=options.average if recipe is None else averaged(recipe, options.average),
+        optimizer=options.optimizer, frames=options.frames, objective=objective,
+        group_rates={} if recipe is None else group_rates(recipe),
     )  # fmt: skip
     start = options.start or (options.teacher if options.recipe else None)
     model = models.load(start) if start else initial_model(options.seed)
-    trainer = Trainer(model, settings, teacher=teacher, student=student_of(model, options.recipe), draw=batch)
+    student = student_of(model, recipe, options.steps)
+    trainer = Trainer(model, settings, teacher=teacher, student=student, draw=batch)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(trainer.initial))
     log(event="model", parameters=parameters, device=jax.devices()[0].device_kind, jax=jax.__version__)
     state = train(trainer, options, log)
-    trained = trainer.model(state)
-    save_folder(quantize(trained, options.recipe) if options.recipe else trained, options.out)
+    save_folder(trainer.finished(state), options.out)
     log(event="saved", folder=str(options.out), step=int(state["step"]))
     if options.evaluate:
         from experiments.moving_shapes.full_precision import evaluate_full_precision

@@ -14,9 +14,6 @@ from qvdjax.checkpoint import SafetensorsFile
 from qvdjax.diffusion import Solver, related_solver
 from qvdjax.errors import UserError
 
-# The noise levels that training visits where no pipeline.json says it.
-PUBLISHED = {"shift": scheduler.PUBLISHED["wan"].solver.shift}
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:

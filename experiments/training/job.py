@@ -1,8 +1,9 @@
 """From a full-precision model folder and a folder of latents to a quantized folder, trained under its rounding."""
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,22 @@ from flax import nnx
 
 import models
 from experiments.quantizing import check_new, save_quantized, weights_report
-from experiments.sampling.request import PUBLISHED
 from experiments.training.latents import DataFolder, stream
 from experiments.training.log import Log
 from experiments.training.loop import Progress, run
 from experiments.training.objective import Objective
+from experiments.training.plans import averaged, following, group_rates
 from experiments.training.settings import Settings
 from experiments.training.states import claim, last_state
+from experiments.training.student import Student, student_of
 from experiments.training.trainer import Trainer
 from models.pipeline import FILE, Pipeline
+from models.scheduler import sampling_defaults
 from qvdjax import recipes
 from qvdjax.checkpoint import stored_variables
 from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, VideoModel, layers_of
-from qvdjax.qat import fake_quantized
-from qvdjax.quantization import quantize
+from qvdjax.recipes import Recipe
 
 LARGEST_SEED = 2**31 - 1  # what jax.random.key takes where 64-bit integers are off
 
@@ -54,8 +56,9 @@ def train_folder(
     """Train a model under a recipe's rounding towards itself in full precision; quantize and save the result.
 
     The student starts from the teacher's weights in float32. Each step rounds its weights and inputs as the
-    recipe says, gradients pass straight through, and the loss is the distance of the two predictions at noise
-    levels as a sampler visits them. Averaged weights are quantized and saved with the source's side files.
+    recipe says, gradients pass straight through, and the loss is the distance of the two predictions, or what the
+    recipe puts in its place, at noise levels as a sampler visits them. The averaged weights, or the last ones where
+    a module fades in training, are quantized and saved with the source's side files.
 
     Args:
         source: Full-precision model folder: teacher, and where the student starts.
@@ -97,16 +100,14 @@ def train_folder(
     abstract = models.skeleton(source)
     if any(True for _ in layers_of(abstract, QUANTIZED_LAYERS)):
         raise UserError(f"{source} is quantized already", remedy="train the full-precision model")
-    schemes = recipes.decide(abstract, chosen).schemes
+    student = student_of(abstract, chosen, steps)
+    student.check_storable()
     folder = DataFolder(data)
-
-    def rounded(model: VideoModel) -> VideoModel:
-        return fake_quantized(model, schemes)
-
-    _check_fit(abstract, rounded, folder.shapes, batch)
+    _check_fit(abstract, student, folder.shapes, batch)
     settings = Settings(
         seed=seed, batch=batch, learning_rate=learning_rate, final_rate=learning_rate / 100, warm_up=warm_up,
-        objective=_objective(source, data_weight),
+        average=averaged(chosen, Settings.average), group_rates=group_rates(chosen),
+        objective=_objective(source, chosen, data_weight),
     )  # fmt: skip
     if checkpoints is not None:
         settled = {
@@ -117,7 +118,7 @@ def train_folder(
         claim(checkpoints, settled, resume=resume)
     lines = Log(log)
     teacher = models.load(source, progress=progress)
-    trainer = Trainer(jax.tree.map(_float32, teacher), settings, teacher=teacher, student=rounded)
+    trainer = Trainer(jax.tree.map(_float32, teacher), settings, teacher=teacher, student=student)
     state = trainer.start(steps)
     if resume:
         state = last_state(checkpoints, state) or state
@@ -126,7 +127,7 @@ def train_folder(
     state, losses = run(
         trainer, state, batches, lines, checkpoints=checkpoints, save_every=save_every, progress=progress
     )
-    quantized = _stored_as(quantize(trainer.model(state), chosen), teacher)
+    quantized = _stored_as(trainer.finished(state), teacher)
     save_quantized(quantized, source, target, overwrite=overwrite, progress=progress)
     lines(event="saved", step=steps, folder=str(target))
     return {
@@ -159,22 +160,24 @@ def _check_numbers(
         raise UserError(f"--seed is {seed}", remedy=f"give a whole number from 0 to {LARGEST_SEED}")
 
 
-def _check_fit(model: VideoModel, rounded: Callable, shapes: Mapping[str, tuple], batch: int) -> None:
+def _check_fit(model: VideoModel, student: Student, shapes: Mapping[str, tuple], batch: int) -> None:
     """Trace the rounded model on the data's shapes: what cannot be trained is refused before a weight is read."""
     latents, context = (jax.ShapeDtypeStruct((batch, *shapes[name]), jnp.float32) for name in ("latents", "context"))
     timestep = jax.ShapeDtypeStruct((batch,), jnp.float32)
-    jax.eval_shape(lambda model, *inputs: rounded(model)(*inputs), model, latents, timestep, context)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    jax.eval_shape(
+        lambda model, step, *inputs: student.at(student.prepare(model), step)(*inputs),
+        model, step, latents, timestep, context,
+    )  # fmt: skip
 
 
-def _objective(source: Path, data_weight: float) -> Objective:
+def _objective(source: Path, recipe: Recipe, data_weight: float) -> Objective:
     """Noise levels of the folder's own sampler; captions are dropped where zeros are the empty prompt."""
     pipeline = Pipeline.load(source) if (source / FILE).exists() else None
-    return Objective(
-        shift=PUBLISHED["shift"] if pipeline is None else pipeline.shift,
-        drop_caption=0.0 if pipeline is None else 0.1,
-        data=data_weight,
-        teacher=1.0,
-    )
+    own = following(recipe, data_weight)
+    if pipeline is None:
+        return dataclasses.replace(own, solver=sampling_defaults(source).solver, drop_caption=0.0)
+    return dataclasses.replace(own, solver=pipeline.make_solver(), drop_caption=0.1)
 
 
 def _float32(leaf: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What is minimised: the error of flow matching, alone or towards a teacher."""
+"""What is minimised: the error of the prediction, towards the data's own target, a teacher's, or both."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,12 +6,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-Velocity = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+from qvdjax.diffusion import FlowMatchEuler, Solver
+
+Prediction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Takes latents (batch, frames, height, width, channels), timestep (batch,), context (batch, tokens, dim)."""
 
 Corrupted = dict[str, jax.Array]
-"""latents (batch, frames, height, width, channels), timestep (batch,), context (batch, tokens, dim), and the
-velocity that the data has, shaped like the latents."""
+"""latents (batch, frames, height, width, channels), timestep (batch,), context (batch, tokens, dim), and the target
+that the data has, shaped like the latents."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,61 +21,71 @@ class Objective:
     """Weights and distributions of the loss.
 
     Attributes:
-        shift: Noise levels are s = shift u / (1 + (shift - 1) u) with u uniform, as a sampler with this shift
-            visits them.
+        solver: Its kind of diffusion says what the model sees and what it should predict, its schedule at which noise
+            levels: those that a sampler visits (see `example` of each solver).
         drop_caption: Part of the examples whose context is zeroed (the empty prompt), for guidance.
-        data: Weight of the distance to the data's velocity.
-        teacher: Weight of the distance to the teacher's velocity; only with a teacher.
+        data: Weight of the distance to the data's target.
+        teacher: Weight of the distance to the teacher's prediction; only with a teacher.
+        fading: With a teacher: at noise level s = timestep / 1000 the teacher's weight is further multiplied by
+            l = (e^(fading s) - 1) / (e^fading - 1) and the data's by 1 - l (DSAQuant, arXiv 2609.04031); None for
+            the same weights at all levels.
     """
 
-    shift: float = 3.0
+    solver: Solver = FlowMatchEuler(3.0)
     drop_caption: float = 0.1
     data: float = 1.0
     teacher: float = 0.0
+    fading: float | None = None
 
     def __call__(
-        self, model: Velocity, batch: dict[str, jax.Array], key: jax.Array, teacher: Velocity | None = None
+        self, model: Prediction, batch: dict[str, jax.Array], key: jax.Array, teacher: Prediction | None = None
     ) -> jax.Array:
-        """The mean squared velocity error, float32 ()."""
+        """The mean squared error, float32 ()."""
         return self.loss(model, self.corrupt(batch, key), teacher)
 
     def corrupt(self, batch: dict[str, jax.Array], key: jax.Array) -> Corrupted:
         """Noisy latents of a batch {latents, context}, and what a model should make of them.
 
-        x_s = (1 - s) x + s e with Gaussian e; the velocity is e - x and the timestep 1000 s (rectified flow,
-        Liu et al. 2022, in Wan's units). Row i is the same whatever devices the batch is spread over.
+        Row i is the same whatever devices the batch is spread over.
         """
         latents, context = batch["latents"], batch["context"]
         level_key, noise_key, drop_key = jax.random.split(key, 3)
-        level = self.levels(level_key, latents.shape[0])
+        uniform = stratified(level_key, latents.shape[0])
         noise = jax.random.normal(noise_key, latents.shape, latents.dtype)
         kept = jax.random.bernoulli(drop_key, 1 - self.drop_caption, (latents.shape[0],))
-        s = level[:, None, None, None, None]  # (batch, 1, 1, 1, 1)
+        example = self.solver.example(latents, noise, uniform)
         return {
-            "latents": (1 - s) * latents + s * noise,
-            "timestep": 1000 * level,
+            "latents": example.latents,
+            "timestep": example.timestep,
             "context": context * kept[:, None, None],
-            "velocity": noise - latents,
+            "target": example.target,
         }
 
-    def loss(self, model: Velocity, corrupted: Corrupted, teacher: Velocity | None = None) -> jax.Array:
-        """The mean squared velocity error on corrupted examples, float32 ()."""
+    def loss(self, model: Prediction, corrupted: Corrupted, teacher: Prediction | None = None) -> jax.Array:
+        """The mean squared error on corrupted examples, float32 ()."""
         inputs = (corrupted["latents"], corrupted["timestep"], corrupted["context"])
-        velocity = model(*inputs)
-        loss = self.data * _distance(velocity, corrupted["velocity"])
-        if teacher is not None:
-            loss += self.teacher * _distance(velocity, jax.lax.stop_gradient(teacher(*inputs)))
-        return loss
+        prediction = model(*inputs)
+        to_data = _distances(prediction, corrupted["target"])
+        if teacher is None or self.teacher == 0:
+            return self.data * jnp.mean(to_data)
+        to_teacher = _distances(prediction, jax.lax.stop_gradient(teacher(*inputs)))
+        share = self.teacher_share(corrupted["timestep"] / 1000)
+        of_data, of_teacher = (1.0, 1.0) if share is None else (1 - share, share)
+        return jnp.mean(self.data * of_data * to_data + self.teacher * of_teacher * to_teacher)
 
-    def levels(self, key: jax.Array, count: int) -> jax.Array:
-        """Noise levels in (0, 1), (count,).
-
-        Stratified: one in each of `count` equal parts of u, which steadies the loss and keeps its mean.
-        """
-        offset = jax.random.uniform(key, ())
-        u = (jnp.arange(count, dtype=jnp.float32) + offset) / count
-        return self.shift * u / (1 + (self.shift - 1) * u)
+    def teacher_share(self, level: jax.Array) -> jax.Array | None:
+        """l of `fading` at noise levels (batch,); None where it is the same at all levels."""
+        if self.fading is None:
+            return None
+        return jnp.expm1(self.fading * level) / jnp.expm1(self.fading)
 
 
-def _distance(prediction: jax.Array, target: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32)))
+def stratified(key: jax.Array, count: int) -> jax.Array:
+    """Numbers in (0, 1), one in each of `count` equal parts: steadies the loss and keeps its mean."""
+    return (jnp.arange(count, dtype=jnp.float32) + jax.random.uniform(key, ())) / count
+
+
+def _distances(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean squared distance of each example, float32 (batch,)."""
+    squares = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
+    return jnp.mean(squares, axis=range(1, squares.ndim))

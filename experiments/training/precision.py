@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qvdjax.qat import FakeQuantizedLinear
+from qvdjax.qat import FakeQuantizedLinear, LearnedLinear
 
-ROUNDED = (FakeQuantizedLinear,)
+ROUNDED = (FakeQuantizedLinear, LearnedLinear)
 """Layers that round their weight themselves, from its float32 value: rounding a rounded weight moves codes."""
 
 

@@ -1,7 +1,6 @@
 """What one training run is: batch, optimizer, learning rates by kind of parameter, precision."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ import optax.contrib
 from flax import nnx
 
 from experiments.training.objective import Objective
+from qvdjax.qat import ClipLogit, LearnedScale, LearnedZeroPoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Settings:
         learning_rate, final_rate, warm_up: See `rate`.
         group_rates: Learning rates of kinds of parameters (classes of Variable), relative to `learning_rate`;
             the nearest class of a Variable's ancestry counts, 1 where none is named.
-        weight_decay: Of matrices; vectors and tables of scales are not decayed.
+        weight_decay: Of matrices; vectors, and the parameters of quantizers, are not decayed.
         clip: Largest global norm of the gradient; larger ones are scaled down to it.
         average: Decay a step of the averaged weights; None keeps no average, which saves a copy of the model.
         optimizer: "adamw", or "muon" for the blocks' matrices and AdamW for the rest.
@@ -68,11 +68,10 @@ class Settings:
                 muon_weight_dimension_numbers=_block_matrices,
             )  # fmt: skip
             return optax.chain(clip, muon, optax.scale(-1.0))  # it subtracts; so does the trainer
-        matrices = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
         return optax.chain(
             clip,
             optax.scale_by_adam(b1=0.9, b2=0.99),
-            optax.add_decayed_weights(self.weight_decay, mask=matrices),
+            optax.add_decayed_weights(self.weight_decay, mask=_decayed),
         )
 
     def rate(self, step: jax.Array, total: jax.Array) -> jax.Array:
@@ -90,11 +89,23 @@ class Settings:
         return jnp.minimum(self.average, (1 + step) / (10 + step))
 
 
+def _decayed(params: nnx.State) -> nnx.State:
+    """Which parameters are pulled towards zero: not those of quantizers, where zero means nothing."""
+    quantizers = (LearnedScale, LearnedZeroPoint, ClipLogit)
+
+    def of(variable: nnx.Variable) -> nnx.Variable:
+        return variable.replace(variable.get_value().ndim > 1 and not isinstance(variable, quantizers))
+
+    return jax.tree.map(of, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
 def _block_matrices(params: nnx.State) -> nnx.State:
     """For each parameter, how Muon reads it: (layers, out, in) of stacked blocks are matrices, the rest is not."""
     stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
 
-    def of(path: tuple[Any, ...], leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        return stacked if "stacks" in jax.tree_util.keystr(path) and leaf.ndim == 3 else None
+    def of(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
+        # Weights only: the factors and scales that quantization adds are kinds of their own.
+        matrix = type(variable) is nnx.Param and variable.get_value().ndim == 3
+        return variable.replace(stacked if matrix and "stacks" in jax.tree_util.keystr(path) else None)
 
-    return jax.tree_util.tree_map_with_path(of, params)
+    return jax.tree_util.tree_map_with_path(of, params, is_leaf=lambda node: isinstance(node, nnx.Variable))

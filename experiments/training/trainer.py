@@ -12,9 +12,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from experiments.training.objective import Corrupted, Velocity
+from experiments.training.objective import Corrupted
 from experiments.training.precision import computing_in
 from experiments.training.settings import Settings
+from experiments.training.student import Student
 from qvdjax.errors import UserError
 from qvdjax.parallel import shardings
 
@@ -33,12 +34,13 @@ Draw = Callable[[int, jax.Array, int], dict[str, jax.Array]]
 class Trainer:
     """A model's structure with its settings; holds no arrays that training changes.
 
+    `finished(state)` is the model as it is stored.
+
     Args:
         model: What is trained; its `nnx.Param`s move, everything else stays. It may be abstract, to compile only.
         settings: See `Settings`.
         teacher: Frozen, or None.
-        student: Turns the model with the current parameters into what the loss evaluates (fake quantization
-            belongs here); the model itself by default.
+        student: What a recipe makes of the model while it is trained; the model itself by default.
         draw: The data of `advance`, drawn inside the step; not needed where batches are given.
         mesh: Where parameters, moments and batches are spread, as `qvdjax.parallel.RULES` say; None for one
             device. The teacher must be placed there by who loads it.
@@ -46,10 +48,10 @@ class Trainer:
 
     def __init__(
         self, model: nnx.Module, settings: Settings, *, teacher: nnx.Module | None = None,
-        student: Callable[[nnx.Module], Velocity] = lambda model: model, draw: Draw | None = None,
+        student: Student = Student(), draw: Draw | None = None,
         mesh: Mesh | None = None,
     ):  # fmt: skip
-        self.graph, self.initial, self.rest = nnx.split(model, nnx.Param, ...)
+        self.graph, self.initial, self.rest = nnx.split(student.prepare(model), nnx.Param, ...)
         self.settings, self.teacher, self.student, self.draw, self.mesh = settings, teacher, student, draw, mesh
         placed = None if mesh is None else (shardings(jax.eval_shape(self._first, self.initial, 0), mesh), None)
         self.run = jax.jit(self._run, donate_argnums=0, out_shardings=placed)
@@ -73,6 +75,10 @@ class Trainer:
         """The model with the averaged weights where they are kept, or the last ones."""
         averaged = averaged and self.settings.average is not None
         return nnx.merge(self.graph, state["average" if averaged else "params"], self.rest)
+
+    def finished(self, state: State) -> nnx.Module:
+        """The model as it is stored: without what only training has."""
+        return self.student.finish(self.model(state))
 
     def advance(self, state: State, steps: int) -> tuple[State, Metrics]:
         """`steps` steps on data drawn by rule. The given state is used up."""
@@ -123,9 +129,12 @@ class Trainer:
         A step whose loss or gradient is not finite leaves everything but the counters as it was.
         """
         settings, step = self.settings, state["step"]
+        begun = self.student.begin_step(state["params"], state["optimizer"], state["average"], step)
+        state = {**state, **dict(zip(("params", "optimizer", "average"), begun, strict=True))}
         data = {**data, "latents": data["latents"][:, : settings.frames]}
         key = jax.random.fold_in(jax.random.key(settings.seed ^ 0x5EED), step)  # apart from the data's keys
-        loss, gradients = self._gradients(state["params"], settings.objective.corrupt(data, key), rest, teacher)
+        corrupted = settings.objective.corrupt(data, key)
+        loss, gradients = self._gradients(state["params"], corrupted, step, rest, teacher)
         norm = optax.tree.norm(gradients)
         updates, optimizer = settings.transformation.update(gradients, state["optimizer"], state["params"])
         params = self._moved(state["params"], updates, settings.rate(step, state["total"]))
@@ -149,12 +158,14 @@ class Trainer:
 
         return jax.tree.map(move, params, updates, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
-    def _gradients(self, params: nnx.State, corrupted: Corrupted, rest, teacher) -> tuple[jax.Array, nnx.State]:
+    def _gradients(
+        self, params: nnx.State, corrupted: Corrupted, step: jax.Array, rest, teacher
+    ) -> tuple[jax.Array, nnx.State]:
         """Mean loss and its gradient, micro-batch after micro-batch."""
         settings = self.settings
 
         def loss_of(params, corrupted):
-            student = computing_in(self.student(nnx.merge(self.graph, params, rest)), settings.dtype)
+            student = computing_in(self.student.at(nnx.merge(self.graph, params, rest), step), settings.dtype)
             velocity = functools.partial(student, remat=True) if settings.remat else student
             return settings.objective.loss(velocity, corrupted, teacher)
 

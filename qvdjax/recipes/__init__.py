@@ -2,5 +2,9 @@
 
 from qvdjax.recipes.registry import METHODS, PRESET_BITS, get, method_of, names
 from qvdjax.recipes.rules import Decision, Recipe, Rule, decide
+from qvdjax.recipes.training import Auxiliary, Training
 
-__all__ = ["METHODS", "PRESET_BITS", "Decision", "Recipe", "Rule", "decide", "get", "method_of", "names"]
+__all__ = [
+    "METHODS", "PRESET_BITS", "Auxiliary", "Decision", "Recipe", "Rule", "Training", "decide", "get", "method_of",
+    "names",
+]  # fmt: skip

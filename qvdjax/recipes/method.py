@@ -2,9 +2,10 @@
 
 import dataclasses
 
-from qvdjax.nn import AttentionScheme, LayerScheme
+from qvdjax.nn import AttentionScheme, InputClip, LayerScheme
 from qvdjax.numerics import Quantizer
 from qvdjax.recipes.rules import Recipe, Rule
+from qvdjax.recipes.training import Training
 
 PRODUCTS = ("query", "key", "value", "attention_output", "feed_forward_in", "feed_forward_out")
 FLOAT_ACTIVATION_BITS = 16
@@ -65,6 +66,14 @@ class Method:
         """What fits the transform of a product's input; None for none."""
         return
 
+    def input_clip(self) -> InputClip | None:
+        """How the dynamic input ranges of products are narrowed; None for not at all."""
+        return
+
+    def training(self) -> Training | None:
+        """How `qvdjax train` makes this recipe's models; None for the straight-through estimator towards a teacher."""
+        return
+
     def recipe(self) -> Recipe:
         """The rules in order; the first that matches a layer decides."""
         weight, activation, transform = self.weight(), self.activation(), self.transform()
@@ -81,7 +90,8 @@ class Method:
                  roles=("head",)),
             Rule(LayerScheme(weight, reason="weights only: its input is one vector a step"),
                  roles=("modulation", "temporal_feature")),
-            Rule(LayerScheme(weight, activation, transforms, "a product over all tokens"), roles=PRODUCTS),
+            Rule(LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip()),
+                 roles=PRODUCTS),
             Rule(LayerScheme(channel, tensor, (), "a product over all positions: one range for the input"),
                  roles=("convolution",)),
         ]  # fmt: skip
@@ -90,4 +100,4 @@ class Method:
                 self.attention_qk_bits, self.attention_pv_bits, reason="the option attention_*_bits"
             )
             rules.append(Rule(products, roles=("attention",)))
-        return Recipe(self.recipe_name, tuple(rules), transform)
+        return Recipe(self.recipe_name, tuple(rules), transform, self.training())

@@ -6,6 +6,7 @@ from typing import Any
 
 from qvdjax.errors import UserError
 from qvdjax.nn import Attention, AttentionScheme, LayerScheme, VideoModel, layers_of
+from qvdjax.recipes.training import Training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +40,14 @@ class Recipe:
         name: `<method>-w<bits>a<bits>`.
         rules: First match decides; a layer that none matches stays float.
         transform: Fits what the inputs of quantized products pass through (see `qvdjax.ptq.transforms`), or None.
+        training: How its models are trained; None where quantizing makes them, and training may follow by the
+            straight-through estimator.
     """
 
     name: str
     rules: tuple[Rule, ...]
     transform: Any = None
+    training: Training | None = None
 
     @property
     def needs_calibration(self) -> bool:

@@ -87,6 +87,28 @@ def test_fold_is_the_inverse_of_decode_and_decode_clips(pipeline):
     assert (outside == 1).all()
 
 
+def test_enlarged_videos(pipeline, tmp_path):
+    large = dataclasses.replace(pipeline, enlarge=2)
+    large.save(tmp_path)
+    assert json.loads((tmp_path / FILE).read_text())["decoder"] == {
+        "kind": "depth_to_space", "factor": 3, "enlarge": 2,
+    }  # fmt: skip
+    assert Pipeline.load(tmp_path).enlarge == 2
+    video = np.random.default_rng(2).uniform(0, 1, (1, 2, 12, 15, 3)).astype(np.float32)
+    shown = large.decode(pipeline.fold(video))
+    assert shown.shape == (1, 2, 24, 30, 3)
+    # Halves of a pixel lie a quarter of a pixel from its centre: three parts of it, one of the neighbour's; the edges
+    # have no neighbour. Float32 rounding of numbers up to 1.
+    np.testing.assert_allclose(shown[0, 0, 0, 0], video[0, 0, 0, 0], atol=1e-6)
+    row = 0.75 * video[0, 1, 4] + 0.25 * video[0, 1, 3]  # of pixel row 4, the upper half
+    np.testing.assert_allclose(shown[0, 1, 8, 5], 0.75 * row[2] + 0.25 * row[3], atol=1e-6)
+    # Means of the blocks that interpolation made of a plain picture are the picture.
+    plain = np.broadcast_to(video[:, :, :1, :1], (1, 2, 24, 30, 3))
+    np.testing.assert_allclose(large.decode(large.fold(plain)), plain, atol=1e-6)
+    with pytest.raises(UserError, match="multiples of 6"):
+        large.fold(np.zeros((1, 2, 12, 15, 3)))
+
+
 def test_make_solver(pipeline):
     assert pipeline.make_solver() == UniPCFlow(3.0)
     assert pipeline.make_solver("euler") == FlowMatchEuler(3.0)

@@ -40,7 +40,7 @@ def test_the_command_writes_a_folder_that_samples(tmp_path, capsys, from_folder)
     model, pipeline = models.load(tmp_path / "model"), Pipeline.load(tmp_path / "model")
     context = pipeline.encode(["a red disc moving left"])
     latents = jnp.zeros((1, *pipeline.latents_shape))
-    assert model(latents, jnp.array([500.0]), context).shape == (1, 9, 16, 16, 12)
+    assert model(latents, jnp.array([500.0]), context).shape == (1, 9, 8, 8, 12)
     size = sum(file.stat().st_size for file in (tmp_path / "model").iterdir())
     assert size <= 8 * 2**20
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.training.objective import Objective
+from qvdjax.diffusion import DDIM
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,8 @@ def test_the_perfect_model_loses_nothing(examples):
 
 
 def test_levels_are_those_of_a_shifted_sampler():
-    levels = np.sort(np.asarray(Objective(shift=3.0).levels(jax.random.key(0), 1000)))
+    batch = {"latents": jnp.zeros((1000, 1, 1, 1, 1)), "context": jnp.zeros((1000, 1, 1))}
+    levels = np.sort(np.asarray(Objective().corrupt(batch, jax.random.key(0))["timestep"])) / 1000
     u = (np.arange(1000) + 0.5) / 1000
     np.testing.assert_allclose(levels, 3 * u / (1 + 2 * u), atol=2e-3)  # one in each thousandth, slope up to 3
 
@@ -53,3 +55,34 @@ def test_dropped_captions_reach_the_model_as_zeros(examples):
     Objective(drop_caption=0.1)(model, many, jax.random.key(0))
     dropped = 1 - seen[2].any(axis=(1, 2)).mean()
     assert 0.06 < dropped < 0.14  # four deviations of a thousand coins
+
+
+def test_the_teacher_fades_into_the_data():
+    """DSAQuant's weights at s = 0, 0.5 and 1 with a = 5, by hand: 0, (e^2.5 - 1) / (e^5 - 1) = 0.0759, 1."""
+    objective = Objective(data=1.0, teacher=1.0, fading=5.0)
+    np.testing.assert_allclose(objective.teacher_share(jnp.array([0.0, 0.5, 1.0])), [0, 0.07586, 1], atol=1e-4)
+    ones = jnp.ones((3, 1, 1, 1, 2))
+    timestep, context = jnp.array([0.0, 500.0, 1000.0]), jnp.ones((3, 1, 1))
+    corrupted = {"latents": ones, "target": 3 * ones, "timestep": timestep, "context": context}
+    loss = objective.loss(lambda *inputs: ones, corrupted, lambda *inputs: 2 * ones)
+    share = np.array([0, 0.0758582, 1])
+    # Distances 4 to the data and 1 to the teacher, at each level by its share; float32.
+    assert float(loss) == pytest.approx(np.mean(4 * (1 - share) + share), rel=1e-5)
+
+
+def test_a_loss_of_the_data_alone_asks_no_teacher(examples):
+    def teacher(*inputs):
+        raise AssertionError("the teacher was asked")
+
+    assert np.isfinite(Objective()(lambda *inputs: inputs[0], examples, jax.random.key(0), teacher))
+
+
+def test_variance_preserving_models_see_their_own_noise(examples):
+    """CogVideoX's: sqrt(a) x + sqrt(1 - a) e, and v = sqrt(a) e - sqrt(1 - a) x at whole timesteps."""
+    corrupted = Objective(solver=DDIM()).corrupt(examples, jax.random.key(3))
+    timestep = np.asarray(corrupted["timestep"])
+    assert (timestep == np.floor(timestep)).all()
+    noise = jax.random.normal(jax.random.split(jax.random.key(3), 3)[1], examples["latents"].shape)
+    # (noisy, v) is a rotation of (x, e): lengths are kept, up to float32 rounding of the two roots.
+    kept = jnp.square(corrupted["latents"]) + jnp.square(corrupted["target"])
+    np.testing.assert_allclose(kept, jnp.square(examples["latents"]) + jnp.square(noise), rtol=1e-4, atol=1e-5)

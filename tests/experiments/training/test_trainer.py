@@ -12,7 +12,9 @@ from experiments.moving_shapes import data, train
 from experiments.training.objective import Objective
 from experiments.training.settings import Settings
 from experiments.training.states import last_state, save_state
+from experiments.training.student import student_of
 from experiments.training.trainer import Trainer
+from qvdjax import recipes
 
 SMALL = {**train.CONFIG, "num_layers": 1, "num_attention_heads": 1, "ffn_dim": 64}
 SETTINGS = Settings(batch=2, learning_rate=3e-3, warm_up=5, average=0.9)
@@ -84,7 +86,8 @@ def test_distillation_moves_a_rounded_student_towards_the_teacher():
     settings = dataclasses.replace(
         SETTINGS, learning_rate=1e-4, final_rate=1e-6, warm_up=5, objective=Objective(data=0.0, teacher=1.0)
     )
-    rounded = train.student_of(teacher, "rtn-w4a4")
+    student = student_of(teacher, recipes.get("rtn-w4a4"), 60)
+    rounded = lambda model: student.at(model, jnp.int32(0))  # noqa: E731
 
     @jax.jit
     def loss(student):
@@ -93,7 +96,7 @@ def test_distillation_moves_a_rounded_student_towards_the_teacher():
     # The same function twice in one program, fused otherwise: float32 rounding, squared.
     assert loss(teacher) < 1e-10
     assert loss(rounded(nnx.clone(teacher))) > 1e-5
-    trainer = Trainer(teacher, settings, teacher=teacher, student=rounded, draw=data.batch)
+    trainer = Trainer(teacher, settings, teacher=teacher, student=student, draw=data.batch)
     state, _ = trainer.advance(trainer.start(60), 60)
     # The same clips, noise and noise levels before and after; training saw others.
     assert loss(rounded(trainer.model(state, averaged=False))) < loss(rounded(nnx.clone(teacher)))

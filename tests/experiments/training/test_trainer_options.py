@@ -10,6 +10,7 @@ from flax import nnx
 
 from experiments.training.objective import Objective
 from experiments.training.settings import Settings
+from experiments.training.student import Student
 from experiments.training.trainer import Trainer
 from qvdjax.errors import UserError
 from qvdjax.nn import LayerScheme, Linear
@@ -147,12 +148,13 @@ def test_bfloat16_computes_narrow_and_keeps_wide(batches):
             seen["remat"] = remat
             return super().__call__(latents, timestep, context)
 
-    def rounded(model):
-        model.linear = FakeQuantizedLinear(model.linear, LayerScheme(Quantizer(4, True, "channel")))
-        return model
+    class Rounded(Student):
+        def at(self, model, step):
+            model.linear = FakeQuantizedLinear(model.linear, LayerScheme(Quantizer(4, True, "channel")))
+            return model
 
     narrow = dataclasses.replace(SETTINGS, dtype="bfloat16", remat=True)
-    for student, weight in ((lambda model: model, jnp.bfloat16), (rounded, jnp.float32)):
+    for student, weight in ((Student(), jnp.bfloat16), (Rounded(), jnp.float32)):
         trainer = Trainer(Watched(), narrow, student=student)
         state, metrics = trainer.advance_on(trainer.start(3), batches[0])
         assert seen == {"gain": jnp.bfloat16, "kept": jnp.float32, "weight": weight, "remat": True}

@@ -14,7 +14,7 @@ from qvdjax.recipes import METHODS, PRESET_BITS, Recipe, Rule, decide, get, name
 
 def test_every_preset_is_there():
     assert {(8, 8), (6, 6), (4, 8), (4, 6), (4, 4), (3, 3)} == set(PRESET_BITS)
-    assert {"rtn", "minmax", "smoothquant"} <= set(METHODS)
+    assert {"rtn", "minmax", "smoothquant", "lsq", "q-dm", "qvgen", "dsaquant"} <= set(METHODS)
     for name in names():
         assert get(name).name == name
 
@@ -25,7 +25,9 @@ def test_the_exceptions_of_every_preset():
     for name in names():
         recipe = get(name)
         decision = decide(model, recipe)
-        weight = Quantizer(int(name.split("-w")[1].split("a")[0]))
+        if name.startswith(("qvgen-code", "dsaquant")):
+            continue  # other layers, on purpose: below
+        weight = Quantizer(int(name.split("-w")[1].split("a")[0]), symmetric=not name.startswith("qvgen-paper"))
         floats = {p for p, s in decision.schemes.items() if isinstance(s, LayerScheme) and not s.quantizes}
         assert floats == {
             "patch_embedding", "proj_out",
@@ -37,6 +39,20 @@ def test_the_exceptions_of_every_preset():
         assert len(products) == 3 * 10
         assert all(s.weight == weight and s.activation is not None and s.reason for s in products)
         assert set(decision.absent_roles) == {"convolution", "temporal_feature"}
+
+
+def test_layers_that_sources_choose_otherwise():
+    model = models.abstract(WAN)
+    code = decide(model, get("qvgen-code-w4a4")).schemes
+    floats = {path for path, scheme in code.items() if isinstance(scheme, LayerScheme) and not scheme.quantizes}
+    assert floats == {"patch_embedding"}
+    assert code["condition_embedder.time_embedder.linear_1"] == code["blocks.0.attn1.to_q"] == code["proj_out"]
+    assert code["proj_out"].input_clip.index == "residue"
+    dsaquant = decide(model, get("dsaquant-w4a4")).schemes
+    assert not dsaquant["condition_embedder.time_proj"].quantizes
+    assert dsaquant["blocks.0.attn1.to_q"].weight == Quantizer(4)
+    skipped = decide(model, get("dsaquant-w4a4", skip=r"blocks\.0\..*")).schemes
+    assert not skipped["blocks.0.attn1.to_q"].quantizes
 
 
 def test_the_first_matching_rule_decides():

@@ -1,0 +1,61 @@
+"""How a recipe is trained: what it has beside rules, as data. The loop that reads it knows no method by name."""
+
+import dataclasses
+from typing import Literal, get_args
+
+Target = Literal["teacher", "data", "fading"]
+Quantizers = Literal["straight-through", "learned"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Auxiliary:
+    """A low-rank module beside every rounded weight, and how it goes away (see `qvdjax.qat.RankDecay`).
+
+    Attributes:
+        rank: Directions at the start.
+        start: "svd" of what rounding leaves, "zeros" or "random".
+        phases, keep, shape, warm_up: Of the decay; phases "keep" leaves the module in the model, an ablation.
+        second_moments: Of the optimizer at a phase's start: "follow" the change of basis, or "reset".
+    """
+
+    rank: int = 32
+    start: str = "svd"
+    phases: str = "paper"
+    keep: float = 0.5
+    shape: str = "cosine"
+    warm_up: int = 0
+    second_moments: str = "follow"
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a training run takes from its recipe.
+
+    Attributes:
+        quantizers: "straight-through": ranges follow the values, as the recipe's dynamic quantizers take them;
+            "learned": weights' scales (and zero points of asymmetric grids) and the clips of inputs are trained.
+        start: Where learned scales begin: "search", "minmax" or "mean" (`qvdjax.qat.learned_weights.start`).
+        scaled_gradients: LSQ's gradient scale.
+        target: What the loss follows: the teacher's velocity, the data's own, or the teacher's at much noise fading
+            into the data's at little.
+        fading: Of the last: the teacher's share at noise level s is (e^(fading s) - 1) / (e^fading - 1).
+        clip_rate: Learning rate of clip logits relative to the weights'.
+        auxiliary: A module that lowers the gradients' norm while training, or None.
+    """
+
+    quantizers: Quantizers = "straight-through"
+    start: str = "search"
+    scaled_gradients: bool = True
+    target: Target = "teacher"
+    fading: float = 5.0
+    clip_rate: float = 1.0
+    auxiliary: Auxiliary | None = None
+
+    def __post_init__(self):
+        for value, known in ((self.quantizers, Quantizers), (self.target, Target)):
+            if value not in get_args(known):
+                raise ValueError(f"{value!r} is none of {', '.join(get_args(known))}")
+        if self.auxiliary is not None and self.quantizers != "learned":
+            raise ValueError("an auxiliary module belongs to learned quantizers")
+        if not self.fading > 0:
+            raise ValueError(f"fading is {self.fading} and must be positive")
