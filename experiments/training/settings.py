@@ -100,12 +100,15 @@ def _decayed(params: nnx.State) -> nnx.State:
 
 
 def _block_matrices(params: nnx.State) -> nnx.State:
-    """For each parameter, how Muon reads it: (layers, out, in) of stacked blocks are matrices, the rest is not."""
+    """For each parameter, how Muon reads it: weights (layers, out, in) of stacked blocks are matrices, the rest is not.
+
+    By name, because optax hands over trees whose leaves it has masked: what quantization adds (factors, scales) is
+    never called `weight`.
+    """
     stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
 
-    def of(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
-        # Weights only: the factors and scales that quantization adds are kinds of their own.
-        matrix = type(variable) is nnx.Param and variable.get_value().ndim == 3
-        return variable.replace(stacked if matrix and "stacks" in jax.tree_util.keystr(path) else None)
+    def of(path: tuple[Any, ...], leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path)
+        return stacked if "'stacks'" in name and "'weight'" in name and leaf.ndim == 3 else None
 
-    return jax.tree_util.tree_map_with_path(of, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return jax.tree_util.tree_map_with_path(of, params)

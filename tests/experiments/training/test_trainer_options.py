@@ -13,7 +13,7 @@ from experiments.training.settings import Settings
 from experiments.training.student import Student
 from experiments.training.trainer import Trainer
 from qvdjax.errors import UserError
-from qvdjax.nn import LayerScheme, Linear
+from qvdjax.nn import LayerScheme, Linear, stacked
 from qvdjax.numerics import Quantizer
 from qvdjax.parallel import make_mesh
 from qvdjax.qat import FakeQuantizedLinear
@@ -160,3 +160,39 @@ def test_bfloat16_computes_narrow_and_keeps_wide(batches):
         assert seen == {"gain": jnp.bfloat16, "kept": jnp.float32, "weight": weight, "remat": True}
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state["params"]))
         assert np.isfinite(float(metrics["loss"]))
+
+
+class Stacked(Tiny):
+    """A stack of two such matrices, as a model of blocks has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stacks = nnx.List([nnx.Dict(block=stacked(lambda key: _linear(key), 2, jax.random.key(1)))])
+
+    def __call__(self, latents, timestep, context, *, remat=False):
+        for layer in range(2):
+            latents = latents + latents @ self.stacks[0]["block"].weight[...][layer].T
+        return super().__call__(latents, timestep, context)
+
+
+def _linear(key):
+    return Linear(CHANNELS, CHANNELS, role="query", axes=("heads", "embed"), key=key)
+
+
+def test_muon_moves_the_blocks_matrices_by_orthogonal_steps(batches):
+    settings = dataclasses.replace(SETTINGS, optimizer="muon", weight_decay=0.0)
+    trainer = Trainer(Stacked(), settings)
+    before = trainer.initial["stacks"][0]["block"]["weight"].get_value()
+    state, metrics = trainer.advance_on(trainer.start(10), batches[0])
+    assert int(metrics["left_out"]) == 0
+    step = np.asarray(before - state["params"]["stacks"][0]["block"]["weight"].get_value()) / 1e-2
+    for layer in step:
+        # 0.2 sqrt(8) times an orthogonal matrix, as far as five Newton-Schulz steps go: they bring singular values to
+        # 0.7 to 1.2, but not one that was below a hundredth of the others.
+        values = np.linalg.svd(layer, compute_uv=False) / (0.2 * CHANNELS**0.5)
+        assert values[0] < 1.4, values
+        assert values[-2] > 0.6, values
+    other = np.asarray(
+        trainer.initial["linear"]["weight"].get_value() - state["params"]["linear"]["weight"].get_value()
+    )
+    assert np.abs(other).max() == pytest.approx(1e-2, rel=1e-2)  # Adam's first step is the rate itself
