@@ -93,8 +93,8 @@ class Quantize(Common):
 class Train(Common):
     """Train a model under a recipe's rounding towards itself in full precision, then quantize it.
 
-    Quantization-aware training by the straight-through estimator, on one device; an interrupted run goes on
-    with --checkpoints and --resume.
+    Quantization-aware training by the straight-through estimator or with learned quantizers, as the recipe says; an
+    interrupted run goes on with --checkpoints and --resume.
     """
 
     dir: Dir
@@ -119,6 +119,14 @@ class Train(Common):
     """Weight of the distance to the data's own velocity, beside 1 for the teacher's."""
     seed: Whole = 0
     """Of the order of the examples, the noise and its levels."""
+    mesh: Mesh = None
+    """Devices as a mesh, such as data=2,fsdp=4; axes are data, fsdp, context and tensor."""
+    accumulate: Whole = 1
+    """Micro-batches that a step's batch is cut into, to need less memory."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What student and teacher compute in; weights and their optimizer are float32 always."""
+    remat: bool = False
+    """Recompute each block in the backward pass, to need less memory."""
     checkpoints: hinted(Path, "DIR", "none are kept") = None
     """Folder for training states (Orbax); the two newest are kept."""
     save_every: Whole = 500

@@ -5,11 +5,12 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 import models
 from experiments.quantizing import check_new, save_quantized, weights_report
@@ -18,6 +19,7 @@ from experiments.training.log import Log
 from experiments.training.loop import Progress, run
 from experiments.training.objective import Objective
 from experiments.training.plans import averaged, following, group_rates
+from experiments.training.precision import computing_in
 from experiments.training.settings import Settings
 from experiments.training.states import claim, last_state
 from experiments.training.student import Student, student_of
@@ -28,6 +30,7 @@ from qvdjax import recipes
 from qvdjax.checkpoint import stored_variables
 from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, VideoModel, layers_of
+from qvdjax.parallel import make_mesh, parse_mesh
 from qvdjax.recipes import Recipe
 
 LARGEST_SEED = 2**31 - 1  # what jax.random.key takes where 64-bit integers are off
@@ -46,6 +49,10 @@ def train_folder(
     warm_up: int = 50,
     data_weight: float = 0.0,
     seed: int = 0,
+    mesh: str | Mapping[str, int] | None = None,
+    accumulate: int = 1,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    remat: bool = False,
     checkpoints: Path | None = None,
     save_every: int = 500,
     resume: bool = False,
@@ -72,10 +79,15 @@ def train_folder(
         warm_up: Steps of linear warm-up.
         data_weight: Weight of the distance to the data's own velocity, beside 1 for the teacher's.
         seed: Of the order of the data, the noise and the noise levels.
+        mesh: Devices to spread weights, optimizer and batch over, such as "fsdp=4,tensor=2"; None for one.
+        accumulate: Micro-batches that a step's batch is cut into, to need less memory.
+        dtype: What student and teacher compute in; weights, their optimizer and rounding are float32 always.
+        remat: Recompute each block in the backward pass, to need less memory.
         checkpoints: Folder for training states; the two newest are kept.
         save_every: Steps between two states.
         resume: Go on from the newest state in `checkpoints`, from the start if there is none. The parameters
-            are then bit for bit those of a run that was not interrupted.
+            are then bit for bit those of a run that was not interrupted. Another mesh may go on, and then they
+            agree to rounding.
         log: JSON lines are appended to this file: step, loss, learning rate.
         overwrite: Replace a target that is there already.
         progress: Called with (stage, done, total).
@@ -93,7 +105,9 @@ def train_folder(
     """
     began = time.perf_counter()
     check_new(target, overwrite=overwrite)
-    _check_numbers(steps, batch, learning_rate, warm_up, data_weight, seed, save_every)
+    _check_numbers(steps, batch, accumulate, learning_rate, warm_up, data_weight, seed, save_every)
+    described = None if mesh is None else make_mesh(parse_mesh(mesh) if isinstance(mesh, str) else mesh)
+    _check_division(batch, accumulate, described)
     if resume and checkpoints is None:
         raise UserError("there is nothing to resume from", remedy="name the folder of checkpoints too")
     chosen = recipes.get(recipe, **(overrides or {}))
@@ -106,19 +120,21 @@ def train_folder(
     _check_fit(abstract, student, folder.shapes, batch)
     settings = Settings(
         seed=seed, batch=batch, learning_rate=learning_rate, final_rate=learning_rate / 100, warm_up=warm_up,
-        average=averaged(chosen, Settings.average), group_rates=group_rates(chosen),
-        objective=_objective(source, chosen, data_weight),
+        accumulate=accumulate, dtype=dtype, remat=remat, average=averaged(chosen, Settings.average),
+        group_rates=group_rates(chosen), objective=_objective(source, chosen, data_weight),
     )  # fmt: skip
     if checkpoints is not None:
         settled = {
             "model": abstract.config.to_dict(), "recipe": chosen.name, "overrides": dict(overrides or {}),
             "examples": len(folder), **folder.shapes, "steps": steps, "batch": batch,
             "learning_rate": learning_rate, "warm_up": warm_up, "data_weight": data_weight, "seed": seed,
+            "dtype": dtype,
         }  # fmt: skip
         claim(checkpoints, settled, resume=resume)
     lines = Log(log)
-    teacher = models.load(source, progress=progress)
-    trainer = Trainer(jax.tree.map(_float32, teacher), settings, teacher=teacher, student=student)
+    teacher = models.load(source, mesh=described, progress=progress)
+    computing = computing_in(teacher, dtype)
+    trainer = Trainer(jax.tree.map(_float32, teacher), settings, teacher=computing, student=student, mesh=described)
     state = trainer.start(steps)
     if resume:
         state = last_state(checkpoints, state) or state
@@ -143,11 +159,30 @@ def train_folder(
     }
 
 
+def _check_division(batch: int, accumulate: int, mesh: Mesh | None) -> None:
+    """Raise UserError where a batch cannot be cut."""
+    if batch % accumulate:
+        raise UserError(f"{accumulate} micro-batches do not divide a batch of {batch}", remedy="choose a divisor")
+    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch // accumulate % parts:
+        raise UserError(
+            f"a batch of {batch} in {accumulate} parts does not spread over {parts} devices (data x fsdp)",
+            remedy=f"choose a batch that {accumulate * parts} divides, or another mesh",
+        )
+
+
 def _check_numbers(
-    steps: int, batch: int, learning_rate: float, warm_up: int, data_weight: float, seed: int, save_every: int
+    steps: int,
+    batch: int,
+    accumulate: int,
+    learning_rate: float,
+    warm_up: int,
+    data_weight: float,
+    seed: int,
+    save_every: int,
 ) -> None:
     """Raise UserError for what no training can be made of."""
-    for name, value in (("steps", steps), ("batch", batch), ("save-every", save_every)):
+    for name, value in (("steps", steps), ("batch", batch), ("accumulate", accumulate), ("save-every", save_every)):
         if value < 1:
             raise UserError(f"--{name} is {value}", remedy="give at least 1")
     if not (math.isfinite(learning_rate) and learning_rate > 0):

@@ -10,8 +10,8 @@ from experiments.cli.outcome import Outcome, Table, number, size
 from experiments.cli.terminal import Progress
 
 TRAINING = (
-    "steps", "batch", "learning_rate", "warm_up", "data_weight", "seed", "checkpoints", "save_every", "resume",
-    "log", "overwrite",
+    "steps", "batch", "learning_rate", "warm_up", "data_weight", "seed", "mesh", "accumulate", "dtype", "remat",
+    "checkpoints", "save_every", "resume", "log", "overwrite",
 )  # fmt: skip
 
 

@@ -102,6 +102,34 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(whole, model_folder, data_f
 
 
 @pytest.mark.slow
+def test_a_mesh_trains_what_one_device_trains_and_another_goes_on(model_folder, data_folder, tmp_path):
+    def run(out, **more):
+        options = {"steps": 6, "batch": 4, "learning_rate": 1e-3, "warm_up": 1, **more}
+        return train_folder(model_folder, tmp_path / out, "qvgen-w4a16", data_folder, overrides={"rank": 4}, **options)
+
+    alone = run("alone")
+    spread = run("spread", mesh="data=2,fsdp=2,tensor=2", accumulate=1, remat=True)
+    # Sums in another order, six steps of Adam.
+    assert spread["last_loss"] == pytest.approx(alone["last_loss"], rel=1e-3)
+    with pytest.raises(KeyboardInterrupt):
+        run("part", mesh="fsdp=4", checkpoints=tmp_path / "states", save_every=3, progress=_interrupt_at_end)
+    again = run("again", mesh="data=2", checkpoints=tmp_path / "states", resume=True)
+    assert again["first_step"] == 3
+    one, other = (load_file(tmp_path / out / WEIGHTS) for out in ("alone", "again"))
+    assert one.keys() == other.keys()
+    scales = [name for name in one if name.endswith("weight_scale")]
+    for name in scales:
+        np.testing.assert_allclose(one[name], other[name], rtol=2e-2)  # moved by six rates of 1e-3 at most
+    narrow = run("narrow", mesh="fsdp=2", accumulate=2, dtype="bfloat16")
+    assert narrow["last_loss"] == pytest.approx(alone["last_loss"], rel=0.2)  # bfloat16 has 8 bits
+
+
+def _interrupt_at_end(stage, done, total):
+    if (stage, done) == ("training", total):  # before the last state is written
+        raise KeyboardInterrupt
+
+
+@pytest.mark.slow
 def test_processes_killed_and_told_to_stop_go_on_to_the_same_bits(whole, model_folder, data_folder, tmp_path):
     states, log = tmp_path / "states", tmp_path / "log.jsonl"
     options = {"--steps": 40, "--batch": 6, "--learning-rate": 5e-4, "--warm-up": 4, "--save-every": 3,
@@ -176,6 +204,12 @@ def refused(capsys, tmp_path):
         (["--recipe", "rtn-w4a4", "--data-weight", "-1"], ["--data-weight"]),
         (["--recipe", "rtn-w4a4", "--seed", "-1"], ["--seed"]),
         (["--recipe", "rtn-w4a4", "--save-every", "0"], ["--save-every"]),
+        (["--recipe", "rtn-w4a4", "--accumulate", "0"], ["--accumulate"]),
+        (["--recipe", "rtn-w4a4", "--batch", "8", "--accumulate", "3"], ["3 micro-batches", "batch of 8"]),
+        (["--recipe", "rtn-w4a4", "--batch", "6", "--mesh", "fsdp=4"], ["batch of 6", "4 devices"]),
+        (["--recipe", "rtn-w4a4", "--mesh", "fsdp=99"], ["99", "devices"]),
+        (["--recipe", "qvgen-w4a4", "--steps", "9"], ["phases", "9 steps"]),
+        (["--recipe", "qvgen-w4a4", "--set", "phases=keep"], ["phases=keep"]),
         (["--recipe", "rtn-w4a4", "--resume"], ["checkpoints"]),
         (["--recipe", "rtn-w4a4", "--data", "missing"], ["missing", "manifest.json"]),
     ],
