@@ -13,7 +13,7 @@ from experiments.training.settings import Settings
 from experiments.training.student import Student
 from experiments.training.trainer import Trainer
 from qvdjax.errors import UserError
-from qvdjax.nn import LayerScheme, Linear, stacked
+from qvdjax.nn import LayerScheme, Linear, PerCall, stacked
 from qvdjax.numerics import Quantizer
 from qvdjax.parallel import make_mesh
 from qvdjax.qat import FakeQuantizedLinear
@@ -34,6 +34,7 @@ class Tiny(nnx.Module):
         self.linear = Linear(CHANNELS, CHANNELS, role="head", axes=axes, key=jax.random.key(0), bias=False)
         self.gain = Gain(jnp.ones(()), axes=())
         self.kept = nnx.Param(jnp.ones(()), axes=(), keep_float32=True)
+        self.gate = PerCall(jnp.ones(()))
 
     def __call__(self, latents, timestep, context, *, remat=False):
         latents = latents.astype(self.gain[...].dtype)
@@ -145,7 +146,7 @@ def test_bfloat16_computes_narrow_and_keeps_wide(batches):
     class Watched(Tiny):
         def __call__(self, latents, timestep, context, *, remat=False):
             seen.update(gain=self.gain[...].dtype, kept=self.kept[...].dtype, weight=self.linear.weight[...].dtype)
-            seen["remat"] = remat
+            seen.update(remat=remat, gate=self.gate[...].dtype)
             return super().__call__(latents, timestep, context)
 
     class Rounded(Student):
@@ -157,7 +158,7 @@ def test_bfloat16_computes_narrow_and_keeps_wide(batches):
     for student, weight in ((Student(), jnp.bfloat16), (Rounded(), jnp.float32)):
         trainer = Trainer(Watched(), narrow, student=student)
         state, metrics = trainer.advance_on(trainer.start(3), batches[0])
-        assert seen == {"gain": jnp.bfloat16, "kept": jnp.float32, "weight": weight, "remat": True}
+        assert seen == {"gain": jnp.bfloat16, "kept": jnp.float32, "weight": weight, "remat": True, "gate": jnp.float32}
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state["params"]))
         assert np.isfinite(float(metrics["loss"]))
 
