@@ -3,6 +3,7 @@
 import platform
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import flax
 import jax
@@ -49,10 +50,17 @@ def machine() -> dict:
             "flax": flax.__version__,
             "backend": jax.extend.backend.get_backend().platform_version.split("\n")[0],
         },
-        "command": " ".join(sys.argv),
+        "command": _command(sys.argv),
     }
 
 
 def memory_bytes() -> int | None:
     """Bytes jax may take on the device; None where the device does not say (a CPU)."""
     return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def _command(argv: list[str]) -> str:
+    """The command line as anyone would type it: without the place where the program lies."""
+    program = Path(argv[0])
+    name = f"python -m experiments.{program.parent.name}" if program.name == "__main__.py" else program.name
+    return " ".join([name, *argv[1:]])

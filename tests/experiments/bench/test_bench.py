@@ -8,6 +8,7 @@ from experiments import bench
 from experiments.bench import bench as bench_module
 from experiments.bench import cases as cases_module
 from experiments.bench.cases import logical_bytes
+from experiments.bench.peaks import _command
 from experiments.bench.shapes import LATENT_SIZES, SHAPES, Shape
 from qvdjax.errors import UserError
 from qvdjax.nn import Codes, Param
@@ -122,3 +123,10 @@ def test_unknown_names_are_refused_before_anything_is_timed(options):
 def test_suites_are_the_shapes_and_the_default():
     assert set(bench.SUITES) == {"default", *SHAPES}
     assert set(LATENT_SIZES) >= {"480p", "720p"}
+
+
+def test_the_command_is_kept_without_the_place_of_the_program():
+    assert _command(["/some/where/experiments/bench/__main__.py", "--suite", "tiny"]) == (
+        "python -m experiments.bench --suite tiny"
+    )
+    assert _command(["/usr/bin/qvdjax", "bench"]) == "qvdjax bench"
