@@ -182,15 +182,13 @@ def main(argv: list[str] | None = None) -> None:
     log = Log(options.log, echo=True)
     teacher = models.load(options.teacher) if options.teacher else None
     recipe = recipes.get(options.recipe) if options.recipe else None
-    if recipe is not None:
-        objective = following(recipe, options.data_weight)
-    else:
-        objective = Objective() if teacher is None else Objective(data=options.data_weight, teacher=1.0)
+    plan = None if recipe is None else recipe.training
+    objective = Objective() if teacher is None else following(plan, options.data_weight)
     settings = Settings(
         seed=options.seed, batch=options.batch, learning_rate=options.learning_rate, warm_up=options.warm_up,
-        average=options.average if recipe is None else averaged(recipe, options.average),
+        average=averaged(plan, options.average),
         optimizer=options.optimizer, frames=options.frames, objective=objective,
-        group_rates={} if recipe is None else group_rates(recipe),
+        group_rates=group_rates(plan),
     )  # fmt: skip
     start = options.start or (options.teacher if options.recipe else None)
     model = models.load(start) if start else initial_model(options.seed)

@@ -120,8 +120,8 @@ def train_folder(
     _check_fit(abstract, student, folder.shapes, batch)
     settings = Settings(
         seed=seed, batch=batch, learning_rate=learning_rate, final_rate=learning_rate / 100, warm_up=warm_up,
-        accumulate=accumulate, dtype=dtype, remat=remat, average=averaged(chosen, Settings.average),
-        group_rates=group_rates(chosen), objective=_objective(source, chosen, data_weight),
+        accumulate=accumulate, dtype=dtype, remat=remat, average=averaged(chosen.training, Settings.average),
+        group_rates=group_rates(chosen.training), objective=_objective(source, chosen, data_weight),
     )  # fmt: skip
     if checkpoints is not None:
         settled = {
@@ -209,7 +209,7 @@ def _check_fit(model: VideoModel, student: Student, shapes: Mapping[str, tuple],
 def _objective(source: Path, recipe: Recipe, data_weight: float) -> Objective:
     """Noise levels of the folder's own sampler; captions are dropped where zeros are the empty prompt."""
     pipeline = Pipeline.load(source) if (source / FILE).exists() else None
-    own = following(recipe, data_weight)
+    own = following(recipe.training, data_weight)
     if pipeline is None:
         return dataclasses.replace(own, solver=sampling_defaults(source).solver, drop_caption=0.0)
     return dataclasses.replace(own, solver=pipeline.make_solver(), drop_caption=0.1)

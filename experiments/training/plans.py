@@ -1,18 +1,17 @@
-"""What a recipe says about its training, as settings of the trainer."""
+"""What a recipe says about its training, as settings of the trainer. None is a recipe or a model without a plan."""
 
 from experiments.training.objective import Objective
 from qvdjax.qat import ClipLogit
-from qvdjax.recipes import Recipe
+from qvdjax.recipes import Training
 
 
-def following(recipe: Recipe, data_weight: float = 0.0) -> Objective:
+def following(plan: Training | None, data_weight: float = 0.0) -> Objective:
     """What the loss follows.
 
     Args:
-        recipe: One without a plan of training follows the teacher.
+        plan: Without one, it follows the teacher.
         data_weight: Weight of the distance to the data's velocity where the teacher has weight 1.
     """
-    plan = recipe.training
     if plan is None or plan.target == "teacher":
         return Objective(data=data_weight, teacher=1.0)
     if plan.target == "data":
@@ -20,15 +19,14 @@ def following(recipe: Recipe, data_weight: float = 0.0) -> Objective:
     return Objective(data=1.0, teacher=1.0, fading=plan.fading)
 
 
-def averaged(recipe: Recipe, decay: float) -> float | None:
+def averaged(plan: Training | None, decay: float) -> float | None:
     """The decay of averaged weights, or None where no average may be taken.
 
     While a low-rank module fades the weights take over its part, and an average would lag behind with half of it lost.
     """
-    plan = recipe.training
     return None if plan is not None and plan.auxiliary is not None else decay
 
 
-def group_rates(recipe: Recipe) -> dict[type, float]:
+def group_rates(plan: Training | None) -> dict[type, float]:
     """Learning rates of kinds of parameters relative to the weights'."""
-    return {} if recipe.training is None else {ClipLogit: recipe.training.clip_rate}
+    return {} if plan is None else {ClipLogit: plan.clip_rate}

@@ -122,7 +122,7 @@ def student_of(model: VideoModel, recipe: Recipe | None, steps: int) -> Student:
     if recipe is None:
         return Student()
     schemes = recipes.decide(model, recipe).schemes
-    if recipe.training is None or recipe.training.quantizers == "straight-through":
+    if recipe.training is None:
         return StraightThrough(recipe, schemes)
     decay, auxiliary = None, recipe.training.auxiliary
     if auxiliary is not None:

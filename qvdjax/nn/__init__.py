@@ -6,7 +6,7 @@ from qvdjax.nn.input_clip import InputClip
 from qvdjax.nn.layers import FLOAT_LAYERS, QUANTIZED_LAYERS, layers_of
 from qvdjax.nn.linear import Linear, QuantizedLinear
 from qvdjax.nn.norm import LayerNorm, RMSNorm, at_least_float32
-from qvdjax.nn.protocol import Stack, VideoModel, at_timestep, stacked
+from qvdjax.nn.protocol import Stack, VideoModel, at_timestep, for_one_call, stacked
 from qvdjax.nn.scheme import EXECUTIONS, AttentionScheme, Execution, LayerScheme, Role
 from qvdjax.nn.swap import swap_layers
 from qvdjax.nn.timestep import PerCall, TimestepReader
@@ -39,6 +39,7 @@ __all__ = [
     "at_least_float32",
     "at_timestep",
     "dot_product_attention",
+    "for_one_call",
     "layers_of",
     "quantized_attention",
     "stacked",

@@ -66,16 +66,10 @@ class QuantizedLinear(QuantizedLayer, TimestepReader):
         self.input_clip = None if input_clip is None else Scale(input_clip, axes=(None, None))
         self.transform = transform
 
-    @property
-    def reads_timestep(self) -> bool:
-        """Whether the range of the input depends on the timestep."""
-        return self.scheme.input_clip is not None and self.scheme.input_clip.reads_timestep
-
     def _clip(self, x):
         if self.input_clip is None:
             return None
-        timestep = self.current_timestep() if self.reads_timestep else None
-        return self.scheme.input_clip.factors(self.input_clip[...], timestep, x)
+        return self.clip_factors(self.input_clip[...], x)
 
     def _input_range(self, x):
         if self.input_scale is None:

@@ -117,10 +117,14 @@ def at_timestep(model: VideoModel, timestep: jax.Array) -> VideoModel:
         timestep = timestep.max(axis=1)  # (batch, tokens) -> (batch,)
     model = nnx.merge(*nnx.split(model))
     for path in paths:
-        count = model.stacks[path[1]].count if path[0] == "stacks" else None
-        value = timestep if count is None else jnp.broadcast_to(timestep, (count, *timestep.shape))
-        at(model, path).timestep = PerCall(value)
+        at(model, path).timestep = for_one_call(model, path, timestep)
     return model
+
+
+def for_one_call(model: VideoModel, path: tuple, value: jax.Array) -> PerCall:
+    """The value as a layer at `path` holds it: in a stack with the layer axis that scan takes away again."""
+    count = model.stacks[path[1]].count if path[0] == "stacks" else None
+    return PerCall(value if count is None else jnp.broadcast_to(value, (count, *value.shape)))
 
 
 def stacked(make, count: int, key: jax.Array) -> nnx.Module:

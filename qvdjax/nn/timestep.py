@@ -11,7 +11,7 @@ class PerCall(nnx.Variable):
 
 
 class TimestepReader(nnx.Module):
-    """A layer that may want to know the timestep.
+    """A layer that may want to know the timestep, as its `scheme` (a LayerScheme) says.
 
     The model puts it there before every call (`qvdjax.nn.protocol.at_timestep`), as an array beside the layer's own:
     in a stack it has the layer axis that scan takes away, and so nothing about blocks, scan or remat need know.
@@ -21,8 +21,13 @@ class TimestepReader(nnx.Module):
 
     @property
     def reads_timestep(self) -> bool:
-        """Whether this layer wants it."""
-        return False
+        """Whether this layer wants it: the clip of its input depends on it."""
+        return self.scheme.input_clip is not None and self.scheme.input_clip.reads_timestep
+
+    def clip_factors(self, table: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """By how much the range of the input x is narrowed, from the clip's table: see `InputClip.factors`."""
+        timestep = self.current_timestep() if self.reads_timestep else None
+        return self.scheme.input_clip.factors(table, timestep, x)
 
     def current_timestep(self) -> jax.Array:
         """(batch,) in 0..1000.

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from qvdjax.nn import PerCall, VideoModel
+from qvdjax.nn import VideoModel, for_one_call
 from qvdjax.nn.variables import iterate
 from qvdjax.qat import phi
 from qvdjax.qat.learned_linear import LearnedLinear
@@ -44,9 +43,7 @@ def with_gamma(model: VideoModel, gamma: jax.Array) -> VideoModel:
     """
     model = nnx.merge(*nnx.split(model))
     for path, layer in _with_auxiliary(model):
-        count = model.stacks[path[1]].count if path[0] == "stacks" else None
-        # Scan takes the axis of layers away again.
-        layer.gamma = PerCall(gamma if count is None else jnp.broadcast_to(gamma, (count, *gamma.shape)))
+        layer.gamma = for_one_call(model, path, gamma)
     return model
 
 

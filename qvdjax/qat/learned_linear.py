@@ -22,6 +22,7 @@ from qvdjax.nn import (
 from qvdjax.nn.variables import shape_of
 from qvdjax.numerics import fake_quantize_dynamic
 from qvdjax.qat import learned_clips, learned_weights
+from qvdjax.qat.straight_through import check_trainable
 
 
 class LearnedScale(Param):
@@ -68,11 +69,6 @@ class LearnedLinear(TimestepReader):
         self.clip_logits = None if clip_logits is None else ClipLogit(clip_logits, **logits)
         self.role, self.axes, self.scheme, self.scaled_gradients = linear.role, linear.axes, scheme, scaled_gradients
 
-    @property
-    def reads_timestep(self) -> bool:
-        """Whether the range of the input depends on the timestep."""
-        return self.scheme.input_clip is not None and self.scheme.input_clip.reads_timestep
-
     def rounded_weight(self) -> jax.Array:
         """The weight [out, in] on its grid, without the auxiliary module; float32 where it is rounded."""
         if self.scheme.weight is None:
@@ -90,8 +86,7 @@ class LearnedLinear(TimestepReader):
             return x
         if clip is None:
             return fake_quantize_dynamic(x, activation)
-        timestep = self.current_timestep() if self.reads_timestep else None
-        factors = clip.factors(learned_clips.table(self.clip_logits[...], clip), timestep, x)
+        factors = self.clip_factors(learned_clips.table(self.clip_logits[...], clip), x)
         return learned_clips.fake_quantize_clipped(x, activation, factors)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -131,12 +126,7 @@ def learned(
         if isinstance(layer, Attention) or not scheme.quantizes:
             layer.scheme = scheme
             return layer
-        static = scheme.activation is not None and not scheme.activation.dynamic
-        if static or scheme.transforms or not isinstance(layer, Linear):
-            raise UserError(
-                f"{names[0]}: its recipe needs calibration, or it is no linear layer; neither has learned quantizers",
-                remedy="train with a dynamic recipe, and leave convolutions float",
-            )
+        check_trainable(layer, scheme, names[0])
         return learned_linear(layer, scheme, start=start, scaled_gradients=scaled_gradients)
 
     return swap_layers(model, schemes, make)

@@ -44,12 +44,17 @@ def fake_quantized(model: VideoModel, schemes: Mapping[str, LayerScheme | Attent
             return layer
         if not scheme.quantizes:
             return layer
-        static = scheme.activation is not None and not scheme.activation.dynamic
-        if static or scheme.transforms or not isinstance(layer, Linear):
-            raise UserError(
-                f"{names[0]}: its recipe needs calibration, or it is no linear layer; neither can be trained yet",
-                remedy="train with a dynamic recipe such as rtn-w4a4",
-            )
+        check_trainable(layer, scheme, names[0])
         return FakeQuantizedLinear(layer, scheme)
 
     return swap_layers(model, schemes, make)
+
+
+def check_trainable(layer: nnx.Module, scheme: LayerScheme, name: str) -> None:
+    """Raise UserError for what no trained layer takes the place of."""
+    static = scheme.activation is not None and not scheme.activation.dynamic
+    if static or scheme.transforms or not isinstance(layer, Linear):
+        raise UserError(
+            f"{name}: its recipe needs calibration, or it is no linear layer; neither can be trained yet",
+            remedy="train with a dynamic recipe such as rtn-w4a4, and leave convolutions float",
+        )

@@ -36,7 +36,4 @@ class Learned(Method):
 
     def training(self) -> Training:
         """The plan of `qvdjax train`."""
-        return Training(
-            "learned", start=self.start, scaled_gradients=self.scaled_gradients, target=self.target,
-            clip_rate=self.clip_rate,
-        )  # fmt: skip
+        return Training(self.start, self.scaled_gradients, self.target, clip_rate=self.clip_rate)

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Literal, get_args
 
 Target = Literal["teacher", "data", "fading"]
-Quantizers = Literal["straight-through", "learned"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +28,11 @@ class Auxiliary:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What a training run takes from its recipe.
+    """What a training run takes from its recipe, whose quantizers are trained with the weights.
+
+    Learned are weights' scales, zero points of asymmetric grids, and the clips of inputs.
 
     Attributes:
-        quantizers: "straight-through": ranges follow the values, as the recipe's dynamic quantizers take them;
-            "learned": weights' scales (and zero points of asymmetric grids) and the clips of inputs are trained.
         start: Where learned scales begin: "search", "minmax" or "mean" (`qvdjax.qat.learned_weights.start`).
         scaled_gradients: LSQ's gradient scale.
         target: What the loss follows: the teacher's velocity, the data's own, or the teacher's at much noise fading
@@ -43,7 +42,6 @@ class Training:
         auxiliary: A module that lowers the gradients' norm while training, or None.
     """
 
-    quantizers: Quantizers = "straight-through"
     start: str = "search"
     scaled_gradients: bool = True
     target: Target = "teacher"
@@ -52,10 +50,7 @@ class Training:
     auxiliary: Auxiliary | None = None
 
     def __post_init__(self):
-        for value, known in ((self.quantizers, Quantizers), (self.target, Target)):
-            if value not in get_args(known):
-                raise ValueError(f"{value!r} is none of {', '.join(get_args(known))}")
-        if self.auxiliary is not None and self.quantizers != "learned":
-            raise ValueError("an auxiliary module belongs to learned quantizers")
+        if self.target not in get_args(Target):
+            raise ValueError(f"{self.target!r} is none of {', '.join(get_args(Target))}")
         if not self.fading > 0:
             raise ValueError(f"fading is {self.fading} and must be positive")

@@ -53,9 +53,10 @@ def run(model, batch):
 
     def train(name, **overrides):
         recipe = recipes.get(name, **overrides)
+        plan = recipe.training
         settings = Settings(
-            batch=2, learning_rate=1e-3, warm_up=1, average=averaged(recipe, 0.5), objective=following(recipe),
-            group_rates=group_rates(recipe),
+            batch=2, learning_rate=1e-3, warm_up=1, average=averaged(plan, 0.5), objective=following(plan),
+            group_rates=group_rates(plan),
         )  # fmt: skip
         trainer = Trainer(model, settings, teacher=model, student=student_of(model, recipe, STEPS))
         state, norms = trainer.start(STEPS), []
@@ -124,7 +125,7 @@ def test_phi_fades_and_is_gone(run):
 
 def test_a_phase_starts_where_the_schedule_says(run, model, batch):
     recipe = recipes.get("qvgen-w4a4", rank=4)
-    settings = Settings(batch=2, learning_rate=1e-3, warm_up=1, objective=following(recipe))
+    settings = Settings(batch=2, learning_rate=1e-3, warm_up=1, objective=following(recipe.training))
     trainer = Trainer(model, settings, teacher=model, student=student_of(model, recipe, STEPS))
     assert trainer.student.decay.boundaries() == (0, 4, 8)
     state = trainer.start(STEPS)
@@ -154,16 +155,16 @@ def test_at_the_first_step_phi_makes_up_for_most_of_the_rounding(model, batch):
 def test_every_trained_recipe_is_prepared_and_the_loss_follows_its_plan(model):
     for name in TRAINED:
         recipe = recipes.get(name)
-        objective = following(recipe)
         plan = recipe.training
+        objective = following(plan)
         assert (objective.data > 0, objective.teacher > 0, objective.fading) == {
             "teacher": (False, True, None), "data": (True, False, None), "fading": (True, True, 5.0),
         }[plan.target]  # fmt: skip
         student = student_of(model, recipe, 2000)
         prepared = jax.eval_shape(student.prepare, model)
         assert any(isinstance(layer, LearnedLinear) for _, layer in nnx.iter_modules(prepared))
-    assert group_rates(recipes.get("qvgen-w4a4"))[ClipLogit] > 100
-    assert following(recipes.get("rtn-w4a4"), 0.5) == dataclasses.replace(Objective(), data=0.5, teacher=1.0)
+    assert group_rates(recipes.get("qvgen-w4a4").training)[ClipLogit] > 100
+    assert following(recipes.get("rtn-w4a4").training, 0.5) == dataclasses.replace(Objective(), data=0.5, teacher=1.0)
 
 
 def test_what_cannot_be_trained_or_stored_is_refused(model):
