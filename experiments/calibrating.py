@@ -135,6 +135,7 @@ def _recorder(model, request: Request) -> Callable[[int], Trajectory]:
             "seeds": [request.seeds[number]],
             "guidance_scale": request.guidance_scale,
             "dynamic_guidance": request.dynamic_guidance,
+            "guidance_until": request.guidance_until,
             "solver": request.solver,
             "steps": request.steps,
             "trajectory": True,

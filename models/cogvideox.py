@@ -114,7 +114,7 @@ class CogVideoXBlock(nnx.Module):
         self.norm1 = AdaptiveNorm(config, key=keys[0], dtype=dtype)
         self.attn1 = CogVideoXAttention(config, key=keys[1], dtype=dtype)
         self.norm2 = AdaptiveNorm(config, key=keys[2], dtype=dtype)
-        self.ff = FeedForward(config.width, 4 * config.width, key=keys[3], dtype=dtype)
+        self.ff = FeedForward(config.width, config.ffn_dim, key=keys[3], dtype=dtype)
 
     def __call__(self, x: jax.Array, conditioning: CogVideoXConditioning) -> jax.Array:
         """x (batch, text + video tokens, width) -> the same. Norms, modulation and gates are float32 islands."""

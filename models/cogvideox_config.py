@@ -115,6 +115,21 @@ class CogVideoXConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def ffn_dim(self) -> int:
+        """Features inside the feed-forward."""
+        return 4 * self.width
+
+    @property
+    def text_dim(self) -> int:
+        """Features of a text embedding."""
+        return self.text_embed_dim
+
+    @property
+    def text_tokens(self) -> int:
+        """Length that texts are padded to."""
+        return self.max_text_seq_length
+
+    @property
     def patch(self) -> tuple[int, int, int]:
         """Frames, rows and columns of latents in a token."""
         return self.patch_size_t or 1, self.patch_size, self.patch_size

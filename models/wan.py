@@ -67,6 +67,16 @@ class WanConfig:
             )
 
     @property
+    def patch(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of latents in a token."""
+        return self.patch_size
+
+    @property
+    def text_tokens(self) -> int:
+        """Length that Wan's own code pads texts to (Wan-Video/Wan2.1:wan/configs/shared_config.py, text_len)."""
+        return 512
+
+    @property
     def width(self) -> int:
         """Features of a token."""
         return self.num_attention_heads * self.attention_head_dim

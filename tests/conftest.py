@@ -9,6 +9,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8")
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+# XLA's pool of worker threads is as large as the machine has cores, and a collective holds its thread until all
+# devices are there: with fewer threads than devices the last one may find none left, and XLA ends the process.
+os.environ.setdefault("NPROC", "16")
 # Compiling for a TPU slice without a TPU: ask no metadata server, and let several test runs share libtpu.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

@@ -7,6 +7,12 @@ video tokens, T text tokens, width d and hidden width h, one Wan block takes
     QK products       2 S S d + 2 S T d
     PV products       the same
 
+and one CogVideoX block, where text and video are one stream of N = S + T tokens,
+
+    linear products   2 N d d x 4 + 2 N d h x 2
+    QK products       2 N N d
+    PV products       the same
+
 A ceiling is Amdahl's law over these shares: if every product took time in proportion to its operations and
 those that are quantized ran `factor` times as fast, the whole would run
 
@@ -57,6 +63,8 @@ def attention_work(queries: int, keys: int, width: int) -> Work:
 def block_work(shape: Shape) -> Work:
     """One transformer block."""
     s, t, d, h = shape.tokens, shape.text_tokens, shape.width, shape.hidden
+    if shape.joint:
+        return linear_work(s + t, d, d) * 4 + attention_work(s + t, s + t, d) + linear_work(s + t, d, h) * 2
     self_attention = linear_work(s, d, d) * 4 + attention_work(s, s, d)
     cross_attention = linear_work(s, d, d) * 2 + linear_work(t, d, d) * 2 + attention_work(s, t, d)
     return self_attention + cross_attention + linear_work(s, d, h) * 2

@@ -1,25 +1,35 @@
 """Named models at named video sizes, and the work that one forward pass of them is.
 
-Wan's numbers are those of the released checkpoints' config.json; 480p is 81 frames of 832 x 480 (latents 21 x
-60 x 104), 720p is 81 frames of 1280 x 720.
+The numbers are those of the released checkpoints' config.json. Wan's 480p is 81 frames of 832 x 480 (latents 21 x 60 x
+104), its 720p is 81 frames of 1280 x 720; CogVideoX's 480p is 49 frames of 720 x 480 (latents 13 x 60 x 90).
 """
 
 import dataclasses
 import math
 
+import models
 from qvdjax.errors import UserError
 
 _WAN = {"_class_name": "WanTransformer3DModel", "attention_head_dim": 128, "text_dim": 4096}
 CONFIGS = {
     "wan2.1-t2v-1.3b": {**_WAN, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
     "wan2.1-t2v-14b": {**_WAN, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+    "cogvideox-2b": {"_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": 30, "num_layers": 30},
+    "cogvideox-5b": {
+        "_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": 48, "num_layers": 42,
+        "use_rotary_positional_embeddings": True,
+    },
     # The size of the shipped bench models: for machines without an accelerator.
     "wan-tiny": {
         "_class_name": "WanTransformer3DModel", "num_attention_heads": 4, "attention_head_dim": 32,
         "ffn_dim": 512, "num_layers": 6, "text_dim": 64, "freq_dim": 64,
     },
 }  # fmt: skip
-LATENT_SIZES = {"480p": (21, 60, 104), "720p": (21, 90, 160), "tiny": (9, 16, 16)}  # frames, height, width
+LATENT_SIZES = {
+    "wan": {"480p": (21, 60, 104), "720p": (21, 90, 160), "tiny": (9, 16, 16)},
+    "cogvideox": {"480p": (13, 60, 90), "tiny": (9, 16, 16)},
+}
+"""By the model's family: frames, height and width of latents. Tiny ones are for machines without an accelerator."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +49,29 @@ class Shape:
     text_tokens: int
 
     @property
+    def parsed(self):
+        """The configuration as its family's class, with that family's defaults."""
+        return models.parse_config(self.config)
+
+    @property
+    def joint(self) -> bool:
+        """Whether text and video are one stream, and attention has no second, crossed one."""
+        return models.family_of(self.config).name == "cogvideox"
+
+    @property
     def tokens(self) -> int:
-        """Video tokens: latent positions over the patch of 1 x 2 x 2."""
-        return math.prod(self.latents[:3]) // 4
+        """Video tokens: latent positions over those of a patch."""
+        return math.prod(self.latents[:3]) // math.prod(self.parsed.patch)
 
     @property
     def heads(self) -> int:
         """Attention heads."""
-        return self.config["num_attention_heads"]
+        return self.parsed.num_attention_heads
 
     @property
     def head_dim(self) -> int:
         """Features of a head."""
-        return self.config["attention_head_dim"]
+        return self.parsed.attention_head_dim
 
     @property
     def width(self) -> int:
@@ -61,12 +81,12 @@ class Shape:
     @property
     def hidden(self) -> int:
         """Features inside the feed-forward."""
-        return self.config["ffn_dim"]
+        return self.parsed.ffn_dim
 
     @property
     def layers(self) -> int:
         """Blocks."""
-        return self.config["num_layers"]
+        return self.parsed.num_layers
 
 
 def shape(name: str) -> Shape:
@@ -78,7 +98,7 @@ def shape(name: str) -> Shape:
 
 def _named(name: str, model: str, size: str, text_tokens: int) -> Shape:
     config = CONFIGS[model]
-    return Shape(name, config, (*LATENT_SIZES[size], config.get("in_channels", 16)), text_tokens)
+    return Shape(name, config, (*LATENT_SIZES["wan"][size], config.get("in_channels", 16)), text_tokens)
 
 
 SHAPES = {

@@ -134,7 +134,9 @@ class Train(Common):
     resume: bool = False
     """Go on from the newest state in --checkpoints; from the start where there is none."""
     log: hinted(Path, "FILE", "not written") = None
-    """Append step, loss and learning rate to this file, one JSON object a line."""
+    """Append step, loss, gradient norm, learning rates and more to this file, one JSON object a line."""
+    tensorboard: hinted(Path, "DIR", "not written") = None
+    """Write the same numbers as curves for TensorBoard."""
     overwrite: bool = False
     """Replace OUT if it is there already."""
 
@@ -227,7 +229,7 @@ class Plan(Common):
     """Compile a step for a TPU slice without having one: does it fit, and what does it communicate."""
 
     model: Annotated[str, arg(metavar="NAME")]
-    """Named configuration (wan2.1-t2v-1.3b, wan2.1-t2v-14b) or a model folder."""
+    """Named configuration (wan2.1-t2v-1.3b, wan2.1-t2v-14b, cogvideox-2b, cogvideox-5b) or a model folder."""
     recipe: Annotated[str, arg(metavar="NAME", aliases=["-r"])]
     """Recipe, or `none` for bfloat16."""
     topology: Annotated[str, arg(metavar="NAME")]
@@ -237,9 +239,11 @@ class Plan(Common):
     mesh: hinted(str, "AXES", "tokens and weights over all chips") = None
     """Mesh of the slice, such as fsdp=2,context=4."""
     step: Literal["sample", "train"] = "sample"
-    """One forward pass of the model, or one training step."""
+    """One forward pass of the model, or one step of `qvdjax train`, teacher included."""
     size: Literal["480p", "720p"] = "480p"
-    """Size of the videos, of 81 frames."""
+    """Size of the videos: of 81 frames, CogVideoX's of 49."""
+    accumulate: Whole = 1
+    """Micro-batches that a training step's batch is cut into."""
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ class Sampler:
     """Shift of the noise schedule towards high noise, of unipc and euler."""
     dynamic_guidance: hinted(Literal["timestep", "step"], "{timestep,step}", "the same at every step") = None
     """Let the guidance vary over the steps: as CogVideoX's programs do, by the timestep, or smoothly."""
+    guidance_until: Real = 0.0
+    """Timestep (0..1000) below which steps are not guided; 400 is DSAQuant's, its last nine of fifty steps."""
     frames: WholeOfFolder = None
     """Frames of the latents (not of the video)."""
     height: WholeOfFolder = None

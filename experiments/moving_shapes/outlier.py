@@ -6,14 +6,19 @@ Real DiTs have a few activation channels that are tens of times larger than the 
 small models do not grow them. Here they are folded in: at each site below a few channels are multiplied by a
 factor where they are made and divided by it where they are read.
 
-    site              made by                                     read by                         factors for
+    Wan               made by                                     read by                         factors for
     self-attention    modulation, chunks shift and scale          attn1.to_q, to_k, to_v          all blocks
     feed-forward      modulation, chunks c_shift and c_scale      ffn.net.0.proj                  all blocks
     cross-attention   norm2 weight and bias                       attn2.to_q                      each block
     text              condition_embedder.text_embedder.linear_2   attn2.to_k, attn2.to_v          all blocks
     values            attn1.to_v; attn2.to_v                      attn1.to_out.0; attn2.to_out.0  each block
 
-The blocks share the modulation's factors because they share `time_proj`. The input of `proj_out` has none:
+    CogVideoX         made by                                     read by                         factors for
+    attention         norm1: norm, and shifts of its modulation   attn1.to_q, to_k, to_v          each block
+    feed-forward      norm2: norm, and shifts of its modulation   ff.net.0.proj                   each block
+    values            attn1.to_v                                  attn1.to_out.0                  each block
+
+Wan's blocks share the modulation's factors because they share `time_proj`. The input of Wan's `proj_out` has none:
 one time embedding is added to its shift and to its scale, and cannot be scaled for one alone. Nor has the
 hidden layer of the feed-forward, whose nonlinearity lets no factor through.
 
@@ -22,6 +27,7 @@ A folded factor is what SmoothQuant takes out again: a conclusion about methods 
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -29,28 +35,39 @@ import numpy as np
 from flax import nnx
 
 import models
+from models.cogvideox import CogVideoXModel
 from models.pipeline import copy_pipeline
 from models.wan import WanModel
 from qvdjax.errors import UserError
+from qvdjax.nn import VideoModel
+
+Factors = Callable[..., np.ndarray]
+"""factors(*lead) -> factors of channels, (*lead, width) float64, most of them 1."""
 
 
 def outlier_variant(
-    model: WanModel, *, seed: int = 0, channels: int = 4, lightest: float = 10.0, heaviest: float = 50.0
-) -> WanModel:
-    """A Wan model with heavy channels and, up to rounding, the same function.
+    model: VideoModel, *, seed: int = 0, channels: int = 4, lightest: float = 10.0, heaviest: float = 50.0
+) -> VideoModel:
+    """A model with heavy channels and, up to rounding, the same function.
 
     Args:
-        model: In float; left as it is.
+        model: A float Wan or CogVideoX; left as it is.
         seed: Of the channels and factors.
         channels: Heavy channels at each site.
         lightest, heaviest: Their factors are log-uniform between the two.
 
     Raises:
-        UserError: The model is not a Wan with an affine `norm2`.
+        UserError: Another model, or one without the affine norms that factors are put into.
     """
-    if not isinstance(model, WanModel) or not model.config.cross_attn_norm:
-        raise UserError("outlier channels are known for Wan models with cross_attn_norm", remedy="use such a model")
-    generator, width = np.random.default_rng(seed), model.config.width
+    config = model.config
+    if isinstance(model, WanModel) and config.cross_attn_norm:
+        fold = _fold_into_wan
+    elif isinstance(model, CogVideoXModel) and config.norm_elementwise_affine:
+        fold = _fold_into_cogvideox
+    else:
+        remedy = "use a Wan with cross_attn_norm or a CogVideoX with norm_elementwise_affine"
+        raise UserError("outlier channels are known for models whose norms have weights", remedy=remedy)
+    generator, width = np.random.default_rng(seed), config.width
 
     def factors(*lead: int) -> np.ndarray:
         """One vector of factors, or one for each block: (*lead, width) float64."""
@@ -61,7 +78,12 @@ def outlier_variant(
         return rows.reshape(*lead, width)
 
     model = nnx.clone(model)
-    embedder = model.condition_embedder
+    fold(model, factors)
+    return model
+
+
+def _fold_into_wan(model: WanModel, factors: Factors) -> None:
+    embedder, width = model.condition_embedder, model.config.width
     attention, feed_forward, text = factors(), factors(), factors()
     chunks = np.ones((6, width))  # shift, scale, gate, c_shift, c_scale, c_gate
     chunks[[0, 1]], chunks[[3, 4]] = attention, feed_forward
@@ -77,18 +99,42 @@ def outlier_variant(
         for reader in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v):
             _divide_inputs(reader, attention)
         _divide_inputs(block.ffn.net["0"]["proj"], feed_forward)
-
         cross = factors(stack.count)  # (layers, width)
-        _change(block.norm2.weight, lambda value, s=cross: value * s)
-        _change(block.norm2.bias, lambda value, s=cross: value * s)
+        _scale_norm(block.norm2, cross)
         _divide_inputs(block.attn2.to_q, cross)
         for reader in (block.attn2.to_k, block.attn2.to_v):
             _divide_inputs(reader, text)
         for site in (block.attn1, block.attn2):
-            values = factors(stack.count)  # (layers, heads x head_dim)
-            _scale_outputs(site.to_v, values)
-            _divide_inputs(site.to_out["0"], values)
-    return model
+            _scale_values(site, factors(stack.count))
+
+
+def _fold_into_cogvideox(model: CogVideoXModel, factors: Factors) -> None:
+    for stack in model.stacks:
+        block = stack.block
+        attention, feed_forward = factors(stack.count), factors(stack.count)  # (layers, width)
+        attn1 = (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
+        for norm, own, readers in (
+            (block.norm1, attention, attn1), (block.norm2, feed_forward, (block.ff.net["0"]["proj"],)),
+        ):  # fmt: skip
+            _scale_norm(norm.norm, own)
+            chunks = np.ones((stack.count, 6, own.shape[-1]))  # shift, scale, gate of video, then of text
+            chunks[:, [0, 3]] = own[:, None]
+            _scale_outputs(norm.linear, chunks.reshape(stack.count, -1))
+            for reader in readers:
+                _divide_inputs(reader, own)
+        _scale_values(block.attn1, factors(stack.count))
+
+
+def _scale_norm(norm, factors: np.ndarray) -> None:
+    """Multiply what an affine norm makes; weight and bias (layers, width), as factors."""
+    for variable in (norm.weight, norm.bias):
+        _change(variable, lambda value: value * factors)
+
+
+def _scale_values(attention, factors: np.ndarray) -> None:
+    """Multiply the values of an attention, and divide where their mixture is read."""
+    _scale_outputs(attention.to_v, factors)
+    _divide_inputs(attention.to_out["0"], factors)
 
 
 def _change(variable: nnx.Variable, function) -> None:

@@ -1,4 +1,4 @@
-"""Train the small Wan of the bench.
+"""Train the small models of the bench, a Wan and a CogVideoX.
 
     python -m experiments.moving_shapes.train OUT --steps 30000              # minutes on a GPU
     python -m experiments.moving_shapes.train OUT --minutes 6                # as many steps as fit
@@ -14,6 +14,7 @@ time runs out. Progress goes to stdout, one JSON object a line.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import sys
@@ -40,35 +41,41 @@ from qvdjax import recipes
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
 
-CONFIG: Final = {
-    "_class_name": "WanTransformer3DModel",
-    "patch_size": [1, 2, 2],
-    "num_attention_heads": 4,
-    "attention_head_dim": 32,
-    "in_channels": FACTOR * FACTOR * 3,
-    "out_channels": FACTOR * FACTOR * 3,
-    "text_dim": WIDTH,
-    "freq_dim": 64,
-    "ffn_dim": 512,
-    "num_layers": 6,
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-    "eps": 1e-6,
-    "rope_max_seq_len": 64,
-}
+SIDE: Final = SIZE // (POOL * FACTOR)  # of latents
+CHANNELS: Final = FACTOR * FACTOR * 3
+_COMMON = {
+    "num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 6, "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+}  # fmt: skip
+# A token is one latent position over three frames: what moves is seen within it (README.md has the comparison).
+CONFIGS: Final = {
+    "wan": {
+        "_class_name": "WanTransformer3DModel", **_COMMON, "patch_size": [3, 1, 1], "text_dim": WIDTH, "freq_dim": 64,
+        "ffn_dim": 512, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6,
+        "rope_max_seq_len": 64,
+    },
+    # Of version 1.5, which has patches over time.
+    "cogvideox": {
+        "_class_name": "CogVideoXTransformer3DModel", **_COMMON, "patch_size_t": 3, "patch_size": 1,
+        "text_embed_dim": WIDTH, "time_embed_dim": 64, "max_text_seq_length": TOKENS, "sample_frames": FRAMES,
+        "sample_height": SIDE, "sample_width": SIDE, "temporal_compression_ratio": 1,
+        "use_rotary_positional_embeddings": True,
+    },
+}  # fmt: skip
+_SOLVERS = {"wan": ("unipc", 3.0), "cogvideox": ("ddim", None)}
 
 
-def pipeline() -> Pipeline:
-    """How a bench model is sampled."""
+def pipeline(family: str = "wan") -> Pipeline:
+    """How a bench model of a family is sampled."""
+    solver, shift = _SOLVERS[family]
     return Pipeline(
-        words=WORDS, embeddings=embeddings(), tokens=TOKENS,
-        frames=FRAMES, height=SIZE // (POOL * FACTOR), width=SIZE // (POOL * FACTOR), channels=CONFIG["in_channels"],
-        factor=FACTOR, enlarge=POOL, solver="unipc", shift=3.0, steps=20, guidance_scale=4.0, fps=8,
+        words=WORDS, embeddings=embeddings(), tokens=TOKENS, frames=FRAMES, height=SIDE, width=SIDE,
+        channels=CHANNELS, factor=FACTOR, enlarge=POOL, solver=solver, shift=shift, steps=20, guidance_scale=3.0, fps=8,
     )  # fmt: skip
 
 
-def initial_model(seed: int, config: dict[str, Any] = CONFIG) -> VideoModel:
-    """A Wan model as its authors initialise it: the output projection starts at zero."""
+def initial_model(seed: int, config: dict[str, Any] = CONFIGS["wan"]) -> VideoModel:
+    """A model as Wan's authors initialise theirs: the output projection starts at zero."""
     model = jax.jit(functools.partial(models.build, config))(key=jax.random.key(seed))
     model.proj_out.weight[...] = jnp.zeros_like(model.proj_out.weight[...])
     return model
@@ -77,7 +84,7 @@ def initial_model(seed: int, config: dict[str, Any] = CONFIG) -> VideoModel:
 def save_folder(model: VideoModel, path: Path) -> None:
     """Write a bench model: diffusers' files, `pipeline.json` and `word_table.safetensors`."""
     models.save(model, path)
-    pipeline().save(path)
+    pipeline(models.family_of(model.config.to_dict()).name).save(path)
 
 
 def steps_that_fit(seconds_a_step: float, minutes: float, elapsed: float) -> int:
@@ -136,6 +143,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     defaults = Settings()
     add = parser.add_argument
     add("out", type=Path, help="new model folder")
+    add("--family", choices=list(CONFIGS), default="wan", help="architecture, where neither --start nor --teacher says")
     add("--steps", type=int, default=0, help="training steps; 0: as many as fit in --minutes")
     add("--minutes", type=float, default=0, help="stop and save after this time; 0: no limit")
     add("--batch", type=int, default=defaults.batch, help="clips in a step")
@@ -183,15 +191,17 @@ def main(argv: list[str] | None = None) -> None:
     teacher = models.load(options.teacher) if options.teacher else None
     recipe = recipes.get(options.recipe) if options.recipe else None
     plan = None if recipe is None else recipe.training
+    start = options.start or (options.teacher if options.recipe else None)
+    model = models.load(start) if start else initial_model(options.seed, CONFIGS[options.family])
+    solver = pipeline(models.family_of(model.config.to_dict()).name).make_solver()
     objective = Objective() if teacher is None else following(plan, options.data_weight)
+    objective = dataclasses.replace(objective, solver=solver)
     settings = Settings(
         seed=options.seed, batch=options.batch, learning_rate=options.learning_rate, warm_up=options.warm_up,
         average=averaged(plan, options.average),
         optimizer=options.optimizer, frames=options.frames, objective=objective,
         group_rates=group_rates(plan),
     )  # fmt: skip
-    start = options.start or (options.teacher if options.recipe else None)
-    model = models.load(start) if start else initial_model(options.seed)
     student = student_of(model, recipe, options.steps)
     trainer = Trainer(model, settings, teacher=teacher, student=student, draw=batch)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(trainer.initial))

@@ -35,6 +35,7 @@ def sample_folder(
     sigma_grid: str | None = None,
     negative_prompt: str | None = None,
     dynamic_guidance: str | None = None,
+    guidance_until: float = 0.0,
     context_file: Path | None = None,
     frames: int | None = None,
     height: int | None = None,
@@ -63,6 +64,7 @@ def sample_folder(
         steps, guidance_scale, shift, solver, sigma_grid, negative_prompt: The folder's by default; without a
             `pipeline.json` what its scheduler or its family says, see `models.scheduler`.
         dynamic_guidance: Let the guidance vary over the steps, see `qvdjax.diffusion.guidance_scales`.
+        guidance_until: Timestep below which steps are not guided, see `qvdjax.diffusion.guidance.guided_steps`.
         context_file: Safetensors with `context` and `negative_context`, see `request_from_context`.
         frames, height, width: Of the latents (not of the video); the folder's by default.
         fps: Frames a second; the folder's by default.
@@ -86,8 +88,9 @@ def sample_folder(
     """
     folder, output = Path(folder), Path(output)
     settings = Settings(
-        steps, guidance_scale, shift, solver, sigma_grid, frames, height, width, negative_prompt, dynamic_guidance
-    )
+        steps, guidance_scale, shift, solver, sigma_grid, frames, height, width, negative_prompt, dynamic_guidance,
+        guidance_until,
+    )  # fmt: skip
     report = progress or (lambda stage, done, total: None)
     skeleton = models.skeleton(folder, execution=execution)
     check_output(output, decodes=(folder / FILE).exists())
@@ -148,6 +151,7 @@ def _sample(
         "steps": request.steps,
         "guidance_scale": request.guidance_scale,
         "dynamic_guidance": request.dynamic_guidance,
+        "guidance_until": request.guidance_until,
     }
     done, compilation, seconds, latents = 0, None, 0.0, []
 

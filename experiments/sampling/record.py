@@ -21,6 +21,7 @@ def settings_record(request: Request) -> dict:
         "steps": request.steps,
         "guidance_scale": request.guidance_scale,
         "dynamic_guidance": request.dynamic_guidance,
+        "guidance_until": request.guidance_until,
         "solver": next(name for name, kind in SOLVERS.items() if type(request.solver) is kind),
         **dataclasses.asdict(request.solver),
         "latents": list(request.latents_shape),

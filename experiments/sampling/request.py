@@ -26,7 +26,7 @@ class Request:
         context, negative_context: float32 (videos, tokens, dim); the latter None without guidance.
         latents_shape: (frames, height, width, channels) of one video.
         negative_prompt: None where the negative context came from a file.
-        solver, steps, guidance_scale, dynamic_guidance: See `qvdjax.diffusion.sample`.
+        solver, steps, guidance_scale, dynamic_guidance, guidance_until: See `qvdjax.diffusion.sample`.
         pipeline: What decodes the latents; None if nothing does.
     """
 
@@ -42,6 +42,7 @@ class Request:
     guidance_scale: float
     pipeline: Pipeline | None
     dynamic_guidance: str | None = None
+    guidance_until: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Settings:
     width: int | None = None
     negative_prompt: str | None = None
     dynamic_guidance: str | None = None
+    guidance_until: float = 0.0
 
     def solver_options(self) -> dict:
         """Fields of the solver, as for `related_solver`."""
@@ -112,6 +114,7 @@ def request_from_pipeline(
         guidance_scale=guidance_scale,
         pipeline=pipeline,
         dynamic_guidance=settings.dynamic_guidance,
+        guidance_until=settings.guidance_until,
     )
 
 
@@ -161,6 +164,7 @@ def request_from_context(
         guidance_scale=guidance_scale,
         pipeline=None,
         dynamic_guidance=settings.dynamic_guidance,
+        guidance_until=settings.guidance_until,
     )
 
 

@@ -57,6 +57,7 @@ def train_folder(
     save_every: int = 500,
     resume: bool = False,
     log: Path | None = None,
+    tensorboard: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -88,7 +89,9 @@ def train_folder(
         resume: Go on from the newest state in `checkpoints`, from the start if there is none. The parameters
             are then bit for bit those of a run that was not interrupted. Another mesh may go on, and then they
             agree to rounding.
-        log: JSON lines are appended to this file: step, loss, learning rate.
+        log: JSON lines are appended to this file: step, loss, gradient norm, learning rates, seconds a step, steps left
+            out; of Phi its rank and its share of small singular values.
+        tensorboard: Folder for the same numbers as curves.
         overwrite: Replace a target that is there already.
         progress: Called with (stage, done, total).
 
@@ -131,7 +134,7 @@ def train_folder(
             "dtype": dtype,
         }  # fmt: skip
         claim(checkpoints, settled, resume=resume)
-    lines = Log(log)
+    lines = Log(log, tensorboard=tensorboard)
     teacher = models.load(source, mesh=described, progress=progress)
     computing = computing_in(teacher, dtype)
     trainer = Trainer(jax.tree.map(_float32, teacher), settings, teacher=computing, student=student, mesh=described)

@@ -1,5 +1,6 @@
 """The steps of a run over a data folder: batches in, losses out, states saved on the way and when told to stop."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def run(
         Stopped: The process was told to stop; the state is saved.
     """
     first, steps = int(state["step"]), int(state["total"])
-    reported, pending = [], []
+    reported, pending, since = [], [], time.perf_counter()
     with told_to_stop() as asked:
         for done in range(first + 1, steps + 1):
             state, metrics = trainer.advance_on(state, _placed(trainer, batches[done - 1]))
@@ -52,8 +53,8 @@ def run(
             stop = checkpoints is not None and asked(done)
             save = checkpoints is not None and (stop or done % save_every == 0 or done == steps)
             if save or done % REPORT_EVERY == 0 or done == steps:
-                reported.append(_report(trainer, state, pending, log))
-                pending = []
+                reported.append(_report(trainer, state, pending, log, since))
+                pending, since = [], time.perf_counter()
                 if progress:
                     progress("training", done, steps)
             if save:
@@ -68,12 +69,15 @@ def _placed(trainer: Trainer, batch: dict[str, np.ndarray]) -> dict[str, jax.Arr
     return jax.tree.map(jax.numpy.asarray, batch) if trainer.mesh is None else shard_batch(batch, trainer.mesh)
 
 
-def _report(trainer: Trainer, state: State, pending: list[dict], log: Log) -> float | None:
-    """Write a line about the steps since the last one; returns their mean loss."""
+def _report(trainer: Trainer, state: State, pending: list[dict], log: Log, since: float) -> float | None:
+    """Write a line about the steps since the last one, at time `since`; returns their mean loss."""
     finite = [one for one in jax.device_get(pending) if not one["left_out"]]  # waits for the device
+    seconds = time.perf_counter() - since
     trainer.check(state)
     means = {name: float(np.mean([one[name] for one in finite])) if finite else None for name in SHOWN}
     step = int(state["step"])
-    rate = float(trainer.settings.rate(step - 1, state["total"]))
-    log(event="train", step=step, **means, rate=rate, left_out=len(pending) - len(finite))
+    log(
+        event="train", step=step, **means, rates=trainer.settings.rates(step - 1, state["total"]),
+        left_out=len(pending) - len(finite), seconds_per_step=seconds / len(pending), **trainer.watched(state),
+    )  # fmt: skip
     return means["loss"]

@@ -1,7 +1,7 @@
 """What a recipe says about its training, as settings of the trainer. None is a recipe or a model without a plan."""
 
 from experiments.training.objective import Objective
-from qvdjax.qat import ClipLogit
+from qvdjax.qat import AdapterFactor, ClipLogit, LearnedScale, LearnedZeroPoint
 from qvdjax.recipes import Training
 
 
@@ -29,4 +29,7 @@ def averaged(plan: Training | None, decay: float) -> float | None:
 
 def group_rates(plan: Training | None) -> dict[type, float]:
     """Learning rates of kinds of parameters relative to the weights'."""
-    return {} if plan is None else {ClipLogit: plan.clip_rate}
+    if plan is None:
+        return {}
+    scales = dict.fromkeys((LearnedScale, LearnedZeroPoint), plan.scale_rate)
+    return {ClipLogit: plan.clip_rate, AdapterFactor: plan.adapter_rate, **scales}

@@ -84,6 +84,11 @@ class Settings:
         """How much faster than `learning_rate` Variables of this kind move."""
         return next((self.group_rates[base] for base in kind.__mro__ if base in self.group_rates), 1.0)
 
+    def rates(self, step: jax.Array, total: jax.Array) -> dict[str, float]:
+        """Learning rates by kind of parameter: of weights, and of the kinds that `group_rates` names."""
+        rate = float(self.rate(step, total))
+        return {"weights": rate, **{kind.__name__: factor * rate for kind, factor in self.group_rates.items()}}
+
     def average_decay(self, step: jax.Array) -> jax.Array:
         """Early averages forget quickly, so that they do not hold the initial weights."""
         return jnp.minimum(self.average, (1 + step) / (10 + step))

@@ -21,7 +21,10 @@ class Student:
     """A model that is trained as it is; the others say what differs.
 
     `prepare` comes once, before training; `begin_step` and `at` in every step, inside jit; `finish` once, after it.
+    `trained` are the kinds of Variables of the prepared model that training moves.
     """
+
+    trained: tuple[type[nnx.Variable], ...] = (nnx.Param,)
 
     def prepare(self, model: VideoModel) -> VideoModel:
         """The model whose `nnx.Param`s are trained."""
@@ -34,6 +37,10 @@ class Student:
     def at(self, model: nnx.Module, step: jax.Array) -> Prediction:
         """What the loss evaluates at a step."""
         return model
+
+    def watched(self, params: nnx.State, step: jax.Array) -> dict[str, jax.Array]:
+        """What a report says beside the loss, numbers by name: state of the parameters before a step."""
+        return {}
 
     def finish(self, model: VideoModel) -> VideoModel:
         """The trained model as it is stored."""
@@ -67,10 +74,18 @@ class Learned(Student):
     schemes: Mapping[str, LayerScheme | AttentionScheme]
     decay: RankDecay | None
 
+    @property
+    def trained(self) -> tuple[type[nnx.Variable], ...]:
+        """Everything, or quantizers and adapters alone."""
+        quantizers = (qat.AdapterFactor, qat.LearnedScale, qat.LearnedZeroPoint, qat.ClipLogit)
+        return quantizers if self.recipe.training.adapter_rank else (nnx.Param,)
+
     def prepare(self, model: VideoModel) -> VideoModel:
         """Learned layers in the place of linear ones."""
         plan = self.recipe.training
         model = qat.learned(model, self.schemes, start=plan.start, scaled_gradients=plan.scaled_gradients)
+        if plan.adapter_rank:
+            model = qat.with_adapters(model, plan.adapter_rank)
         if plan.auxiliary is None:
             return model
         return qat.with_low_rank(model, plan.auxiliary.rank, start=plan.auxiliary.start)
@@ -87,6 +102,13 @@ class Learned(Student):
     def at(self, model: VideoModel, step: jax.Array) -> Prediction:
         """The model with this step's gates."""
         return model if self.decay is None else qat.with_gamma(model, self.decay.gamma(step))
+
+    def watched(self, params: nnx.State, step: jax.Array) -> dict[str, jax.Array]:
+        """Of Phi: how many directions are alive, and which part of those singular values is small."""
+        if self.decay is None:
+            return {}
+        rank = self.decay.active_rank(step)
+        return {"rank": rank, "small_share": qat.small_share_of_phi(params, rank)}
 
     def finish(self, model: VideoModel) -> VideoModel:
         """The learned codes.

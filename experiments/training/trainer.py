@@ -17,7 +17,7 @@ from experiments.training.precision import computing_in
 from experiments.training.settings import Settings
 from experiments.training.student import Student
 from qvdjax.errors import UserError
-from qvdjax.parallel import shardings
+from qvdjax.parallel import abstract, shardings
 
 State = dict[str, Any]
 """params and average (nnx.State of Param; the average is {} where none is kept), optimizer (optax state), step,
@@ -37,7 +37,7 @@ class Trainer:
     `finished(state)` is the model as it is stored.
 
     Args:
-        model: What is trained; its `nnx.Param`s move, everything else stays. It may be abstract, to compile only.
+        model: What is trained: its `student.trained` move, everything else stays. It may be abstract, to compile only.
         settings: See `Settings`.
         teacher: Frozen, or None.
         student: What a recipe makes of the model while it is trained; the model itself by default.
@@ -51,11 +51,14 @@ class Trainer:
         student: Student = Student(), draw: Draw | None = None,
         mesh: Mesh | None = None,
     ):  # fmt: skip
-        self.graph, self.initial, self.rest = nnx.split(student.prepare(model), nnx.Param, ...)
+        described = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model))
+        prepared = jax.eval_shape(student.prepare, model) if described else student.prepare(model)
+        self.graph, self.initial, self.rest = nnx.split(prepared, student.trained, ...)
         self.settings, self.teacher, self.student, self.draw, self.mesh = settings, teacher, student, draw, mesh
         placed = None if mesh is None else (shardings(jax.eval_shape(self._first, self.initial, 0), mesh), None)
         self.run = jax.jit(self._run, donate_argnums=0, out_shardings=placed)
         self.run_on = jax.jit(self.step_on, donate_argnums=0, out_shardings=placed)
+        self.watch = jax.jit(student.watched)
 
     def start(self, total: int) -> State:
         """The state before the first of `total` steps."""
@@ -64,6 +67,11 @@ class Trainer:
             first = jax.jit(first, out_shardings=shardings(jax.eval_shape(first, self.initial, total), self.mesh))
         # The state is donated to each step, so nothing in it may be shared with the initial parameters.
         return jax.tree.map(jnp.copy, first(self.initial, total))
+
+    def described(self, total: int) -> State:
+        """`start(total)` as ShapeDtypeStructs, on the mesh where there is one."""
+        state = jax.eval_shape(self._first, self.initial, total)
+        return state if self.mesh is None else abstract(state, self.mesh)
 
     def _first(self, initial: nnx.State, total: int) -> State:
         average = {} if self.settings.average is None else initial
@@ -89,6 +97,12 @@ class Trainer:
         """One step on a given batch {latents, context}. The given state is used up."""
         with self._scope():
             return self.run_on(state, data, self.rest, self.teacher)
+
+    def watched(self, state: State) -> dict[str, float]:
+        """What the student says of its parameters, see `Student.watched`; waits for the device."""
+        with self._scope():
+            found = self.watch(state["params"], state["step"])
+        return {name: float(value) for name, value in found.items()}
 
     def check(self, state: State) -> None:
         """Stop a training that no longer learns.

@@ -4,7 +4,7 @@ from qvdjax.diffusion.ddim import DDIM
 from qvdjax.diffusion.dpm_sde import DPMSolverSDE
 from qvdjax.diffusion.euler import FlowMatchEuler
 from qvdjax.diffusion.examples import Example
-from qvdjax.diffusion.guidance import guidance_scales, guided
+from qvdjax.diffusion.guidance import guidance_scales, guided, guided_steps
 from qvdjax.diffusion.noise import initial_noise
 from qvdjax.diffusion.sampler import Compilation, SampleResult, compile_sampler, sample
 from qvdjax.diffusion.schedule import Schedule
@@ -26,6 +26,7 @@ __all__ = [
     "get_solver",
     "guidance_scales",
     "guided",
+    "guided_steps",
     "initial_noise",
     "related_solver",
     "sample",

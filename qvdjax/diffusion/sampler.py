@@ -1,6 +1,7 @@
 """From noise to latents: the sampling loop, as one jitted scan or step by step."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvdjax.diffusion.guidance import DynamicGuidance, guidance_scales, guided
+from qvdjax.diffusion.guidance import DynamicGuidance, guidance_scales, guided, guided_steps
 from qvdjax.diffusion.noise import check_seeds
 from qvdjax.diffusion.schedule import Schedule
 from qvdjax.diffusion.solvers import Solver
@@ -45,6 +46,7 @@ def sample(
     steps: int,
     guidance_scale: float = 1.0,
     dynamic_guidance: DynamicGuidance | None = None,
+    guidance_until: float = 0.0,
     seeds: Sequence[int] | None = None,
     trajectory: bool = False,
     on_step: OnStep | None = None,
@@ -68,6 +70,7 @@ def sample(
         steps: Number of steps; with guidance each costs two model evaluations.
         guidance_scale: 1 means no guidance.
         dynamic_guidance: Lets the scale vary over the steps, see `guidance_scales`; a scale of 1 stays none.
+        guidance_until: Steps below this timestep (0..1000) are not guided, see `guided_steps`.
         seeds: One per video, those of `initial_noise`; needed by a solver that draws noise at its steps.
         trajectory: Also return the model's inputs.
         on_step: Given, the steps run one by one from Python, and this is called after each. The numbers are
@@ -79,9 +82,10 @@ def sample(
         The latents and, if asked for, the trajectory. Raises `UserError` for a number of steps below 1, for
         guidance without a negative context, for seeds that are missing or unusable, and for batches that differ.
     """
-    run = Run(solver, doubled_batch=doubled_batch, unguided=guidance_scale == 1, trajectory=trajectory)
     inputs = _inputs(noise, seeds, context, negative_context, guidance_scale, conditions)
     plan = _plan(solver, steps, guidance_scale, dynamic_guidance)
+    count = guided_steps(guidance_scale, plan.schedule.timesteps, guidance_until)
+    run = Run(solver, doubled_batch=doubled_batch, guided_steps=count, trajectory=trajectory)
     if on_step is None:
         return _scan(run, model, plan, *inputs)
     return _loop(run, model, plan, inputs, on_step)
@@ -111,6 +115,7 @@ def compile_sampler(
     steps: int,
     guidance_scale: float = 1.0,
     dynamic_guidance: DynamicGuidance | None = None,
+    guidance_until: float = 0.0,
     seeds: Sequence[int] | None = None,
     trajectory: bool = False,
     step_loop: bool = False,
@@ -121,19 +126,22 @@ def compile_sampler(
 
     With `step_loop` it is a single step that is compiled: what `sample` runs when it is given an `on_step`.
     """
-    run = Run(solver, doubled_batch=doubled_batch, unguided=guidance_scale == 1, trajectory=trajectory)
     inputs = _inputs(noise, seeds, context, negative_context, guidance_scale, conditions)
     plan = _plan(solver, steps, guidance_scale, dynamic_guidance)
+    count = guided_steps(guidance_scale, plan.schedule.timesteps, guidance_until)
+    run = Run(solver, doubled_batch=doubled_batch, guided_steps=count, trajectory=trajectory)
     start = time.perf_counter()
     if step_loop:
         noise, seeds, *rest = inputs
-        lowered = _step.lower(run, model, plan.row(0), _init(run, noise, seeds), *rest)
+        first = _init(run, noise, seeds)
+        # The steps that are run: guided ones, ones that are not, or both.
+        lowered = [_step.lower(run, model, plan.row(part.start), first, *rest, kind) for part, kind in run.parts(steps)]
     else:
-        lowered = _scan.lower(run, model, plan, *inputs)
+        lowered = [_scan.lower(run, model, plan, *inputs)]
     # The program stays in jit's own cache. It is not called itself: on CPU, jax 0.10 refuses int4 arguments
     # there that jit accepts.
-    compiled = lowered.compile()
-    return Compilation(time.perf_counter() - start, compiled.memory_analysis())
+    compiled = [program.compile() for program in lowered]
+    return Compilation(time.perf_counter() - start, compiled[0].memory_analysis())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,16 +150,21 @@ class Run:
 
     solver: Solver
     doubled_batch: bool
-    unguided: bool
+    guided_steps: int
     trajectory: bool
+
+    def parts(self, steps: int) -> list[tuple[slice, bool]]:
+        """Stretches of equal steps, those that are not empty: which of `steps`, and whether they are guided."""
+        parts = [(slice(0, self.guided_steps), True), (slice(self.guided_steps, steps), False)]
+        return [(part, kind) for part, kind in parts if part.start < part.stop]
 
     def init(self, noise, seeds):
         """The solver's state before the first step."""
         return self.solver.init(noise, seeds)
 
-    def step(self, model, plan, state, context, negative_context, conditions):
+    def step(self, model, plan, state, context, negative_context, conditions, is_guided: bool):
         """One step: ask the model where the latents go, and let the solver go there."""
-        predict = guided(model, 1 if self.unguided else plan.guidance_scales, doubled_batch=self.doubled_batch)
+        predict = guided(model, plan.guidance_scales if is_guided else 1, doubled_batch=self.doubled_batch)
         batch = state.latents.shape[0]
         timestep = jnp.full((batch,), plan.schedule.timesteps, jnp.float32)  # (batch,)
         prediction = predict(state.latents, timestep, context, negative_context, **conditions)
@@ -171,8 +184,8 @@ class Plan:
     schedule: Schedule
     guidance_scales: np.ndarray
 
-    def row(self, step: int) -> "Plan":
-        """One step of it, as `jax.lax.scan` hands it to `Run.step`."""
+    def row(self, step: int | slice) -> "Plan":
+        """One step of it, as `jax.lax.scan` hands it to `Run.step`, or a stretch of steps."""
         return jax.tree.map(lambda values: values[step], self)
 
 
@@ -183,15 +196,18 @@ def _plan(solver: Solver, steps: int, guidance_scale: float, dynamic_guidance: D
 
 
 def _scan_steps(run: Run, model, plan, noise, seeds, *inputs) -> SampleResult:
-    def body(state, row):
-        return run.step(model, row, state, *inputs), state.latents if run.trajectory else None
+    def body(state, row, is_guided):
+        return run.step(model, row, state, *inputs, is_guided), state.latents if run.trajectory else None
 
-    state, trajectory = jax.lax.scan(body, run.init(noise, seeds), plan)
-    return SampleResult(state.latents, trajectory)
+    state, seen = run.init(noise, seeds), []
+    for part, is_guided in run.parts(plan.schedule.steps):
+        state, inputs_seen = jax.lax.scan(functools.partial(body, is_guided=is_guided), state, plan.row(part))
+        seen.append(inputs_seen)
+    return SampleResult(state.latents, jnp.concatenate(seen) if run.trajectory else None)
 
 
 _scan = jax.jit(_scan_steps, static_argnums=0)
-_step = jax.jit(Run.step, static_argnums=0)
+_step = jax.jit(Run.step, static_argnums=(0, 7))
 # Compiled too, so that keys made of the seeds lie on the devices of the noise.
 _init = jax.jit(Run.init, static_argnums=0)
 
@@ -202,7 +218,7 @@ def _loop(run: Run, model, plan: Plan, inputs: tuple, on_step: OnStep) -> Sample
     for index in range(plan.schedule.steps):
         if run.trajectory:
             seen.append(state.latents)
-        state = _step(run, model, plan.row(index), state, *rest)
+        state = _step(run, model, plan.row(index), state, *rest, index < run.guided_steps)
         on_step(index + 1, state.latents)
     return SampleResult(state.latents, jnp.stack(seen) if run.trajectory else None)
 

@@ -18,10 +18,10 @@ def plan(step: Callable, *abstract_args: Any, mesh: Mesh, donate: tuple[int, ...
     """Compile a step for a mesh, described or real, and report what one device needs.
 
     Args:
-        step: The function to compile; its arguments are positional.
+        step: The function to compile, or a jitted one; its arguments are positional.
         abstract_args: Trees of ShapeDtypeStruct with shardings on `mesh` (see `abstract`).
         mesh: In scope while the step is traced, so that `constrain` takes hold.
-        donate: Positions of arguments whose memory the results may reuse.
+        donate: Positions of arguments whose memory the results may reuse; a jitted step has its own.
 
     Returns:
         `fits`: whether the program compiles and stays below `chip_bytes`.
@@ -40,10 +40,11 @@ def plan(step: Callable, *abstract_args: Any, mesh: Mesh, donate: tuple[int, ...
         "compile_seconds": None, "reason": None, "argument_bytes": None, "temporary_bytes": None,
         "products": [], "unknown_loops": 0, "devices": mesh.devices.size,
     }  # fmt: skip
+    jitted = step if hasattr(step, "lower") else jax.jit(step, donate_argnums=donate)
     begin = time.perf_counter()
     try:
         with jax.set_mesh(mesh):
-            compiled = jax.jit(step, donate_argnums=donate).lower(*abstract_args).compile()
+            compiled = jitted.lower(*abstract_args).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

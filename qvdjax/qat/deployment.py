@@ -52,7 +52,7 @@ def quantized_linear(layer: LearnedLinear, execution: Execution) -> QuantizedLin
     parts = {"weight": layer.weight[...]}
     if scheme.weight is not None:
         zero_point = None if layer.weight_zero_point is None else layer.weight_zero_point[...]
-        parts = _encode_stack(layer.weight[...], layer.weight_scale[...], zero_point, scheme=scheme)
+        parts = _encode_stack(layer.whole_weight(), layer.weight_scale[...], zero_point, scheme=scheme)
     if clip is not None:
         parts["input_clip"] = learned_clips.table(layer.clip_logits[...], clip)
     bias = None if layer.bias is None else layer.bias[...]

@@ -51,9 +51,12 @@ class LearnedLinear(TimestepReader):
             that it meets the rounded input: W_q x_q + Phi(x_q) (QVGen equation 9) costs no second product. None for
             none; may be set later.
         gamma: What the auxiliary module gets, put there by `with_gamma` for each call.
+        adapter: A module whose `weight()` [out, in] is added to the weight before it is rounded (see
+            `qvdjax.qat.adapter`). None for none; may be set later.
     """
 
     auxiliary: nnx.Module | None = None
+    adapter: nnx.Module | None = None
     gamma: PerCall | None = None
 
     def __init__(
@@ -69,13 +72,17 @@ class LearnedLinear(TimestepReader):
         self.clip_logits = None if clip_logits is None else ClipLogit(clip_logits, **logits)
         self.role, self.axes, self.scheme, self.scaled_gradients = linear.role, linear.axes, scheme, scaled_gradients
 
+    def whole_weight(self) -> jax.Array:
+        """The weight [out, in] that is rounded: with its adapter, where it has one."""
+        return self.weight[...] if self.adapter is None else self.weight[...] + self.adapter.weight()
+
     def rounded_weight(self) -> jax.Array:
         """The weight [out, in] on its grid, without the auxiliary module; float32 where it is rounded."""
         if self.scheme.weight is None:
             return self.weight[...]
         zero_point = None if self.weight_zero_point is None else self.weight_zero_point[...]
         return learned_weights.fake_quantize_learned(
-            self.weight[...], self.scheme.weight.grid, self.weight_scale[...], zero_point,
+            self.whole_weight(), self.scheme.weight.grid, self.weight_scale[...], zero_point,
             scaled_gradients=self.scaled_gradients,
         )  # fmt: skip
 

@@ -159,14 +159,19 @@ def singular_values(left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.linalg.svd(_product(r1, _transposed(r2)), compute_uv=False)
 
 
-def small_share(values: jax.Array, threshold: float = 14.0) -> jax.Array:
+def small_share(values: jax.Array, threshold: float = 14.0, *, alive: jax.Array | None = None) -> jax.Array:
     """Part of singular values that lie more than `threshold` times below the largest, [...] for values [..., count].
+
+    With `alive` only the first so many count, and 0 where that is none.
 
     QVGen watches it grow from 73 to 99 % while training, and removes Phi for that reason. The threshold of 14 is
     second hand: the paper's own definition was not to be had. Where all values are zero, all are small.
     """
     largest = jnp.max(values, -1, keepdims=True)
-    return jnp.mean((values * threshold < largest) | (largest == 0), -1)
+    small = (values * threshold < largest) | (largest == 0)
+    if alive is None:
+        return jnp.mean(small, -1)
+    return jnp.sum(small & (jnp.arange(values.shape[-1]) < alive), -1) / jnp.maximum(alive, 1)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from flax import nnx
 from qvdjax.errors import UserError
 from qvdjax.nn.variables import shape_of
 from qvdjax.parallel import partition_spec
-from qvdjax.qat.orthogonal import reorthogonalize
+from qvdjax.qat.orthogonal import reorthogonalize, singular_values, small_share
 from qvdjax.qat.phi import Factor
 from qvdjax.qat.rank_decay import RankDecay
 
@@ -96,6 +96,17 @@ def begin_step(
     ]
     count = 1 + len(averages)
     return trees[0], jax.tree.unflatten(rebuild, trees[count:]), tuple(trees[1:count])
+
+
+def small_share_of_phi(params: nnx.State, rank: jax.Array) -> jax.Array:
+    """`small_share` of the first `rank` singular values of each Phi, their mean over all Phis, float32 ()."""
+    flat = dict(nnx.to_flat_state(params))
+    sites = [path[:-1] for path, leaf in flat.items() if isinstance(leaf, Factor) and path[-1] == "left"]
+    shares = []
+    for site in sites:
+        values = singular_values(flat[(*site, "left")].get_value(), flat[(*site, "right")].get_value())
+        shares.append(small_share(values, alive=jnp.minimum(rank, values.shape[-1])).reshape(-1))  # [layers] or [1]
+    return jnp.concatenate(shares).mean()
 
 
 def _with_pairs(tree: nnx.State, entries: dict, pairs: dict) -> nnx.State:

@@ -16,7 +16,7 @@ class DSAQuant(Learned):
     timestep alone stay float; over a sampler's steps they are a table, which is smaller than their weights. Left open
     by the source, and chosen here: step sizes of weights start by search; input ranges come as they are (the kernel's
     constant clip of 0.95 is not said to be in training).
-    Command: `qvdjax train DIR OUT --recipe dsaquant-w4a4 --data DATA`.
+    Command: `qvdjax train DIR OUT --recipe dsaquant-w4a4 --data DATA`; then `qvdjax sample OUT --guidance-until 400`.
     Published (VBench, mean of eight, Wan 2.1 1.3B W4A4): 67.21 against 66.28 in bfloat16, with guidance left out of the
     last nine of fifty steps; 65.1 for its loss towards the teacher alone, with guidance throughout.
 

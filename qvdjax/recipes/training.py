@@ -39,7 +39,11 @@ class Training:
             into the data's at little.
         fading: Of the last: the teacher's share at noise level s is (e^(fading s) - 1) / (e^fading - 1).
         clip_rate: Learning rate of clip logits relative to the weights'.
+        scale_rate: That of weights' step sizes and zero points.
         auxiliary: A module that lowers the gradients' norm while training, or None.
+        adapter_rank: 0 trains all of the model. Otherwise only its quantizers are trained, and adapters of this rank
+            inside those of weights (`qvdjax.qat.adapter`).
+        adapter_rate: That of adapters.
     """
 
     start: str = "search"
@@ -47,7 +51,10 @@ class Training:
     target: Target = "teacher"
     fading: float = 5.0
     clip_rate: float = 1.0
+    scale_rate: float = 1.0
     auxiliary: Auxiliary | None = None
+    adapter_rank: int = 0
+    adapter_rate: float = 1.0
 
     def __post_init__(self):
         if self.target not in get_args(Target):

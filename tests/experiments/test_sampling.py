@@ -327,6 +327,8 @@ def test_the_scheduler_beside_a_published_model_counts(published, tmp_path):
     assert (report["solver"], report["shift"]) == ("euler", 7.0)
     report = run(solver="unipc", dynamic_guidance="step")
     assert (report["solver"], report["shift"], report["dynamic_guidance"]) == ("unipc", 7.0, "step")
+    assert report["guidance_until"] == 0
+    assert run(guidance_until=400.0)["guidance_until"] == 400
     config.write_text('{"_class_name": "LCMScheduler"}')
     with pytest.raises(UserError, match="asks for 'LCMScheduler'"):
         run()

@@ -28,6 +28,7 @@ def plan(arguments: Plan, progress: Progress | None) -> Outcome:
         mesh=values.mesh(arguments.mesh),
         step=arguments.step,
         size=arguments.size,
+        accumulate=arguments.accumulate,
     )
     answer = "fits" if report["fits"] else "does not fit"
     needs, has = (size(report[key]) if report[key] else "?" for key in ("bytes_per_chip", "chip_bytes"))
@@ -35,6 +36,9 @@ def plan(arguments: Plan, progress: Progress | None) -> Outcome:
         f"{arguments.model}, {arguments.recipe}, {arguments.step} step on {arguments.topology}: {answer}",
         f"{needs} of {has} a chip; compiled in {number(report['compile_seconds'])} s",
     ]
+    if report["bound_seconds"] is not None:
+        least, by = number(report["bound_seconds"]), report["bound_by"]
+        lines.append(f"at least {least} s a step by {by} at published peak rates: arithmetic, not a measurement")
     if report["collectives"]:
         rows = [(row["kind"], row["dtype"], size(row["bytes"])) for row in report["collectives"]]
         lines.append(Table(("collective", "type", "bytes a chip"), rows, right=frozenset({"bytes a chip"})))

@@ -11,7 +11,7 @@ from experiments.cli.terminal import Progress
 
 TRAINING = (
     "steps", "batch", "learning_rate", "warm_up", "data_weight", "seed", "mesh", "accumulate", "dtype", "remat",
-    "checkpoints", "save_every", "resume", "log", "overwrite",
+    "checkpoints", "save_every", "resume", "log", "tensorboard", "overwrite",
 )  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def test_unknown_names_are_refused_before_anything_is_timed(options):
 
 def test_suites_are_the_shapes_and_the_default():
     assert set(bench.SUITES) == {"default", *SHAPES}
-    assert set(LATENT_SIZES) >= {"480p", "720p"}
+    assert set(LATENT_SIZES["wan"]) >= {"480p", "720p"}
 
 
 def test_the_command_is_kept_without_the_place_of_the_program():

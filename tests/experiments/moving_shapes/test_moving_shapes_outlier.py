@@ -13,13 +13,18 @@ from models.pipeline import Pipeline
 from qvdjax.errors import UserError
 from qvdjax.nn import Linear
 
-CONFIG = {**train.CONFIG, "num_layers": 2}
-SITES = ("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_out.0", "ffn.net.0.proj")
+CONFIGS = {family: {**config, "num_layers": 2} for family, config in train.CONFIGS.items()}
+SITES = {
+    "wan": ("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_out.0", "ffn.net.0.proj"),
+    "cogvideox": ("attn1.to_q", "attn1.to_out.0", "ff.net.0.proj"),
+}
+BEHIND_THE_NONLINEARITY = {"wan": "ffn.net.2", "cogvideox": "ff.net.2"}
+families = pytest.mark.parametrize("family", CONFIGS)
 
 
-def random_model(dtype) -> nnx.Module:
+def random_model(family, dtype) -> nnx.Module:
     """Every parameter random, so that none is hidden behind a zero or a one."""
-    model = models.build(CONFIG, dtype=dtype)
+    model = models.build(CONFIGS[family], dtype=dtype)
     keys = iter(jax.random.split(jax.random.key(1), 100))
     for _, variable in nnx.to_flat_state(nnx.state(model)):
         value = variable[...]
@@ -30,7 +35,7 @@ def random_model(dtype) -> nnx.Module:
 
 def inputs(dtype):
     keys = jax.random.split(jax.random.key(2), 2)
-    latents = jax.random.normal(keys[0], (2, 3, 4, 6, CONFIG["in_channels"]), dtype)
+    latents = jax.random.normal(keys[0], (2, 3, 4, 6, train.CHANNELS), dtype)
     context = jax.random.normal(keys[1], (2, 8, 64), dtype).at[:, 5:].set(0)
     return latents, jnp.array([30.0, 900.0], dtype), context
 
@@ -39,12 +44,13 @@ def relative(a, b) -> float:
     return float(jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel()))
 
 
+@families
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
-def test_the_function_stays_the_same(dtype, tolerance):
+def test_the_function_stays_the_same(family, dtype, tolerance):
     """The factors cancel exactly in the reals; what is left is rounding, 6e-8 or 1e-16 an operation, which
     two blocks and factors of 50 raise by one to three orders."""
     with jax.enable_x64(dtype == "float64"):
-        model = random_model(jnp.dtype(dtype))
+        model = random_model(family, jnp.dtype(dtype))
         variant = outlier_variant(model, seed=3)
         call = jax.jit(lambda model, *args: model(*args))
         one, other = call(model, *inputs(dtype)), call(variant, *inputs(dtype))
@@ -73,22 +79,25 @@ def channel_maxima(model, monkeypatch) -> dict[str, np.ndarray]:
     return seen
 
 
-def test_heavy_channels_are_where_they_are_said_to_be(monkeypatch):
-    model = random_model(jnp.float32)
+@families
+def test_heavy_channels_are_where_they_are_said_to_be(family, monkeypatch):
+    model = random_model(family, jnp.float32)
     ratio = lambda maxima: maxima.max() / np.median(maxima)  # noqa: E731
     before = channel_maxima(model, monkeypatch)
     after = channel_maxima(outlier_variant(model, channels=4), monkeypatch)
-    assert set(SITES) < set(before)
-    for site in SITES:
+    assert set(SITES[family]) < set(before)
+    for site in SITES[family]:
         # Factors of 10 to 50 on channels whose maxima differ by less than 5 among themselves.
         assert ratio(before[site]) < 5, site
         assert ratio(after[site]) > 8, site
         assert (after[site] > 5 * np.median(after[site])).sum() <= 4 + 1, site
-    np.testing.assert_allclose(after["ffn.net.2"], before["ffn.net.2"], rtol=1e-3)  # none behind the nonlinearity
+    behind = BEHIND_THE_NONLINEARITY[family]
+    np.testing.assert_allclose(after[behind], before[behind], rtol=1e-3)
 
 
-def test_the_seed_chooses_the_channels_and_the_model_stays_as_it_is():
-    model = random_model(jnp.float32)
+@families
+def test_the_seed_chooses_the_channels_and_the_model_stays_as_it_is(family):
+    model = random_model(family, jnp.float32)
     before = jax.tree.map(np.asarray, nnx.state(model))
     one, same, other = (outlier_variant(model, seed=s) for s in (0, 0, 1))
     weight = lambda model: np.asarray(model.stacks[0].block.attn1.to_q.weight[...])  # noqa: E731
@@ -97,14 +106,15 @@ def test_the_seed_chooses_the_channels_and_the_model_stays_as_it_is():
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, nnx.state(model)))
 
 
-def test_models_without_an_affine_norm_are_refused():
-    model = models.build({**CONFIG, "cross_attn_norm": False, "num_layers": 1})
-    with pytest.raises(UserError, match="cross_attn_norm"):
+@pytest.mark.parametrize(("family", "field"), [("wan", "cross_attn_norm"), ("cogvideox", "norm_elementwise_affine")])
+def test_models_without_an_affine_norm_are_refused(family, field):
+    model = models.build({**CONFIGS[family], field: False, "num_layers": 1})
+    with pytest.raises(UserError, match=field):
         outlier_variant(model)
 
 
 def test_the_command_writes_a_bench_folder(tmp_path):
-    model = random_model(jnp.float32)
+    model = random_model("wan", jnp.float32)
     train.save_folder(model, tmp_path / "plain")
     outlier.main([str(tmp_path / "plain"), str(tmp_path / "heavy"), "--seed", "3"])
     heavy = models.load(tmp_path / "heavy")

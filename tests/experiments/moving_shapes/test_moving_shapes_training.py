@@ -11,15 +11,35 @@ import models
 from experiments.moving_shapes import data, train
 from models.pipeline import Pipeline
 
-SMALL = {**train.CONFIG, "num_layers": 1, "num_attention_heads": 1, "ffn_dim": 64}
+SMALL = {**train.CONFIGS["wan"], "num_layers": 1, "num_attention_heads": 1, "ffn_dim": 64}
 
 
-def test_the_shipped_architecture_is_small():
-    model = models.abstract(train.CONFIG)
+@pytest.mark.parametrize("config", train.CONFIGS.values(), ids=train.CONFIGS)
+def test_the_shipped_architectures_are_small(config):
+    model = models.abstract(config)
     count = sum(leaf.size for leaf in jax.tree.leaves(model))
     assert count <= 2_000_000
-    assert train.CONFIG["num_layers"] >= 6
-    assert train.CONFIG["attention_head_dim"] >= 32
+    assert config["num_layers"] >= 6
+    assert config["attention_head_dim"] >= 32
+
+
+def test_a_family_is_trained_for_the_solver_that_samples_it(tmp_path, monkeypatch):
+    seen = []
+
+    class Recording(train.Trainer):
+        def __init__(self, model, settings, **more):
+            small = {**train.CONFIGS["cogvideox"], "num_layers": 1, "num_attention_heads": 1}
+            assert type(model.config).__name__ == "CogVideoXConfig"
+            super().__init__(train.initial_model(0, small), settings, **more)
+            seen.append(settings.objective.solver)
+
+    monkeypatch.setattr(train, "Trainer", Recording)
+    options = ["--family", "cogvideox", "--steps", "1", "--batch", "2", "--evaluate", "1"]
+    train.main([str(tmp_path / "model"), *options])
+    pipeline = Pipeline.load(tmp_path / "model")
+    assert pipeline.solver == "ddim"
+    assert seen == [pipeline.make_solver()]
+    assert models.load(tmp_path / "model").config.patch == (3, 1, 1)
 
 
 @pytest.mark.slow
@@ -47,7 +67,7 @@ def test_the_command_writes_a_folder_that_samples(tmp_path, capsys, from_folder)
 
 def test_time_that_runs_out_still_writes_the_folder(tmp_path, capsys, monkeypatch):
     small = train.initial_model(0, SMALL)
-    monkeypatch.setattr(train, "initial_model", lambda seed: small)
+    monkeypatch.setattr(train, "initial_model", lambda seed, config: small)
     train.main([str(tmp_path / "model"), "--minutes", "0.0001", "--chunk", "1", "--batch", "1"])
     assert (tmp_path / "model" / "pipeline.json").exists()
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -17,7 +17,7 @@ from experiments.training.student import student_of
 from experiments.training.trainer import Trainer
 from qvdjax import recipes
 from qvdjax.errors import UserError
-from qvdjax.qat import ClipLogit, LearnedLinear
+from qvdjax.qat import AdapterFactor, ClipLogit, LearnedLinear, LearnedScale
 from qvdjax.qat.phi import Factor
 
 CONFIG = {
@@ -89,6 +89,7 @@ def relative(found, wanted):
                 ("lsq", "w4a4"),
                 ("dsaquant", "w4a4"),
                 ("q-dm", "w4a4"),
+                ("efficientdm", "w4a4"),
             ]
         ),
     ],
@@ -104,7 +105,7 @@ def test_what_is_stored_computes_what_was_trained(run, batch, name, within, tmp_
     stored = trainer.finished(state)
     assert stored.recipe_name == recipes.get(name, **overrides).name
     kinds = {type(variable) for _, variable in nnx.to_flat_state(nnx.state(stored))}
-    assert not kinds & {Factor, ClipLogit}
+    assert not kinds & {Factor, AdapterFactor, ClipLogit}
     assert not [layer for _, layer in nnx.iter_modules(stored) if isinstance(layer, LearnedLinear)]
     models.save(stored, tmp_path / name)
     for execution in ("simulate", "integer"):
@@ -123,6 +124,27 @@ def test_phi_fades_and_is_gone(run):
     assert not trainer.student.decay.gamma(STEPS).any()
 
 
+def test_efficientdm_moves_quantizers_and_adapters_alone(run, model, batch):
+    trainer, state, norms = run("efficientdm-w4a4", rank=3)
+    assert {type(v) for _, v in nnx.to_flat_state(state["params"])} == {AdapterFactor, LearnedScale, ClipLogit}
+    assert len(jax.tree.leaves(state["optimizer"])) <= 2 * len(jax.tree.leaves(state["params"])) + 1
+    trained, first = trainer.model(state), trainer.student.prepare(model)
+    before, after = (m.stacks[0].block.attn1.to_q for m in (first, trained))
+    np.testing.assert_array_equal(after.weight[...], before.weight[...])
+    np.testing.assert_array_equal(trained.proj_out.bias[...], model.proj_out.bias[...])
+    assert before.adapter.weight().max() == 0
+    moved = np.abs(np.asarray(after.adapter.weight() / after.adapter.size[...]))
+    assert moved.max() > 1e-3  # in step sizes
+    # Adam's steps are at most about the rate each, and so all layers' factors move alike, in units of their step sizes.
+    steps = np.abs(np.asarray(after.adapter.left[...]))
+    assert steps.max() < 2 * STEPS * 4 * 1e-3
+    student = trainer.student
+    np.testing.assert_array_equal(
+        student.at(first, 0)(*inputs(batch)),
+        student_of(model, recipes.get("q-dm-w4a4"), STEPS).prepare(model)(*inputs(batch)),
+    )
+
+
 def test_a_phase_starts_where_the_schedule_says(run, model, batch):
     recipe = recipes.get("qvgen-w4a4", rank=4)
     settings = Settings(batch=2, learning_rate=1e-3, warm_up=1, objective=following(recipe.training))
@@ -136,6 +158,9 @@ def test_a_phase_starts_where_the_schedule_says(run, model, batch):
             for path, v in nnx.to_flat_state(state["params"]) if isinstance(v, Factor) and path[-1] == "left"
         }  # fmt: skip
         assert columns == {4 if step < 4 else 2 if step < 8 else 0}, step
+        watched = trainer.watched(state)
+        assert watched["rank"] == (4 if step + 1 < 4 else 2 if step + 1 < 8 else 0)
+        assert 0 <= watched["small_share"] <= 1
 
 
 def test_at_the_first_step_phi_makes_up_for_most_of_the_rounding(model, batch):
@@ -173,5 +198,7 @@ def test_what_cannot_be_trained_or_stored_is_refused(model):
     kept = student_of(model, recipes.get("qvgen-w4a4", phases="keep", rank=4), STEPS)
     with pytest.raises(UserError, match="phases=keep"):
         kept.check_storable()
+    with pytest.raises(UserError, match="rank is 0"):
+        recipes.get("efficientdm-w4a4", rank=0)
     with pytest.raises(UserError, match="qvdjax train"):
         qvdjax.quantize(model, "qvgen-w4a4")

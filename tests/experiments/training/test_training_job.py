@@ -73,7 +73,11 @@ def test_the_trained_folder_is_one_that_quantize_would_write(whole, model_folder
 
 def test_the_log_and_the_progress_tell_every_tenth_step(whole):
     lines = [json.loads(line) for line in whole["log"].read_text().splitlines()]
-    assert [line["step"] for line in lines if line["event"] == "train"] == [10, 20, 30, 40]
+    train = [line for line in lines if line["event"] == "train"]
+    assert [line["step"] for line in train] == [10, 20, 30, 40]
+    assert all(line["seconds_per_step"] > 0 and line["gradient_norm"] > 0 for line in train)
+    rates = [line["rates"]["weights"] for line in train]
+    assert rates[0] > rates[1] > rates[-1] == pytest.approx(SETTINGS["learning_rate"] / 100, rel=0.2)
     assert lines[0]["loss"] == whole["report"]["first_loss"]
     assert lines[-1]["event"] == "saved"
     assert [call for call in whole["calls"] if call[0] == "training"][-1] == ("training", 40, 40)

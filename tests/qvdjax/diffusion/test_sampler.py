@@ -18,6 +18,7 @@ from qvdjax.diffusion import (
     compile_sampler,
     guidance_scales,
     guided,
+    guided_steps,
     initial_noise,
     sample,
 )
@@ -60,7 +61,10 @@ def case():
     }
 
 
-def by_hand(model, context, negative_context, noise, seeds, solver, steps, guidance_scale, dynamic_guidance=None):
+def by_hand(
+    model, context, negative_context, noise, seeds, solver, steps, guidance_scale, dynamic_guidance=None,
+    guidance_until=0.0,
+):  # fmt: skip
     """The loop written out, in NumPy where it matters: the reference for `sample`."""
     schedule, state, seen = solver.schedule(steps), solver.init(noise, np.array(seeds, np.uint32)), []
     scales = np.float32(guidance_scales(guidance_scale, schedule.timesteps, dynamic_guidance))
@@ -70,6 +74,8 @@ def by_hand(model, context, negative_context, noise, seeds, solver, steps, guida
         unconditional = np.asarray(model(state.latents, timestep, negative_context))
         seen.append(state.latents)
         velocity = unconditional + scales[index] * (conditional - unconditional)
+        if timestep[0] < guidance_until:
+            velocity = conditional
         state = solver.step(schedule.row(index), state, velocity)
     return state.latents, np.stack(seen)
 
@@ -196,6 +202,33 @@ def test_dynamic_guidance_reaches_every_step(case, kind):
     assert not np.allclose(want, by_hand(**{**arguments, "dynamic_guidance": None})[0], atol=1e-2)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_steps_below_a_timestep_are_not_guided(case, solver):
+    arguments = {**case, "solver": solver, "steps": 6, "guidance_scale": 4.0, "guidance_until": 400.0}
+    want, seen = by_hand(**arguments)
+    before = Field.calls
+    got = sample(**arguments, trajectory=True)
+    assert Field.calls == before + 3  # two in the body of the guided steps, one in that of the others
+    # As for the written-out loop.
+    np.testing.assert_allclose(got.latents, want, atol=2e-5)
+    np.testing.assert_allclose(got.trajectory, seen, atol=2e-5)
+    assert not np.allclose(want, by_hand(**{**arguments, "guidance_until": 0.0})[0], atol=1e-2)
+    compile_sampler(**arguments, step_loop=True)
+    traced = Field.calls
+    looped = sample(**arguments, on_step=lambda *_: None)
+    assert Field.calls == traced
+    np.testing.assert_allclose(looped.latents, want, atol=2e-5)
+
+
+def test_guided_steps_are_counted_from_the_first():
+    # DSAQuant's own figure: the last nine of fifty steps at a shift of 3.
+    timesteps = FlowMatchEuler(3.0).schedule(50).timesteps
+    assert guided_steps(5.0, timesteps, 400.0) == 41
+    assert guided_steps(5.0, timesteps) == 50
+    assert guided_steps(1.0, timesteps) == 0
+    assert guided_steps(5.0, DDIM().timesteps(50), 1000.0) == 0
+
+
 def test_step_noise_is_the_videos_own(case):
     """The same initial noise with other seeds is another video; each follows its own seed, not its place."""
     arguments = {**case, "solver": DPMSolverSDE(), "steps": 3, "guidance_scale": 1.0}
@@ -252,6 +285,8 @@ def test_the_same_video_on_one_device_and_on_eight(case, solver):
         ({"seeds": [1, 2]}, r"seeds has shape \(2,\)"),
         ({"solver": DPMSolverSDE(), "seeds": None}, "given no seeds"),
         ({"dynamic_guidance": "cosine"}, "kind 'cosine'.*timestep, step"),
+        ({"guidance_until": -1.0}, "guidance until timestep -1"),
+        ({"guidance_until": float("nan")}, "guidance until timestep nan"),
         ({"steps": 0}, "steps is 0"),
         ({"guidance_scale": float("inf")}, "guidance scale is inf"),
     ],

@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 import pytest
+import solver_runs
+from solver_runs import relative_error
 
 from qvdjax.diffusion import FlowMatchEuler, UniPCFlow, get_solver
 from qvdjax.diffusion.schedule import shifted
@@ -22,27 +24,11 @@ def velocity(latents, timestep):
 
 
 def run_ours(solver, steps):
-    """Latents after every step, float64."""
-    with jax.enable_x64(True):
-        schedule = solver.schedule(steps)
-        state, outputs = solver.init(jax.numpy.asarray(NOISE)), []
-        for index in range(steps):
-            row = schedule.row(index)
-            state = solver.step(row, state, velocity(np.asarray(state.latents), float(row.timesteps)))
-            outputs.append(np.asarray(state.latents))
-        assert outputs[-1].dtype == np.float64
-    return schedule, np.stack(outputs)
+    return solver_runs.run_ours(solver, steps, velocity, NOISE)
 
 
 def run_diffusers(scheduler):
-    """The same from a diffusers scheduler whose timesteps are set."""
-    torch = pytest.importorskip("torch")
-    latents, outputs = torch.from_numpy(NOISE), []
-    for timestep in scheduler.timesteps:
-        prediction = torch.from_numpy(velocity(latents.numpy(), float(timestep)))
-        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
-        outputs.append(latents.numpy())
-    return np.stack(outputs)
+    return solver_runs.run_diffusers(scheduler, velocity, NOISE)
 
 
 def set_timesteps(scheduler, sigma_grid, steps):
@@ -50,10 +36,6 @@ def set_timesteps(scheduler, sigma_grid, steps):
         scheduler.set_timesteps(steps)
     else:  # Wan's own grid, through the argument diffusers has for it
         scheduler.set_timesteps(sigmas=np.linspace(float(np.float32(0.999)), 0.0, steps + 1)[:-1])
-
-
-def relative_error(ours, theirs):
-    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize("steps", STEPS)

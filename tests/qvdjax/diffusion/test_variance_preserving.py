@@ -5,10 +5,12 @@ import itertools
 import jax
 import numpy as np
 import pytest
+import solver_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from solver_runs import relative_error
 
 from qvdjax.diffusion import DDIM, DPMSolverSDE, FlowMatchEuler, UniPCFlow, get_solver, related_solver
 from qvdjax.diffusion.noise import check_seeds, step_keys, step_noise
@@ -38,26 +40,11 @@ def drawn(step):
 
 
 def run_ours(solver, steps, predict=model):
-    """Schedule, and the latents after every step, float64."""
-    with jax.enable_x64(True):
-        schedule = solver.schedule(steps)
-        state, outputs = solver.init(jax.numpy.asarray(NOISE), SEEDS), []
-        for index in range(steps):
-            row = schedule.row(index)
-            state = solver.step(row, state, predict(np.asarray(state.latents), float(row.timesteps)))
-            outputs.append(np.asarray(state.latents))
-        assert outputs[-1].dtype == np.float64
-    return schedule, np.stack(outputs)
+    return solver_runs.run_ours(solver, steps, predict, NOISE, SEEDS)
 
 
 def run_diffusers_ddim(scheduler):
-    torch = pytest.importorskip("torch")
-    latents, outputs = torch.from_numpy(NOISE), []
-    for timestep in scheduler.timesteps:
-        prediction = torch.from_numpy(model(latents.numpy(), float(timestep)))
-        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
-        outputs.append(latents.numpy())
-    return np.stack(outputs)
+    return solver_runs.run_diffusers(scheduler, model, NOISE)
 
 
 def run_diffusers_dpm(scheduler, monkeypatch):
@@ -94,10 +81,6 @@ CASES = [
     )
     if not (prediction == "epsilon" and zero_snr and spacing != "leading")  # divides by a signal of zero
 ] + [options("leading", "v_prediction", 3.0, True, to_one=False, offset=1)]
-
-
-def relative_error(ours, theirs):
-    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize("steps", STEPS)

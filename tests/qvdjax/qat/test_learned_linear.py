@@ -22,6 +22,7 @@ from qvdjax.qat import (
     deploy,
     fake_quantized,
     learned,
+    with_adapters,
     with_gamma,
     with_low_rank,
     without_auxiliary,
@@ -154,6 +155,29 @@ def test_low_rank_modules_start_by_undoing_the_rounding(toy, inputs_of, schemes_
     bare = without_auxiliary(helped)
     chex.assert_trees_all_equal(run(bare, inputs_of()), run(model, inputs_of()))
     assert deploy(bare).recipe_name == ""
+
+
+def test_an_adapter_is_rounded_with_its_weight(toy, inputs_of, schemes_of):
+    """Q(W + B A), by hand: the layer whose weight is W + B A, on the same grid."""
+    model = learned(toy, schemes_of(bits=4))
+    helped = with_adapters(model, rank=2)
+    chex.assert_trees_all_equal(run(helped, inputs_of()), run(model, inputs_of()))  # B begins at zero
+    layer, plain = helped.proj_out, nnx.clone(model.proj_out)
+    chex.assert_trees_all_close(layer.adapter.size[0, 0], plain.weight_scale[...].mean(), rtol=1e-6)
+    entries = layer.adapter.right[...] * layer.adapter.size[...]
+    assert 0.3 < float(jnp.abs(entries).max()) * np.sqrt(6) <= 1 + 1e-6  # uniform within 1 / sqrt(in)
+    layer.adapter.left[...] = jax.random.normal(jax.random.key(3), layer.adapter.left.shape)
+    size = layer.adapter.size[...]
+    product = (size * layer.adapter.left[...]) @ (size * layer.adapter.right[...])
+    plain.weight[...] = plain.weight[...] + product
+    assert float(jnp.abs(product).max()) > 0.1 * float(size[0, 0])
+    x = inputs_of()["latents"]
+    chex.assert_trees_all_equal(layer(x), plain(x))
+    model = nnx.clone(model)
+    model.proj_out = plain
+    chex.assert_trees_all_equal(deploy(helped).proj_out.codes[...], deploy(model).proj_out.codes[...])
+    with pytest.raises(UserError, match="rank 0"):
+        with_adapters(model, rank=0)
 
 
 def test_float_inputs_and_float_weights_stay_float(toy, inputs_of):

@@ -1,0 +1,166 @@
+"""Train the rows of the comparison and measure what is left of the full-precision model.
+
+    python -m experiments.comparison.run [--bits w4a4] [--seeds 0-2] [--rows QVGen LSQ ...] [--steps 300]
+
+One JSON file a row and seed, in docs/results/qat-<model>-<bits>; what is there is kept, so that an interrupted
+comparison goes on. `python -m experiments.comparison.page` makes tables and curves of them.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+
+import models
+from experiments.cli.values import seeds as parse_seeds
+from experiments.comparison.rows import ROWS, Row
+from experiments.moving_shapes.captions import prompts
+from experiments.moving_shapes.data import batch
+from experiments.moving_shapes.full_precision import CHECKPOINTS, mean_scores, sample_videos
+from experiments.training.objective import Objective
+from experiments.training.plans import averaged, following, group_rates
+from experiments.training.settings import Settings
+from experiments.training.student import student_of
+from experiments.training.trainer import Trainer
+from models.pipeline import Pipeline
+from qvdjax.diffusion import Solver
+from qvdjax.errors import UserError
+from qvdjax.metrics import psnr
+
+RESULTS: Final = Path(__file__).resolve().parents[2] / "docs" / "results"
+HELD_OUT: Final = 2**20  # seed of validation clips; training seeds are small numbers
+CHUNK: Final = 10  # steps between two points of a curve
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """What all rows have in common.
+
+    Attributes:
+        steps, batch, learning_rate, warm_up: Of training; see `Settings`.
+        average: Decay a step of averaged weights, where a row may average.
+        validation: Held-out clips whose distance to the teacher is measured, at as many noise levels.
+        clips: Videos that are sampled and shown to the oracle.
+    """
+
+    steps: int = 300
+    batch: int = 16
+    learning_rate: float = 1e-4
+    warm_up: int = 20
+    average: float = 0.98
+    validation: int = 128
+    clips: int = 32
+
+
+def compare(folder: Path, row: Row, bits: str, seed: int, protocol: Protocol) -> dict[str, Any]:
+    """Train one row with one seed, and measure it.
+
+    Args:
+        folder: Full-precision bench model: the teacher, and where the student starts.
+        row: What is trained.
+        bits: Such as "w4a4".
+        seed: Of data and noise; measurements are the same for all.
+        protocol: See `Protocol`.
+
+    Returns:
+        `recipe`, `curve` (loss, gradient norm and what the student watches, every `CHUNK` steps), `seconds`, and
+        `measure`'s numbers before training (`start`) and after (`result`).
+    """
+    teacher, pipeline = models.load(folder), Pipeline.load(folder)
+    recipe, solver = row.recipe(bits), pipeline.make_solver()
+    plan = recipe.training
+    settings = Settings(
+        seed=seed, batch=protocol.batch, learning_rate=protocol.learning_rate, warm_up=protocol.warm_up,
+        final_rate=protocol.learning_rate / 100, average=averaged(plan, protocol.average),
+        group_rates=group_rates(plan), objective=dataclasses.replace(following(plan), solver=solver),
+    )  # fmt: skip
+    student = student_of(teacher, recipe, protocol.steps)
+    trainer = Trainer(teacher, settings, teacher=teacher, student=student, draw=batch)
+    state, curve, began = trainer.start(protocol.steps), [], time.perf_counter()
+    start = measure(student.at(trainer.model(state), jnp.int32(0)), teacher, pipeline, protocol, videos=False)
+    while (step := int(state["step"])) < protocol.steps:
+        state, metrics = trainer.advance(state, min(CHUNK, protocol.steps - step))
+        trainer.check(state)
+        point = {name: float(metrics[name]) for name in ("loss", "gradient_norm")}
+        curve.append({"step": int(state["step"]), **point, **trainer.watched(state)})
+    seconds = time.perf_counter() - began
+    # As it is trained, not as it is stored: the two agree (tests), and a Phi that is kept cannot be stored.
+    trained = student.at(trainer.model(state), jnp.int32(protocol.steps))
+    result = measure(trained, teacher, pipeline, protocol)
+    return {"recipe": recipe.name, "curve": curve, "seconds": seconds, "start": start, "result": result}
+
+
+def measure(model, teacher, pipeline: Pipeline, protocol: Protocol, *, videos: bool = True) -> dict[str, float]:
+    """Distances of a model from its teacher, and what its videos show.
+
+    Returns:
+        `validation`: squared distance of the predictions relative to the teacher's, over held-out clips at noise
+        levels as a sampler visits them; with `videos` also `psnr` of the same seeds' videos against the teacher's, dB,
+        and the oracle's scores.
+    """
+    found = {"validation": float(_validation(model, teacher, pipeline.make_solver(), protocol.validation))}
+    if not videos:
+        return found
+    sentences, numbers = prompts(protocol.clips), list(range(protocol.clips))
+    ours, theirs = (sample_videos(one, pipeline, sentences, numbers) for one in (model, teacher))
+    return {**found, "psnr": float(psnr(ours, theirs).mean()), **mean_scores(ours, sentences)}
+
+
+def _validation(model, teacher, solver: Solver, clips: int) -> jax.Array:
+    data = jax.jit(batch, static_argnums=2)(HELD_OUT, 0, clips)
+    corrupted = Objective(solver=solver, drop_caption=0.1).corrupt(data, jax.random.key(HELD_OUT))
+    inputs = (corrupted["latents"], corrupted["timestep"], corrupted["context"])
+    call = jax.jit(lambda model, *inputs: model(*inputs))
+    wanted = call(teacher, *inputs)
+    return jnp.square(call(model, *inputs) - wanted).sum() / jnp.square(wanted).sum()
+
+
+def file_of(folder: Path, name: str, seed: int) -> Path:
+    """Where a row's result with a seed is kept."""
+    slug = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+    return folder / f"{slug}-{seed}.json"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.comparison.run", description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add, defaults = parser.add_argument, Protocol()
+    add("--model", default="wan", help="shipped bench model")
+    add("--bits", default="w4a4", help="of weights and activations")
+    add("--seeds", default="0-2", help="one, a list or a range")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help="rows of the table")
+    add("--out", type=Path, help="folder of results (default: docs/results/qat-MODEL-BITS)")
+    for field in dataclasses.fields(Protocol):
+        flag = f"--{field.name.replace('_', '-')}"
+        add(flag, type=type(field.default), default=getattr(defaults, field.name), help="see Protocol")
+    options = vars(parser.parse_args(argv))
+    protocol = Protocol(**{field.name: options[field.name] for field in dataclasses.fields(Protocol)})
+    out = options["out"] or RESULTS / f"qat-{options['model']}-{options['bits']}"
+    out.mkdir(parents=True, exist_ok=True)
+    versions = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    for seed in parse_seeds(options["seeds"]):  # all rows of a seed before the next seed
+        for name in options["rows"]:
+            path = file_of(out, name, seed)
+            if path.exists():
+                continue
+            found = compare(CHECKPOINTS / options["model"], ROWS[name], options["bits"], seed, protocol)
+            facts = {"row": name, "seed": seed, **found, "protocol": dataclasses.asdict(protocol), **versions}
+            path.write_text(json.dumps(facts, indent=1) + "\n")
+            print(f"{name}, seed {seed}: {found['result']} in {found['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"comparison: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,66 @@
+"""The least time a step can take on a slice: arithmetic from published peak rates, never a measurement."""
+
+import dataclasses
+from typing import Literal
+
+from experiments.bench.ceilings import Work
+from qvdjax.recipes import Recipe
+
+# Passes over the model that a step is made of, in forward passes: a backward pass counts two. What remat computes
+# again is not counted, as is usual for "model FLOPs".
+FORWARD, TRAINED, TEACHER = 1, 3, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """Of one chip, as published: matrix products a second (bfloat16, int8; two operations a multiply-add), and bytes
+    a second from its memory."""
+
+    float_operations: float
+    int8_operations: float
+    bytes: float
+
+
+# Austin et al., "How to Scale Your Model" (jax-ml.github.io/scaling-book), table of TPU specifications.
+PEAKS = {
+    "TPU v5 lite": Peak(1.97e14, 3.94e14, 8.1e11),
+    "TPU v5": Peak(4.59e14, 9.18e14, 2.8e12),
+    "TPU v6 lite": Peak(9.20e14, 1.84e15, 1.6e12),
+}
+
+
+def bound(
+    work: Work, device_kind: str, devices: int, argument_bytes: int | None, *, step: Literal["sample", "train"],
+    recipe: Recipe | None,
+) -> dict:  # fmt: skip
+    """What the matrix products and the memory of a step take at least.
+
+    Args:
+        work: Of one forward pass of the whole batch.
+        device_kind: As jax names it.
+        devices: Of the slice.
+        argument_bytes: A device's part of weights and state, which is read at least once; None where not known.
+        step: "sample" is a forward pass; "train" is three, and one more of the teacher under a recipe.
+        recipe: Quantized products run at the int8 rate when sampling; training rounds and multiplies floats.
+
+    Returns:
+        `model_flops` (of the slice), `bound_seconds`, `bound_by` ("matrix products" or "memory"); the last two None
+        for chips whose peaks are not known.
+    """
+    passes = FORWARD if step == "sample" else TRAINED + (TEACHER if recipe is not None else 0)
+    flops = passes * work.total
+    if device_kind not in PEAKS:
+        return {"model_flops": flops, "bound_seconds": None, "bound_by": None}
+    peak = PEAKS[device_kind]
+    integer = step == "sample" and recipe is not None and _multiplies_integers(recipe)
+    linear = work.linear / (peak.int8_operations if integer else peak.float_operations)
+    products = passes * (linear + (work.qk + work.pv) / peak.float_operations) / devices
+    memory = (argument_bytes or 0) / peak.bytes
+    by = "matrix products" if products >= memory else "memory"
+    return {"model_flops": flops, "bound_seconds": max(products, memory), "bound_by": by}
+
+
+def _multiplies_integers(recipe: Recipe) -> bool:
+    """Whether the recipe rounds weights and inputs of products."""
+    schemes = (rule.scheme for rule in recipe.rules if "feed_forward_in" in (rule.roles or ()))
+    return any(scheme.weight is not None and scheme.activation is not None for scheme in schemes)

@@ -1,0 +1,136 @@
+"""`qvdjax plan`: compile one step of a named model for a TPU slice that is not here."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+import models
+import qvdjax
+from experiments.bench.ceilings import step_work
+from experiments.bench.shapes import CONFIGS, LATENT_SIZES, Shape
+from experiments.planning.bounds import bound
+from experiments.training.planned import planned_step
+from qvdjax import parallel
+from qvdjax.errors import UserError
+from qvdjax.nn import VideoModel
+from qvdjax.recipes import get
+
+FLOAT_RECIPES = ("none", "bf16")
+
+
+def plan(
+    model: str,
+    recipe: str,
+    topology: str,
+    *,
+    batch: int = 1,
+    mesh: Mapping[str, int] | str | None = None,
+    step: Literal["sample", "train"] = "sample",
+    size: str = "480p",
+    accumulate: int = 1,
+) -> dict:
+    """Does one step fit a slice, and what do its chips exchange? Only compiles.
+
+    Args:
+        model: A named configuration ("wan2.1-t2v-14b", or "wan2.1-14b" for short), or a folder with a
+            config.json.
+        recipe: Quantization by name; "none" for bfloat16.
+        topology: The slice, such as "v5e:2x4".
+        batch: Videos in the global batch.
+        mesh: Axis sizes, as a mapping or as "fsdp=2,context=4"; by default as many devices as divide the
+            number of heads split the tokens (`context`), and the rest spreads weights and batch (`fsdp`).
+        step: "sample", one forward pass of the model (guidance takes two); or "train", one step of `qvdjax train`
+            in bfloat16 with blocks recomputed, teacher included (see `experiments.training.planned`).
+        size: Video size, see `experiments.bench.shapes.LATENT_SIZES`.
+        accumulate: Micro-batches that a training step's batch is cut into.
+
+    Returns:
+        What `qvdjax.parallel.plan` reports, and `model`, `recipe`, `topology`, `mesh`, `batch`, `step`,
+        `size`, `accumulate`, `left_whole` (weights that this mesh cannot split as the rules ask); `model_flops`,
+        `bound_seconds` and `bound_by`, which are arithmetic (see `experiments.planning.bounds`).
+
+    Raises:
+        UserError: Unknown names, a mesh or micro-batches that do not fit, or a recipe that cannot be trained.
+    """
+    config = _config(model)
+    sizes = LATENT_SIZES[models.family_of(config).name]
+    if size not in sizes:
+        raise UserError(f"unknown size {size!r}", remedy=f"choose from {', '.join(sizes)}")
+    if step not in ("sample", "train"):
+        raise UserError(f"unknown step {step!r}", remedy="choose sample or train")
+    if batch < 1:
+        raise UserError(f"a batch of {batch}", remedy="give at least 1")
+    if accumulate < 1 or batch % accumulate:
+        remedy = "give a divisor of the batch"
+        raise UserError(f"{accumulate} micro-batches do not divide a batch of {batch}", remedy=remedy)
+    chosen = None if recipe in FLOAT_RECIPES else get(recipe)
+    described = _mesh(topology, parallel.parse_mesh(mesh) if isinstance(mesh, str) else mesh, config)
+    latents, timestep, context = _inputs(config, sizes[size], batch, described)
+    if step == "sample":
+        weights = jax.eval_shape(lambda: _build(config, recipe))
+        arguments = parallel.abstract(weights, described)
+        report = parallel.plan(_sample_step, arguments, latents, timestep, context, mesh=described)
+    else:
+        data = {"latents": latents, "context": context}
+        training = planned_step(config, chosen, described, data, accumulate=accumulate)
+        weights = training.weights
+        report = parallel.plan(training.function, *training.arguments, mesh=described)
+    shape = Shape(model, config, (*latents.shape[1:],), context.shape[1])
+    kind = described.devices.flat[0].device_kind
+    least = bound(
+        step_work(shape) * batch, kind, described.devices.size, report["argument_bytes"], step=step, recipe=chosen
+    )
+    return {
+        **report, **least, "model": model, "recipe": recipe, "topology": topology, "mesh": dict(described.shape),
+        "batch": batch, "step": step, "size": size, "accumulate": accumulate,
+        "left_whole": parallel.left_whole(weights, described),
+    }  # fmt: skip
+
+
+def _config(model: str) -> dict:
+    names = {**{name.replace("-t2v", ""): name for name in CONFIGS}, **{name: name for name in CONFIGS}}
+    if model in names:
+        return CONFIGS[names[model]]
+    file = Path(model) / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"no model is called {model!r}, and there is no readable {file}",
+            remedy=f"choose from {', '.join(CONFIGS)}, or give a model folder",
+        ) from error
+
+
+def _mesh(topology: str, sizes: Mapping[str, int] | None, config: dict) -> Mesh:
+    if sizes is None:
+        devices = parallel.topology_mesh(topology).devices.size
+        sizes = {"context": math.gcd(devices, config["num_attention_heads"]), "fsdp": -1}
+    return parallel.topology_mesh(topology, sizes)
+
+
+def _build(config: dict, recipe: str) -> VideoModel:
+    model = models.build(config, dtype=jnp.bfloat16)
+    return model if recipe in FLOAT_RECIPES else qvdjax.quantize(model, recipe, execution="integer")
+
+
+def _inputs(config: dict, size: tuple[int, ...], batch: int, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Latents (batch, frames, height, width, channels), timestep (batch,), context (batch, tokens, dim)."""
+
+    def rows(shape, dtype):
+        spec, _ = parallel.partition_spec(shape[:1], ("batch",), mesh)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    parsed = models.parse_config(config)
+    latents = rows((batch, *size, parsed.in_channels), jnp.float32)
+    context = rows((batch, parsed.text_tokens, parsed.text_dim), jnp.float32)
+    return latents, rows((batch,), jnp.float32), context
+
+
+def _sample_step(model, latents, timestep, context):
+    return model(latents, timestep, context)

@@ -1,0 +1,71 @@
+"""The training step of a model that is only described: what `qvdjax plan` compiles is what `qvdjax train` runs."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+import models
+from experiments.training.objective import Objective
+from experiments.training.plans import averaged, following, group_rates
+from experiments.training.settings import Settings
+from experiments.training.student import student_of
+from experiments.training.trainer import Trainer
+from models.scheduler import PUBLISHED
+from qvdjax import parallel
+from qvdjax.recipes import Recipe
+
+STEPS = 2000  # of a whole run, which the phases of a recipe divide
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedStep:
+    """A training step on a mesh that need not be there.
+
+    Attributes:
+        function: Jitted, never called.
+        arguments: Its arguments as ShapeDtypeStructs with shardings.
+        weights: The trained parameters among them.
+    """
+
+    function: Any
+    arguments: tuple
+    weights: Any
+
+
+def planned_step(
+    config: dict, recipe: Recipe | None, mesh: Mesh, data: dict[str, jax.ShapeDtypeStruct], *, accumulate: int = 1
+) -> PlannedStep:
+    """The step of `qvdjax train --dtype bfloat16 --remat` on a mesh: float32 master weights, moments and their average.
+
+    Args:
+        config: Fields of config.json.
+        recipe: Under which the model is trained towards a frozen teacher in bfloat16, as the recipe's plan says; None
+            for a float model trained on the data's own target, without a teacher or an average.
+        mesh: Where everything lies.
+        data: {latents, context} of the global batch, placed on the mesh.
+        accumulate: Micro-batches that the batch is cut into.
+
+    Raises:
+        UserError: A recipe that cannot be trained.
+    """
+
+    def described(dtype) -> Any:
+        return jax.eval_shape(lambda: models.build(config, dtype=dtype))
+
+    plan = None if recipe is None else recipe.training
+    solver = PUBLISHED[models.family_of(config).name].solver
+    objective = Objective() if recipe is None else following(plan)
+    settings = Settings(
+        batch=data["latents"].shape[0], accumulate=accumulate, dtype="bfloat16", remat=True,
+        average=None if recipe is None else averaged(plan, Settings.average), group_rates=group_rates(plan),
+        objective=dataclasses.replace(objective, solver=solver),
+    )  # fmt: skip
+    model = described(jnp.float32)
+    trainer = Trainer(model, settings, student=student_of(model, recipe, STEPS), mesh=mesh)
+    state = trainer.described(STEPS)
+    teacher = None if recipe is None else parallel.abstract(described(jnp.bfloat16), mesh)
+    arguments = (state, data, parallel.abstract(trainer.rest, mesh), teacher)
+    return PlannedStep(trainer.run_on, arguments, state["params"])

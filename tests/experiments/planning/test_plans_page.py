@@ -1,0 +1,64 @@
+"""The committed plans: the page is the one that the files make, and the names are plans that can be asked for."""
+
+import inspect
+import json
+
+import pytest
+
+from experiments.planning import page, plan
+from experiments.planning.page import FOLDER, PLANS, main
+
+REPORT = {
+    "model": "wan", "recipe": "qvgen-w4a4", "topology": "v5e:2x4", "step": "train", "batch": 8, "accumulate": 2,
+    "mesh": {"data": 1, "fsdp": 2, "context": 4, "tensor": 1}, "fits": True, "bytes_per_chip": 3 * 2**30,
+    "chip_bytes": 16 * 2**30, "compile_seconds": 61.4, "bound_seconds": 1.2345, "bound_by": "memory",
+    "collectives": [
+        {"kind": "all-gather", "dtype": "s8", "bytes": 5 * 2**20, "count": 2},
+        {"kind": "all-reduce", "dtype": "f32", "bytes": 2**31, "count": 1},
+        {"kind": "all-reduce", "dtype": "bf16", "bytes": 2**30, "count": 1},
+    ],
+    "versions": {"jax": "1", "libtpu": "2"},
+}  # fmt: skip
+
+
+def test_the_committed_page_is_the_one_its_files_make():
+    files = {name: FOLDER / f"{name}.json" for name in PLANS}
+    reports = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+    assert reports
+    assert {path.stem for path in FOLDER.glob("*.json")} <= set(PLANS)
+    assert (FOLDER / "README.md").read_text() == page.page(reports)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_plan_can_be_asked_for(name):
+    inspect.signature(plan).bind(**PLANS[name])
+
+
+def test_a_row_says_what_travels():
+    row = next(line for line in page.page({"one": REPORT}).splitlines() if line.startswith("| wan"))
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        "wan", "qvgen-w4a4", "v5e:2x4", "fsdp 2, context 4", "8 in 2", "3.00 of 16.00 GiB", "yes", "s8 5 MiB",
+        "all-reduce 3.00 GiB", "1.23 s (memory)", "61 s",
+    ]  # fmt: skip
+    assert "**no**" in page.page({"one": {**REPORT, "fits": False, "bytes_per_chip": None, "bound_seconds": None}})
+
+
+def test_missing_plans_are_compiled_and_others_left(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def compile_one(**arguments):
+        asked.append(arguments)
+        return {**REPORT, "model": arguments["model"]}
+
+    monkeypatch.setattr("experiments.planning.plan", compile_one)
+    first, second, *others = PLANS
+    for name in (first, *others):
+        (tmp_path / f"{name}.json").write_text(json.dumps(REPORT))
+    assert main(["--folder", str(tmp_path)]) == 0
+    assert asked == [PLANS[second]]
+    assert f"{second}: fits; compiled in 61 s" in capsys.readouterr().out
+    assert PLANS[second]["model"] in (tmp_path / "README.md").read_text()
+    main(["--folder", str(tmp_path), "--again", first])
+    assert asked[1:] == [PLANS[first]]
+    main(["--folder", str(tmp_path), "--only-page"])
+    assert len(asked) == 2
