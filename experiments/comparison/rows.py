@@ -2,13 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from qvdjax import recipes
 from qvdjax.recipes import Recipe
 
-NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 RANK = 8  # of Phi and adapters: the bench's layers are 128 wide, where 32 directions would be a quarter of a weight
 
 
@@ -23,7 +21,7 @@ class Row:
     """
 
     method: str
-    options: Mapping[str, Any] = NO_OPTIONS
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     note: str = ""
 
     def recipe(self, bits: str) -> Recipe:

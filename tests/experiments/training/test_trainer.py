@@ -16,7 +16,7 @@ from experiments.training.student import student_of
 from experiments.training.trainer import Trainer
 from qvdjax import recipes
 
-SMALL = {**train.CONFIG, "num_layers": 1, "num_attention_heads": 1, "ffn_dim": 64}
+SMALL = {**train.CONFIGS["wan"], "num_layers": 1, "num_attention_heads": 1, "ffn_dim": 64}
 SETTINGS = Settings(batch=2, learning_rate=3e-3, warm_up=5, average=0.9)
 
 
