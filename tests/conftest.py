@@ -7,8 +7,10 @@ import os
 # runs the GPU tests on a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    flags = (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8")
-    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+    eight = "--xla_force_host_platform_device_count=8"
+    # Eight devices share few cores: one may reach a collective long after another. XLA ends the process after 40 s.
+    patience = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+    os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), eight, patience)).strip()
 # XLA's pool of worker threads is as large as the machine has cores, and a collective holds its thread until all
 # devices are there: with fewer threads than devices the last one may find none left, and XLA ends the process.
 os.environ.setdefault("NPROC", "16")

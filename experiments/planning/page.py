@@ -52,6 +52,8 @@ was compiled for a TPU slice by the TPU compiler itself, on a machine without a 
 - **a chip** is arguments + temporaries + outputs, less what is shared, of what a program may use on one chip.
 - **gathered** is what a chip receives in all-gathers, by type: weights that travel as s8 or s4 are codes; those of a
   training step are rounded after they were gathered and travel wide.
+- Exchanged bytes are read off the compiled program: a loop whose turns the compiler does not state counts once, and an
+  exchange that it has cut into a loop counts as often as that turns. Between slices they are no measure of time.
 - **bound** is arithmetic, not a measurement: model FLOPs at the published peak of all chips, or the bytes a chip holds
   at its memory's rate, whichever is longer. Real steps take longer; how much is for a slice to say.
 - Sampling is one forward pass of one video (guidance takes two). Training is `qvdjax train --dtype bfloat16 --remat`
