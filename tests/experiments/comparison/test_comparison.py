@@ -48,6 +48,7 @@ def test_a_model_is_no_distance_from_itself_and_louder_ones_are_far(folder):
     assert measure(louder, model, pipeline, TINY, videos=False)["validation"] == pytest.approx(0.25, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_row_is_trained_and_measured(folder):
     found = compare(folder, ROWS["QVGen"], "w3a16", 5, TINY)
     assert found["recipe"] == "qvgen-w3a16"

@@ -23,6 +23,7 @@ def test_the_shipped_architectures_are_small(config):
     assert config["attention_head_dim"] >= 32
 
 
+@pytest.mark.slow
 def test_a_family_is_trained_for_the_solver_that_samples_it(tmp_path, monkeypatch):
     seen = []
 

@@ -52,6 +52,7 @@ def test_the_described_state_is_the_one_training_starts_from(name, mesh, data):
     assert {leaf.dtype for leaf in jax.tree.leaves(teacher)} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.slow
 def test_without_a_recipe_nobody_teaches(mesh, data):
     planned = planned_step(CONFIG, None, mesh, data, accumulate=2)
     state, _, _, teacher = planned.arguments

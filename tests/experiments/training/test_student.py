@@ -124,6 +124,7 @@ def test_phi_fades_and_is_gone(run):
     assert not trainer.student.decay.gamma(STEPS).any()
 
 
+@pytest.mark.slow
 def test_efficientdm_moves_quantizers_and_adapters_alone(run, model, batch):
     trainer, state, norms = run("efficientdm-w4a4", rank=3)
     assert {type(v) for _, v in nnx.to_flat_state(state["params"])} == {AdapterFactor, LearnedScale, ClipLogit}

@@ -80,6 +80,7 @@ def test_the_average_follows_slowly(trainer):
     assert 0 < shift("average") < shift("params")
 
 
+@pytest.mark.slow
 def test_distillation_moves_a_rounded_student_towards_the_teacher():
     teacher = train.initial_model(3, SMALL)
     teacher.proj_out.weight[...] = 0.1 * jax.random.normal(jax.random.key(0), teacher.proj_out.weight.shape)
