@@ -115,6 +115,7 @@ def test_what_is_stored_computes_what_was_trained(run, batch, name, within, tmp_
     assert rows["blocks.0.attn1.to_q"]["weight_bits"] == int(name.split("-w")[1][0])
 
 
+@pytest.mark.slow
 def test_phi_fades_and_is_gone(run):
     trainer, state, _ = run("qvgen-w4a4", rank=4)
     factors = [v.get_value() for _, v in nnx.to_flat_state(state["params"]) if isinstance(v, Factor)]
