@@ -56,9 +56,9 @@ def test_the_step_that_trains_phi_is_planned(folder):
     )
     assert report["fits"]
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(SMALL)))
-    # Master weights and two moments in float32 and a teacher in bfloat16, split over all chips: 14 bytes. Phi's rank of 32
-    # is an eighth of these narrow layers, a factor on each side, and the one on the side that this mesh does not split
-    # is whole on every chip: 12 bytes x 1/8 x (1 + 8) more, about 28 bytes; the feed-forward's longer factors add to it.
+    # Master weights and two moments in float32 and a teacher in bfloat16, split over all chips: 14 bytes. Phi's rank of
+    # 32 is an eighth of these narrow layers, a factor on each side; the one on the side that this mesh does not split
+    # is whole on every chip: 12 bytes x 1/8 x (1 + 8) more, about 28; the feed-forward's longer factors add to it.
     assert 14 * parameters / 8 < report["argument_bytes"] < 40 * parameters / 8
 
 
