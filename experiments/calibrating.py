@@ -133,12 +133,8 @@ def _recorder(model, request: Request) -> Callable[[int], Trajectory]:
             "negative_context": None if negative is None else negative[number, None],
             "noise": initial_noise([request.seeds[number]], request.latents_shape),
             "seeds": [request.seeds[number]],
-            "guidance_scale": request.guidance_scale,
-            "dynamic_guidance": request.dynamic_guidance,
-            "guidance_until": request.guidance_until,
-            "solver": request.solver,
-            "steps": request.steps,
             "trajectory": True,
+            **request.sampling,
         }
 
     compile_sampler(model, **inputs(0))

@@ -113,12 +113,16 @@ def measure(model, teacher, pipeline: Pipeline, protocol: Protocol, *, videos: b
 
 
 def _validation(model, teacher, solver: Solver, clips: int) -> jax.Array:
-    data = jax.jit(batch, static_argnums=2)(HELD_OUT, 0, clips)
+    data = _draw(HELD_OUT, 0, clips)
     corrupted = Objective(solver=solver, drop_caption=0.1).corrupt(data, jax.random.key(HELD_OUT))
     inputs = (corrupted["latents"], corrupted["timestep"], corrupted["context"])
-    call = jax.jit(lambda model, *inputs: model(*inputs))
-    wanted = call(teacher, *inputs)
-    return jnp.square(call(model, *inputs) - wanted).sum() / jnp.square(wanted).sum()
+    wanted = _call(teacher, *inputs)
+    return jnp.square(_call(model, *inputs) - wanted).sum() / jnp.square(wanted).sum()
+
+
+# Compiled once for all rows of one structure, the teacher's among them.
+_draw = jax.jit(batch, static_argnums=2)
+_call = jax.jit(lambda model, *inputs: model(*inputs))
 
 
 def file_of(folder: Path, name: str, seed: int) -> Path:

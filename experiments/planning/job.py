@@ -16,6 +16,7 @@ from experiments.bench.ceilings import step_work
 from experiments.bench.shapes import CONFIGS, LATENT_SIZES, Shape
 from experiments.planning.bounds import bound
 from experiments.training.planned import planned_step
+from experiments.training.settings import check_micro_batches
 from qvdjax import parallel
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
@@ -66,9 +67,7 @@ def plan(
         raise UserError(f"unknown step {step!r}", remedy="choose sample or train")
     if batch < 1:
         raise UserError(f"a batch of {batch}", remedy="give at least 1")
-    if accumulate < 1 or batch % accumulate:
-        remedy = "give a divisor of the batch"
-        raise UserError(f"{accumulate} micro-batches do not divide a batch of {batch}", remedy=remedy)
+    check_micro_batches(batch, accumulate)
     chosen = None if recipe in FLOAT_RECIPES else get(recipe)
     described = _mesh(topology, parallel.parse_mesh(mesh) if isinstance(mesh, str) else mesh, config)
     latents, timestep, context = _inputs(config, sizes[size], batch, described)

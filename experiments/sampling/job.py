@@ -146,13 +146,6 @@ def _sample(
     count = len(request.seeds)
     batch = min(batch, count)
     chunks = [np.arange(start, start + batch).clip(max=count - 1) for start in range(0, count, batch)]
-    settings = {
-        "solver": request.solver,
-        "steps": request.steps,
-        "guidance_scale": request.guidance_scale,
-        "dynamic_guidance": request.dynamic_guidance,
-        "guidance_until": request.guidance_until,
-    }
     done, compilation, seconds, latents = 0, None, 0.0, []
 
     def on_step(step: int, _) -> None:
@@ -163,10 +156,10 @@ def _sample(
         inputs = _inputs(request, rows, mesh)
         if compilation is None:
             progress("compiling", 0, 1)
-            compilation = compile_sampler(model, **inputs, **settings, step_loop=step_loop)
+            compilation = compile_sampler(model, **inputs, **request.sampling, step_loop=step_loop)
             progress("compiling", 1, 1)
         start = time.perf_counter()
-        result = sample(model, **inputs, **settings, on_step=on_step if step_loop else None)
+        result = sample(model, **inputs, **request.sampling, on_step=on_step if step_loop else None)
         jax.block_until_ready(result.latents)
         seconds += time.perf_counter() - start
         latents.append(_gathered(result.latents))

@@ -44,6 +44,12 @@ class Request:
     dynamic_guidance: str | None = None
     guidance_until: float = 0.0
 
+    @property
+    def sampling(self) -> dict:
+        """The arguments of `qvdjax.diffusion.sample` that all videos share."""
+        names = ("solver", "steps", "guidance_scale", "dynamic_guidance", "guidance_until")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:

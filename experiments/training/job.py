@@ -20,7 +20,7 @@ from experiments.training.loop import Progress, run
 from experiments.training.objective import Objective
 from experiments.training.plans import averaged, following, group_rates
 from experiments.training.precision import computing_in
-from experiments.training.settings import Settings
+from experiments.training.settings import Settings, check_micro_batches
 from experiments.training.states import claim, last_state
 from experiments.training.student import Student, student_of
 from experiments.training.trainer import Trainer
@@ -164,8 +164,7 @@ def train_folder(
 
 def _check_division(batch: int, accumulate: int, mesh: Mesh | None) -> None:
     """Raise UserError where a batch cannot be cut."""
-    if batch % accumulate:
-        raise UserError(f"{accumulate} micro-batches do not divide a batch of {batch}", remedy="choose a divisor")
+    check_micro_batches(batch, accumulate)
     parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     if batch // accumulate % parts:
         raise UserError(

@@ -11,6 +11,7 @@ import optax.contrib
 from flax import nnx
 
 from experiments.training.objective import Objective
+from qvdjax.errors import UserError
 from qvdjax.qat import ClipLogit, LearnedScale, LearnedZeroPoint
 
 
@@ -92,6 +93,12 @@ class Settings:
     def average_decay(self, step: jax.Array) -> jax.Array:
         """Early averages forget quickly, so that they do not hold the initial weights."""
         return jnp.minimum(self.average, (1 + step) / (10 + step))
+
+
+def check_micro_batches(batch: int, accumulate: int) -> None:
+    """Raise UserError where a batch cannot be cut into that many equal parts."""
+    if accumulate < 1 or batch % accumulate:
+        raise UserError(f"{accumulate} micro-batches do not divide a batch of {batch}", remedy="choose a divisor")
 
 
 def _decayed(params: nnx.State) -> nnx.State:

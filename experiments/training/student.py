@@ -27,7 +27,7 @@ class Student:
     trained: tuple[type[nnx.Variable], ...] = (nnx.Param,)
 
     def prepare(self, model: VideoModel) -> VideoModel:
-        """The model whose `nnx.Param`s are trained."""
+        """The model whose Variables of the kinds in `trained` are trained."""
         return model
 
     def begin_step(self, params: nnx.State, optimizer: Any, average: Any, step: jax.Array) -> tuple[Any, Any, Any]:

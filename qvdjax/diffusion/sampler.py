@@ -83,12 +83,11 @@ def sample(
         guidance without a negative context, for seeds that are missing or unusable, and for batches that differ.
     """
     inputs = _inputs(noise, seeds, context, negative_context, guidance_scale, conditions)
-    plan = _plan(solver, steps, guidance_scale, dynamic_guidance)
-    count = guided_steps(guidance_scale, plan.schedule.timesteps, guidance_until)
-    run = Run(solver, doubled_batch=doubled_batch, guided_steps=count, trajectory=trajectory)
+    plan, parts = _plan(solver, steps, guidance_scale, dynamic_guidance, guidance_until)
+    run = Run(solver, doubled_batch=doubled_batch, trajectory=trajectory)
     if on_step is None:
-        return _scan(run, model, plan, *inputs)
-    return _loop(run, model, plan, inputs, on_step)
+        return _scan(run, parts, model, plan, *inputs)
+    return _loop(run, parts, model, plan, inputs, on_step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,17 +126,16 @@ def compile_sampler(
     With `step_loop` it is a single step that is compiled: what `sample` runs when it is given an `on_step`.
     """
     inputs = _inputs(noise, seeds, context, negative_context, guidance_scale, conditions)
-    plan = _plan(solver, steps, guidance_scale, dynamic_guidance)
-    count = guided_steps(guidance_scale, plan.schedule.timesteps, guidance_until)
-    run = Run(solver, doubled_batch=doubled_batch, guided_steps=count, trajectory=trajectory)
+    plan, parts = _plan(solver, steps, guidance_scale, dynamic_guidance, guidance_until)
+    run = Run(solver, doubled_batch=doubled_batch, trajectory=trajectory)
     start = time.perf_counter()
     if step_loop:
         noise, seeds, *rest = inputs
         first = _init(run, noise, seeds)
         # The steps that are run: guided ones, ones that are not, or both.
-        lowered = [_step.lower(run, model, plan.row(part.start), first, *rest, kind) for part, kind in run.parts(steps)]
+        lowered = [_step.lower(run, part.is_guided, model, plan.row(part.start), first, *rest) for part in parts]
     else:
-        lowered = [_scan.lower(run, model, plan, *inputs)]
+        lowered = [_scan.lower(run, parts, model, plan, *inputs)]
     # The program stays in jit's own cache. It is not called itself: on CPU, jax 0.10 refuses int4 arguments
     # there that jit accepts.
     compiled = [program.compile() for program in lowered]
@@ -146,23 +144,20 @@ def compile_sampler(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the compiled program depends on beside shapes: the static argument of the jitted functions."""
+    """What each compiled step depends on beside shapes: a static argument of the jitted functions.
+
+    The number of steps is not in it: a step that was compiled serves runs of any length.
+    """
 
     solver: Solver
     doubled_batch: bool
-    guided_steps: int
     trajectory: bool
-
-    def parts(self, steps: int) -> list[tuple[slice, bool]]:
-        """Stretches of equal steps, those that are not empty: which of `steps`, and whether they are guided."""
-        parts = [(slice(0, self.guided_steps), True), (slice(self.guided_steps, steps), False)]
-        return [(part, kind) for part, kind in parts if part.start < part.stop]
 
     def init(self, noise, seeds):
         """The solver's state before the first step."""
         return self.solver.init(noise, seeds)
 
-    def step(self, model, plan, state, context, negative_context, conditions, is_guided: bool):
+    def step(self, is_guided: bool, model, plan, state, context, negative_context, conditions):
         """One step: ask the model where the latents go, and let the solver go there."""
         predict = guided(model, plan.guidance_scales if is_guided else 1, doubled_batch=self.doubled_batch)
         batch = state.latents.shape[0]
@@ -189,37 +184,53 @@ class Plan:
         return jax.tree.map(lambda values: values[step], self)
 
 
-def _plan(solver: Solver, steps: int, guidance_scale: float, dynamic_guidance: DynamicGuidance | None) -> Plan:
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A stretch of steps of one kind: from `start` to before `stop`."""
+
+    start: int
+    stop: int
+    is_guided: bool
+
+
+def _plan(
+    solver: Solver, steps: int, guidance_scale: float, dynamic_guidance: DynamicGuidance | None, guidance_until: float
+) -> tuple[Plan, tuple[Part, ...]]:
+    """All steps, and the stretches they fall into, those that are not empty."""
     schedule = solver.schedule(steps)
     scales = guidance_scales(guidance_scale, schedule.timesteps, dynamic_guidance)
-    return Plan(schedule, scales.astype(np.float32))
+    count = guided_steps(guidance_scale, schedule.timesteps, guidance_until)
+    parts = (Part(0, count, True), Part(count, steps, False))
+    return Plan(schedule, scales.astype(np.float32)), tuple(part for part in parts if part.start < part.stop)
 
 
-def _scan_steps(run: Run, model, plan, noise, seeds, *inputs) -> SampleResult:
+def _scan_steps(run: Run, parts: tuple[Part, ...], model, plan, noise, seeds, *inputs) -> SampleResult:
     def body(state, row, is_guided):
-        return run.step(model, row, state, *inputs, is_guided), state.latents if run.trajectory else None
+        return run.step(is_guided, model, row, state, *inputs), state.latents if run.trajectory else None
 
     state, seen = run.init(noise, seeds), []
-    for part, is_guided in run.parts(plan.schedule.steps):
-        state, inputs_seen = jax.lax.scan(functools.partial(body, is_guided=is_guided), state, plan.row(part))
+    for part in parts:
+        rows = plan.row(slice(part.start, part.stop))
+        state, inputs_seen = jax.lax.scan(functools.partial(body, is_guided=part.is_guided), state, rows)
         seen.append(inputs_seen)
     return SampleResult(state.latents, jnp.concatenate(seen) if run.trajectory else None)
 
 
-_scan = jax.jit(_scan_steps, static_argnums=0)
-_step = jax.jit(Run.step, static_argnums=(0, 7))
+_scan = jax.jit(_scan_steps, static_argnums=(0, 1))
+_step = jax.jit(Run.step, static_argnums=(0, 1))
 # Compiled too, so that keys made of the seeds lie on the devices of the noise.
 _init = jax.jit(Run.init, static_argnums=0)
 
 
-def _loop(run: Run, model, plan: Plan, inputs: tuple, on_step: OnStep) -> SampleResult:
+def _loop(run: Run, parts: tuple[Part, ...], model, plan: Plan, inputs: tuple, on_step: OnStep) -> SampleResult:
     noise, seeds, *rest = inputs
     state, seen = _init(run, noise, seeds), []
-    for index in range(plan.schedule.steps):
-        if run.trajectory:
-            seen.append(state.latents)
-        state = _step(run, model, plan.row(index), state, *rest, index < run.guided_steps)
-        on_step(index + 1, state.latents)
+    for part in parts:
+        for index in range(part.start, part.stop):
+            if run.trajectory:
+                seen.append(state.latents)
+            state = _step(run, part.is_guided, model, plan.row(index), state, *rest)
+            on_step(index + 1, state.latents)
     return SampleResult(state.latents, jnp.stack(seen) if run.trajectory else None)
 
 

@@ -6,8 +6,8 @@ from flax import nnx
 
 from qvdjax.errors import UserError
 from qvdjax.nn import Param, VideoModel
-from qvdjax.nn.variables import Scale, iterate
-from qvdjax.qat.learned_linear import LearnedLinear
+from qvdjax.nn.variables import Scale
+from qvdjax.qat.learned_linear import rounded_layers
 
 
 class AdapterFactor(Param):
@@ -65,15 +65,12 @@ def with_adapters(model: VideoModel, rank: int, *, key: jax.Array | None = None)
     Args:
         model: Left as it is.
         rank: Of each.
-        key: Folded with the layer's number; None is `jax.random.key(0)`.
+        key: See `rounded_layers`.
 
     Raises:
         UserError: A rank below 1.
     """
     model = nnx.merge(*nnx.split(model))  # other modules around the same arrays
-    key = jax.random.key(0) if key is None else key
-    for number, (_, layer) in enumerate(iterate(model, LearnedLinear)):
-        if layer.scheme.weight is not None:
-            own = jax.random.fold_in(key, number)
-            layer.adapter = adapter(layer.weight[...].shape, layer.weight_scale[...], rank, axes=layer.axes, key=own)
+    for layer, own in rounded_layers(model, key):
+        layer.adapter = adapter(layer.weight[...].shape, layer.weight_scale[...], rank, axes=layer.axes, key=own)
     return model

@@ -8,7 +8,7 @@ from flax import nnx
 from qvdjax.nn import VideoModel, for_one_call
 from qvdjax.nn.variables import iterate
 from qvdjax.qat import phi
-from qvdjax.qat.learned_linear import LearnedLinear
+from qvdjax.qat.learned_linear import LearnedLinear, rounded_layers
 
 
 def with_low_rank(
@@ -20,17 +20,14 @@ def with_low_rank(
         model: Left as it is.
         rank: Columns of each module.
         start: See `qvdjax.qat.phi.low_rank`.
-        key: Of what is random there, folded with the layer's number; None is `jax.random.key(0)`.
+        key: Of what is random there, see `rounded_layers`.
 
     Raises:
         UserError: See `qvdjax.qat.phi.low_rank`.
     """
     model = nnx.merge(*nnx.split(model))  # other modules around the same arrays
-    key = jax.random.key(0) if key is None else key
-    for number, (_, layer) in enumerate(iterate(model, LearnedLinear)):
-        if layer.scheme.weight is not None:
-            own = jax.random.fold_in(key, number)
-            layer.auxiliary = phi.low_rank(_residual(layer), rank, axes=layer.axes, start=start, key=own)
+    for layer, own in rounded_layers(model, key):
+        layer.auxiliary = phi.low_rank(_residual(layer), rank, axes=layer.axes, start=start, key=own)
     return model
 
 

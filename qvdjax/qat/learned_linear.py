@@ -1,7 +1,7 @@
 """LearnedLinear: a linear layer whose quantizers are trained with it."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from qvdjax.nn import (
     VideoModel,
     swap_layers,
 )
-from qvdjax.nn.variables import shape_of
+from qvdjax.nn.variables import iterate, shape_of
 from qvdjax.numerics import fake_quantize_dynamic
 from qvdjax.qat import learned_clips, learned_weights
 from qvdjax.qat.straight_through import check_trainable
@@ -137,6 +137,17 @@ def learned(
         return learned_linear(layer, scheme, start=start, scaled_gradients=scaled_gradients)
 
     return swap_layers(model, schemes, make)
+
+
+def rounded_layers(model: nnx.Module, key: jax.Array | None) -> Iterator[tuple[LearnedLinear, jax.Array]]:
+    """The LearnedLinear layers whose weight is rounded, each with a key of its own.
+
+    `key` is folded with the layer's number; None is `jax.random.key(0)`.
+    """
+    key = jax.random.key(0) if key is None else key
+    for number, (_, layer) in enumerate(iterate(model, LearnedLinear)):
+        if layer.scheme.weight is not None:
+            yield layer, jax.random.fold_in(key, number)
 
 
 def learned_linear(

@@ -124,6 +124,15 @@ def test_what_is_compiled_ahead_is_not_compiled_again(case, step_loop):
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+def test_a_compiled_step_serves_runs_of_any_length(case):
+    arguments = {**case, "solver": UniPCFlow(2.625), "guidance_scale": 4.0, "on_step": lambda *_: None}
+    sample(**arguments, steps=4, guidance_until=600.0)
+    traced = Field.calls
+    sample(**arguments, steps=6, guidance_until=300.0)
+    sample(**arguments, steps=3)
+    assert Field.calls == traced
+
+
 def test_models_of_one_structure_share_a_compilation(case):
     arguments = {**case, "solver": FlowMatchEuler(2.5), "steps": 3, "guidance_scale": 2.0}
     first = sample(**arguments).latents
