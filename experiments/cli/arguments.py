@@ -244,6 +244,8 @@ class Plan(Common):
     """Size of the videos: of 81 frames, CogVideoX's of 49."""
     accumulate: Whole = 1
     """Micro-batches that a training step's batch is cut into."""
+    set: Annotated[Names, arg(metavar="KEY=VALUE")] = ()
+    """Override one option of the recipe's method; may be repeated."""
 
 
 @dataclass(frozen=True)

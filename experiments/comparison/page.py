@@ -11,7 +11,8 @@ from experiments.comparison.rows import ROWS
 from experiments.comparison.run import RESULTS
 from qvdjax.errors import UserError
 
-COLUMNS = ("row", "recipe", "validation error", "before training", "PSNR dB", "colour", "shape", "direction", "seconds")
+COLUMNS = ("row", "recipe", "validation error", "before training", "PSNR dB", "colour", "shape", "direction")
+SCORES = ("color", "shape", "direction")
 INTRODUCTION = """\
 # Trained methods, {bits} on the bench's {model}
 
@@ -58,7 +59,7 @@ def page(folder: Path, results: dict[str, list[dict]]) -> str:
     lines = [
         INTRODUCTION.format(model=model, bits=bits.upper(), seeds=seeds, **facts),
         f"| {' | '.join(COLUMNS)} |", f"| {' | '.join('---' for _ in COLUMNS)} |",
-        *(_row(name, many) for name, many in results.items()),
+        _full_precision(every[0]["full_precision"]), *(_row(name, many) for name, many in results.items()),
         "", "![gradient norms](gradient-norms.png)", "",
     ]  # fmt: skip
     if any("small_share" in one["curve"][0] for one in every):
@@ -79,10 +80,14 @@ def _row(name: str, many: list[dict]) -> str:
     cells = (
         f"{name}{note}", f"`{many[0]['recipe']}`", f"{_validation(many):.4g} ({min(errors):.4g} to {max(errors):.4g})",
         f"{mean('start', 'validation'):.4g}", f"{mean('result', 'psnr'):.2f}",
-        *(f"{mean('result', score):.2f}" for score in ("color", "shape", "direction")),
-        f"{statistics.mean(one['seconds'] for one in many):.0f}",
+        *(f"{mean('result', score):.2f}" for score in SCORES),
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def _full_precision(scores: dict[str, float]) -> str:
+    """The line of the teacher, which is no distance from itself."""
+    return f"| full precision (the teacher) | | 0 | | | {' | '.join(f'{scores[name]:.2f}' for name in SCORES)} |"
 
 
 def _findings(results: dict[str, list[dict]]) -> list[str]:

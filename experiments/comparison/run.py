@@ -8,6 +8,7 @@ comparison goes on. `python -m experiments.comparison.page` makes tables and cur
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import models
 from experiments.cli.values import seeds as parse_seeds
@@ -29,9 +31,9 @@ from experiments.training.settings import Settings
 from experiments.training.student import student_of
 from experiments.training.trainer import Trainer
 from models.pipeline import Pipeline
-from qvdjax.diffusion import Solver
 from qvdjax.errors import UserError
 from qvdjax.metrics import psnr
+from qvdjax.nn import VideoModel
 
 RESULTS: Final = Path(__file__).resolve().parents[2] / "docs" / "results"
 HELD_OUT: Final = 2**20  # seed of validation clips; training seeds are small numbers
@@ -50,7 +52,7 @@ class Protocol:
     """
 
     steps: int = 300
-    batch: int = 16
+    batch: int = 8
     learning_rate: float = 1e-4
     warm_up: int = 20
     average: float = 0.98
@@ -58,22 +60,46 @@ class Protocol:
     clips: int = 32
 
 
-def compare(folder: Path, row: Row, bits: str, seed: int, protocol: Protocol) -> dict[str, Any]:
+class Reference:
+    """The full-precision bench model: the teacher, where every student starts, and what they are measured by.
+
+    Attributes:
+        teacher: The model.
+        pipeline: Its prompts' encoder, solver and decoder.
+        protocol: See `Protocol`.
+        sentences: Prompts of the videos.
+    """
+
+    def __init__(self, folder: Path, protocol: Protocol):
+        self.teacher, self.pipeline, self.protocol = models.load(folder), Pipeline.load(folder), protocol
+        self.sentences = prompts(protocol.clips)
+
+    def sample(self, model: VideoModel) -> np.ndarray:
+        """Videos of a model from the seeds that all are sampled from, (clips, frames, height, width, rgb) in [0, 1]."""
+        return sample_videos(model, self.pipeline, self.sentences, list(range(self.protocol.clips)))
+
+    @functools.cached_property
+    def videos(self) -> np.ndarray:
+        """The teacher's."""
+        return self.sample(self.teacher)
+
+
+def compare(reference: Reference, row: Row, bits: str, seed: int) -> dict[str, Any]:
     """Train one row with one seed, and measure it.
 
     Args:
-        folder: Full-precision bench model: the teacher, and where the student starts.
+        reference: See `Reference`.
         row: What is trained.
         bits: Such as "w4a4".
         seed: Of data and noise; measurements are the same for all.
-        protocol: See `Protocol`.
 
     Returns:
-        `recipe`, `curve` (loss, gradient norm and what the student watches, every `CHUNK` steps), `seconds`, and
-        `measure`'s numbers before training (`start`) and after (`result`).
+        `recipe`, `curve` (loss, gradient norm and what the student watches, every `CHUNK` steps), `seconds`,
+        `measure`'s numbers before training (`start`) and after (`result`), and the oracle's scores of the
+        full-precision model (`full_precision`).
     """
-    teacher, pipeline = models.load(folder), Pipeline.load(folder)
-    recipe, solver = row.recipe(bits), pipeline.make_solver()
+    teacher, protocol = reference.teacher, reference.protocol
+    recipe, solver = row.recipe(bits), reference.pipeline.make_solver()
     plan = recipe.training
     settings = Settings(
         seed=seed, batch=protocol.batch, learning_rate=protocol.learning_rate, warm_up=protocol.warm_up,
@@ -83,7 +109,7 @@ def compare(folder: Path, row: Row, bits: str, seed: int, protocol: Protocol) ->
     student = student_of(teacher, recipe, protocol.steps)
     trainer = Trainer(teacher, settings, teacher=teacher, student=student, draw=batch)
     state, curve, began = trainer.start(protocol.steps), [], time.perf_counter()
-    start = measure(student.at(trainer.model(state), jnp.int32(0)), teacher, pipeline, protocol, videos=False)
+    start = measure(student.at(trainer.model(state), jnp.int32(0)), reference, videos=False)
     while (step := int(state["step"])) < protocol.steps:
         state, metrics = trainer.advance(state, min(CHUNK, protocol.steps - step))
         trainer.check(state)
@@ -92,11 +118,15 @@ def compare(folder: Path, row: Row, bits: str, seed: int, protocol: Protocol) ->
     seconds = time.perf_counter() - began
     # As it is trained, not as it is stored: the two agree (tests), and a Phi that is kept cannot be stored.
     trained = student.at(trainer.model(state), jnp.int32(protocol.steps))
-    result = measure(trained, teacher, pipeline, protocol)
-    return {"recipe": recipe.name, "curve": curve, "seconds": seconds, "start": start, "result": result}
+    result = measure(trained, reference)
+    scores = mean_scores(reference.videos, reference.sentences)
+    return {
+        "recipe": recipe.name, "curve": curve, "seconds": seconds, "start": start, "result": result,
+        "full_precision": scores,
+    }  # fmt: skip
 
 
-def measure(model, teacher, pipeline: Pipeline, protocol: Protocol, *, videos: bool = True) -> dict[str, float]:
+def measure(model: VideoModel, reference: Reference, *, videos: bool = True) -> dict[str, float]:
     """Distances of a model from its teacher, and what its videos show.
 
     Returns:
@@ -104,19 +134,20 @@ def measure(model, teacher, pipeline: Pipeline, protocol: Protocol, *, videos: b
         levels as a sampler visits them; with `videos` also `psnr` of the same seeds' videos against the teacher's, dB,
         and the oracle's scores.
     """
-    found = {"validation": float(_validation(model, teacher, pipeline.make_solver(), protocol.validation))}
+    found = {"validation": float(_validation(model, reference))}
     if not videos:
         return found
-    sentences, numbers = prompts(protocol.clips), list(range(protocol.clips))
-    ours, theirs = (sample_videos(one, pipeline, sentences, numbers) for one in (model, teacher))
-    return {**found, "psnr": float(psnr(ours, theirs).mean()), **mean_scores(ours, sentences)}
+    ours = reference.sample(model)
+    scores = mean_scores(ours, reference.sentences)
+    return {**found, "psnr": float(psnr(ours, reference.videos).mean()), **scores}
 
 
-def _validation(model, teacher, solver: Solver, clips: int) -> jax.Array:
-    data = _draw(HELD_OUT, 0, clips)
-    corrupted = Objective(solver=solver, drop_caption=0.1).corrupt(data, jax.random.key(HELD_OUT))
+def _validation(model: VideoModel, reference: Reference) -> jax.Array:
+    data = _draw(HELD_OUT, 0, reference.protocol.validation)
+    objective = Objective(solver=reference.pipeline.make_solver(), drop_caption=0.1)
+    corrupted = objective.corrupt(data, jax.random.key(HELD_OUT))
     inputs = (corrupted["latents"], corrupted["timestep"], corrupted["context"])
-    wanted = _call(teacher, *inputs)
+    wanted = _call(reference.teacher, *inputs)
     return jnp.square(_call(model, *inputs) - wanted).sum() / jnp.square(wanted).sum()
 
 
@@ -150,13 +181,14 @@ def main(argv: list[str] | None = None) -> None:
     protocol = Protocol(**{field.name: options[field.name] for field in dataclasses.fields(Protocol)})
     out = options["out"] or RESULTS / f"qat-{options['model']}-{options['bits']}"
     out.mkdir(parents=True, exist_ok=True)
+    reference = Reference(CHECKPOINTS / options["model"], protocol)
     versions = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
     for seed in parse_seeds(options["seeds"]):  # all rows of a seed before the next seed
         for name in options["rows"]:
             path = file_of(out, name, seed)
             if path.exists():
                 continue
-            found = compare(CHECKPOINTS / options["model"], ROWS[name], options["bits"], seed, protocol)
+            found = compare(reference, ROWS[name], options["bits"], seed)
             facts = {"row": name, "seed": seed, **found, "protocol": dataclasses.asdict(protocol), **versions}
             path.write_text(json.dumps(facts, indent=1) + "\n")
             print(f"{name}, seed {seed}: {found['result']} in {found['seconds']:.0f} s", flush=True)

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from experiments.training.settings import check_micro_batches
 from qvdjax import parallel
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
-from qvdjax.recipes import get
+from qvdjax.recipes import Recipe, get
 
 FLOAT_RECIPES = ("none", "bf16")
 
@@ -35,6 +35,8 @@ def plan(
     step: Literal["sample", "train"] = "sample",
     size: str = "480p",
     accumulate: int = 1,
+    overrides: Mapping[str, Any] | None = None,
+    layers: int | None = None,
 ) -> dict:
     """Does one step fit a slice, and what do its chips exchange? Only compiles.
 
@@ -50,16 +52,22 @@ def plan(
             in bfloat16 with blocks recomputed, teacher included (see `experiments.training.planned`).
         size: Video size, see `experiments.bench.shapes.LATENT_SIZES`.
         accumulate: Micro-batches that a training step's batch is cut into.
+        overrides: Options of the recipe's method by name.
+        layers: Compile a model of so many blocks in the place of all.
 
     Returns:
-        What `qvdjax.parallel.plan` reports, and `model`, `recipe`, `topology`, `mesh`, `batch`, `step`,
-        `size`, `accumulate`, `left_whole` (weights that this mesh cannot split as the rules ask); `model_flops`,
-        `bound_seconds` and `bound_by`, which are arithmetic (see `experiments.planning.bounds`).
+        What `qvdjax.parallel.plan` reports, and `model`, `recipe`, `overrides`, `topology`, `mesh`, `batch`, `step`,
+        `size`, `accumulate`, `layers`, `left_whole` (weights that this mesh cannot split as the rules ask);
+        `model_flops`, `bound_seconds` and `bound_by`, which are arithmetic (see `experiments.planning.bounds`).
 
     Raises:
         UserError: Unknown names, a mesh or micro-batches that do not fit, or a recipe that cannot be trained.
     """
     config = _config(model)
+    if layers is not None:
+        if layers < 1:
+            raise UserError(f"a model of {layers} layers", remedy="give at least 1")
+        config = {**config, "num_layers": layers}
     sizes = LATENT_SIZES[models.family_of(config).name]
     if size not in sizes:
         raise UserError(f"unknown size {size!r}", remedy=f"choose from {', '.join(sizes)}")
@@ -68,11 +76,13 @@ def plan(
     if batch < 1:
         raise UserError(f"a batch of {batch}", remedy="give at least 1")
     check_micro_batches(batch, accumulate)
-    chosen = None if recipe in FLOAT_RECIPES else get(recipe)
+    if recipe in FLOAT_RECIPES and overrides:
+        raise UserError(f"{recipe} has no options", remedy="leave --set out, or name a recipe")
+    chosen = None if recipe in FLOAT_RECIPES else get(recipe, **(overrides or {}))
     described = _mesh(topology, parallel.parse_mesh(mesh) if isinstance(mesh, str) else mesh, config)
     latents, timestep, context = _inputs(config, sizes[size], batch, described)
     if step == "sample":
-        weights = jax.eval_shape(lambda: _build(config, recipe))
+        weights = jax.eval_shape(lambda: _build(config, chosen))
         arguments = parallel.abstract(weights, described)
         report = parallel.plan(_sample_step, arguments, latents, timestep, context, mesh=described)
     else:
@@ -86,8 +96,9 @@ def plan(
         step_work(shape) * batch, kind, described.devices.size, report["argument_bytes"], step=step, recipe=chosen
     )
     return {
-        **report, **least, "model": model, "recipe": recipe, "topology": topology, "mesh": dict(described.shape),
-        "batch": batch, "step": step, "size": size, "accumulate": accumulate,
+        **report, **least, "model": model, "recipe": recipe, "overrides": dict(overrides or {}), "topology": topology,
+        "mesh": dict(described.shape), "batch": batch, "step": step, "size": size, "accumulate": accumulate,
+        "layers": models.parse_config(config).num_layers,
         "left_whole": parallel.left_whole(weights, described),
     }  # fmt: skip
 
@@ -113,9 +124,9 @@ def _mesh(topology: str, sizes: Mapping[str, int] | None, config: dict) -> Mesh:
     return parallel.topology_mesh(topology, sizes)
 
 
-def _build(config: dict, recipe: str) -> VideoModel:
+def _build(config: dict, recipe: Recipe | None) -> VideoModel:
     model = models.build(config, dtype=jnp.bfloat16)
-    return model if recipe in FLOAT_RECIPES else qvdjax.quantize(model, recipe, execution="integer")
+    return model if recipe is None else qvdjax.quantize(model, recipe, execution="integer")
 
 
 def _inputs(config: dict, size: tuple[int, ...], batch: int, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -11,7 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parents[2] / "docs" / "plans"
+from experiments.planning import overhead
+from experiments.planning.overhead import FOLDER
+
 _TRAIN = {"recipe": "qvgen-w4a4", "step": "train"}
 _WAN, _SMALL_WAN, _COGVIDEOX, _SMALL_COGVIDEOX = "wan2.1-t2v-14b", "wan2.1-t2v-1.3b", "cogvideox-5b", "cogvideox-2b"
 # Name -> arguments of `experiments.planning.plan`.
@@ -79,8 +81,8 @@ def compile_missing(folder: Path, again: Sequence[str] = ()) -> None:
         print(f"{name}: {answer}; compiled in {report['compile_seconds']:.0f} s", flush=True)
 
 
-def page(reports: dict[str, dict]) -> str:
-    """The page as Markdown."""
+def page(reports: dict[str, dict], phi: dict | None = None) -> str:
+    """The page as Markdown; `phi` is what `overhead.count` found."""
     versions = sorted({f"jax {r['versions']['jax']}, libtpu {r['versions']['libtpu']}" for r in reports.values()})
     lines = [INTRODUCTION, f"Compiled with {'; '.join(versions)}.", ""]
     for step, title in (("train", "Training steps"), ("sample", "Sampling steps")):
@@ -88,7 +90,7 @@ def page(reports: dict[str, dict]) -> str:
             f"## {title}", "", f"| {' | '.join(COLUMNS)} |", f"| {' | '.join('---' for _ in COLUMNS)} |",
             *(_row(report) for report in reports.values() if report["step"] == step), "",
         ]  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join([*lines, *(overhead.section(phi) if phi else ())])
 
 
 def _row(report: dict) -> str:
@@ -119,8 +121,8 @@ def write(folder: Path) -> Path:
     """Write the page from the files of the folder, in the order of `PLANS`."""
     found = {name: folder / f"{name}.json" for name in PLANS}
     reports = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
-    target = folder / "README.md"
-    target.write_text(page(reports))
+    target, phi = folder / "README.md", folder / overhead.FILE
+    target.write_text(page(reports, json.loads(phi.read_text()) if phi.exists() else None))
     return target
 
 

@@ -31,6 +31,8 @@ def plan(step: Callable, *abstract_args: Any, mesh: Mesh, donate: tuple[int, ...
         `collectives`: [{kind, dtype, bytes, count}] of one device and one step (see `Program.collectives`).
         `compile_seconds`: lowering and compiling.
         `reason`: the compiler's sentence when it does not fit, else None.
+        `compiler_flops`, `compiler_bytes`: operations and memory traffic of one device as the compiler counts them: the
+            body of a loop once, the dearest branch of a conditional; None if it did not say.
         And `argument_bytes`, `temporary_bytes`, `products` ([{left, right, result, count}]), `unknown_loops`,
         `devices`.
     """
@@ -38,7 +40,8 @@ def plan(step: Callable, *abstract_args: Any, mesh: Mesh, donate: tuple[int, ...
     report = {
         "fits": False, "bytes_per_chip": None, "chip_bytes": limit, "collectives": [],
         "compile_seconds": None, "reason": None, "argument_bytes": None, "temporary_bytes": None,
-        "products": [], "unknown_loops": 0, "devices": mesh.devices.size,
+        "products": [], "unknown_loops": 0, "devices": mesh.devices.size, "compiler_flops": None,
+        "compiler_bytes": None,
     }  # fmt: skip
     jitted = step if hasattr(step, "lower") else jax.jit(step, donate_argnums=donate)
     begin = time.perf_counter()
@@ -63,14 +66,15 @@ def plan(step: Callable, *abstract_args: Any, mesh: Mesh, donate: tuple[int, ...
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )
-    program = Program(compiled.as_text())
+    program, cost = Program(compiled.as_text()), compiled.cost_analysis() or {}
     fits = limit is None or total <= limit
     reason = None if fits else f"needs {total / 2**30:.2f} GiB of {limit / 2**30:.2f} GiB"
     return {
         **report, "fits": fits, "bytes_per_chip": total, "collectives": program.collectives(),
         "compile_seconds": seconds, "reason": reason, "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes, "products": program.products(),
-        "unknown_loops": program.unknown_loops,
+        "unknown_loops": program.unknown_loops, "compiler_flops": cost.get("flops"),
+        "compiler_bytes": cost.get("bytes accessed"),
     }  # fmt: skip
 
 

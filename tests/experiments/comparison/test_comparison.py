@@ -11,9 +11,8 @@ import pytest
 import models
 from experiments.comparison import page, run
 from experiments.comparison.rows import ROWS
-from experiments.comparison.run import Protocol, compare, file_of, measure
+from experiments.comparison.run import Protocol, Reference, compare, file_of, measure
 from experiments.moving_shapes import train
-from models.pipeline import Pipeline
 from qvdjax.errors import UserError
 
 TINY = Protocol(steps=11, batch=2, warm_up=1, validation=4, clips=2)
@@ -37,20 +36,20 @@ def test_every_row_is_a_recipe(name):
 
 
 def test_a_model_is_no_distance_from_itself_and_louder_ones_are_far(folder):
-    model, pipeline = models.load(folder), Pipeline.load(folder)
-    found = measure(model, model, pipeline, TINY)
+    reference = Reference(folder, TINY)
+    found = measure(models.load(folder), reference)
     assert found["validation"] == 0
     assert found["psnr"] == 100  # the ceiling of equal videos
     louder = models.load(folder)
     louder.proj_out.weight[...] *= 1.5
     louder.proj_out.bias[...] *= 1.5
     # Half as much again, squared; float32.
-    assert measure(louder, model, pipeline, TINY, videos=False)["validation"] == pytest.approx(0.25, rel=1e-4)
+    assert measure(louder, reference, videos=False)["validation"] == pytest.approx(0.25, rel=1e-4)
 
 
 @pytest.mark.slow
 def test_a_row_is_trained_and_measured(folder):
-    found = compare(folder, ROWS["QVGen"], "w3a16", 5, TINY)
+    found = compare(Reference(folder, TINY), ROWS["QVGen"], "w3a16", 5)
     assert found["recipe"] == "qvgen-w3a16"
     assert [point["step"] for point in found["curve"]] == [10, 11]
     assert found["curve"][-1]["rank"] == 0
@@ -58,13 +57,14 @@ def test_a_row_is_trained_and_measured(folder):
     assert 0 < found["start"]["validation"] < 1
     assert 0 < found["result"]["validation"] < 1
     assert {"psnr", "color", "shape", "direction"} <= found["result"].keys()
+    assert {"color", "shape", "direction"} <= found["full_precision"].keys()
 
 
 def test_what_is_there_is_kept(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def one(folder, row, bits, seed, protocol):
-        asked.append((row, bits, seed, protocol.steps))
+    def one(reference, row, bits, seed):
+        asked.append((row, bits, seed, reference.protocol.steps))
         return {"result": {"validation": 0.1}, "seconds": 1.0}
 
     monkeypatch.setattr(run, "compare", one)
@@ -84,7 +84,7 @@ def result(row, seed, validation, **more):
     return {
         "row": row, "seed": seed, "recipe": "lsq-w4a4", "curve": curve, "seconds": 2.0, "device": "cpu", "jax": "1",
         "start": {"validation": 0.5}, "result": {"validation": validation, **scores},
-        "protocol": dataclasses.asdict(Protocol()),
+        "protocol": dataclasses.asdict(Protocol()), "full_precision": {"color": 1.0, "shape": 0.9, "direction": 1.0},
     }  # fmt: skip
 
 
@@ -104,7 +104,8 @@ def test_the_page_says_what_held_and_what_did_not(tmp_path):
     files = page.write(folder)
     assert [path.name for path in files] == ["README.md", "gradient-norms.png", "small-shares.png"]
     text = files[0].read_text()
-    assert "0.12 (0.1 to 0.14) | 0.5 | 20.00 | 1.00 | 0.50 | 0.90 | 2 |" in text
+    assert "0.12 (0.1 to 0.14) | 0.5 | 20.00 | 1.00 | 0.50 | 0.90 |" in text
+    assert "| full precision (the teacher) | | 0 | | | 1.00 | 0.90 | 1.00 |" in text
     assert "- QVGen before LSQ: holds, -4.0 % of validation error, better in 1 of 2 seeds." in text
     assert "- QVGen before Q-DM: **does not hold**, +9.1 % of validation error, better in 1 of 1 seeds." in text
     assert "less than 1 % against keeping Phi: holds, +0.1 %." in text

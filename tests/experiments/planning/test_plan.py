@@ -36,6 +36,18 @@ def test_a_small_model_is_planned_with_integer_products(folder):
     assert integer_products(report) >= 10 * SMALL["num_layers"]
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(SMALL)))
     assert parameters // 8 < report["argument_bytes"] < parameters  # a byte each, split over eight chips
+    assert report["layers"] == SMALL["num_layers"]
+    assert report["compiler_flops"] > 0
+    assert report["compiler_bytes"] > 0
+    shorter = plan(folder, "rtn-w8a8", "v5e:2x4", size="tiny", layers=2)
+    assert integer_products(shorter) == integer_products(report) / 2
+
+
+def test_a_plan_of_no_layers_or_of_options_without_a_recipe_is_refused(folder):
+    with pytest.raises(UserError, match="0 layers"):
+        plan(folder, "rtn-w8a8", "v5e:2x4", layers=0)
+    with pytest.raises(UserError, match="no options"):
+        plan(folder, "none", "v5e:2x4", overrides={"rank": 1})
 
 
 @pytest.mark.tpu_compile

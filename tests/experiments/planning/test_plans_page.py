@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments.planning import page, plan
+from experiments.planning import overhead, page, plan
 from experiments.planning.page import FOLDER, PLANS, main
 
 REPORT = {
@@ -25,8 +25,10 @@ def test_the_committed_page_is_the_one_its_files_make():
     files = {name: FOLDER / f"{name}.json" for name in PLANS}
     reports = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
     assert reports
-    assert {path.stem for path in FOLDER.glob("*.json")} <= set(PLANS)
-    assert (FOLDER / "README.md").read_text() == page.page(reports)
+    phi = FOLDER / overhead.FILE
+    assert {path.stem for path in FOLDER.glob("*.json")} <= {*PLANS, phi.stem}
+    counted = json.loads(phi.read_text()) if phi.exists() else None
+    assert (FOLDER / "README.md").read_text() == page.page(reports, counted)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -62,3 +64,17 @@ def test_missing_plans_are_compiled_and_others_left(tmp_path, monkeypatch, capsy
     assert asked[1:] == [PLANS[first]]
     main(["--folder", str(tmp_path), "--only-page"])
     assert len(asked) == 2
+
+
+def test_what_phi_adds_is_a_ratio_of_two_compilations(tmp_path, monkeypatch, capsys):
+    def compile_one(model, recipe, *, overrides, layers=None, **arguments):
+        plain = overrides == overhead.WITHOUT
+        assert plain or overrides == ({"phases": "keep"} if layers else {})
+        return {"compiler_flops": 2e12 if plain else 2.1e12, "compiler_bytes": 2**30, "bytes_per_chip": 2**33}
+
+    monkeypatch.setattr("experiments.planning.plan", compile_one)
+    assert overhead.main(["--folder", str(tmp_path)]) == 0
+    ratios = json.loads(capsys.readouterr().out)
+    assert ratios == {"flops": 1.05, "bytes": 1.0, "memory": 1.0, "time": 1.05}
+    text = page.page({"one": REPORT}, json.loads((tmp_path / overhead.FILE).read_text()))
+    assert "| operations of one block's step | 2.1 TFLOP | 2 TFLOP | 1.050 |" in text
