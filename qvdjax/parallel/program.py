@@ -33,6 +33,12 @@ class Operation:
         """Names of the operands (they come before the first closing bracket)."""
         return re.findall(r"%([^\s,)]+)", self.rest.partition(")")[0])
 
+    @property
+    def channel(self) -> str | None:
+        """Number of a collective's channel, its own; None without."""
+        found = re.search(r"\bchannel_id=(\d+)", self.rest)
+        return found.group(1) if found else None
+
     def attribute(self, name: str) -> list[str]:
         """Computations named by an attribute, alone or as a list in braces."""
         found = re.search(rf"\b{name}=(\{{[^}}]*\}}|%[^\s,]+)", self.rest)
@@ -99,15 +105,21 @@ class Program:
         The bytes of one collective are those of its larger side on one device: the gathered array of an
         all-gather, the array before the reduction of a reduce-scatter, either side of the others. An
         all-reduce that the TPU compiler has fused with the slice after it (computations called
-        all-reduce-scatter) is a reduce-scatter.
+        all-reduce-scatter) is a reduce-scatter. One that it has spread over other work stands in several
+        computations, also inside the loops of that work, and counts as often as it begins.
         """
         totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+        spread, counted = self._spread(), set()
         for name, operations in self.computations.items():
             shapes = {operation.name: operation.result for operation in operations}
             for operation in operations:
                 kind = operation.kind.removesuffix("-start")
-                if kind not in COLLECTIVES or self.times[name] == 0:
+                if kind not in COLLECTIVES or self.times[name] == 0 or operation.channel in counted:
                     continue
+                times = self.times[name]
+                if operation.channel in spread:
+                    times = spread[operation.channel]
+                    counted.add(operation.channel)
                 arrays = [array for o in operation.operands for array in _arrays(shapes.get(o, ""))]
                 before = sum(_bytes(*array) for array in arrays)
                 growth = max(1.0, _result_bytes(operation, kind) / before) if before else 1.0
@@ -115,13 +127,29 @@ class Program:
                     kind = "reduce-scatter"
                 for array in arrays:
                     total = totals[kind, array[0]]
-                    total[0] += _bytes(*array) * growth * self.times[name]
-                    total[1] += self.times[name] / len(arrays)
+                    total[0] += _bytes(*array) * growth * times
+                    total[1] += times / len(arrays)
         rows = [
             {"kind": kind, "dtype": dtype, "bytes": round(size), "count": round(count)}
             for (kind, dtype), (size, count) in totals.items()
         ]
         return sorted(rows, key=lambda row: -row["bytes"])
+
+    def _spread(self) -> dict[str, float]:
+        """Channels of collectives that are spread over other work (async_collective_fusion), and how often they begin.
+
+        Where they begin and end is outside the loops that they go on in.
+        """
+        places: dict[str, list[str]] = defaultdict(list)
+        for name, operations in self.computations.items():
+            for operation in operations:
+                if operation.kind in COLLECTIVES and operation.channel and self.times[name]:
+                    places[operation.channel].append(name)
+        return {
+            channel: min(self.times[name] for name in names)
+            for channel, names in places.items()
+            if any(name.startswith("async_collective_fusion") for name in names)
+        }
 
     def products(self) -> list[dict]:
         """Matrix products by the types of their operands and result: `left`, `right`, `result`, `count`.

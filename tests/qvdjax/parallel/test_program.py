@@ -91,6 +91,50 @@ def test_a_tpu_program_is_read_alike():
     ]
 
 
+# A gather that begins and ends around a loop of other work and goes on inside it, as attention's loop over queries has
+# it on v5e: four computations, one collective.
+SPREAD = """\
+HloModule jit_f, is_scheduled=true
+
+%fused_computation.1 (shard: bf16[8,64]) -> bf16[64,64] {
+  %shard = bf16[8,64]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[64,64]{1,0} all-gather(%shard), channel_id=7, dimensions={0}
+}
+
+%async_collective_fusion.2 (shard.2: bf16[8,64]) -> bf16[64,64] {
+  %shard.2 = bf16[8,64]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[64,64]{1,0} all-gather(%shard.2), channel_id=7, dimensions={0}
+}
+
+%fused_computation.3 (shard.3: bf16[8,64]) -> bf16[64,64] {
+  %shard.3 = bf16[8,64]{1,0} parameter(0)
+  ROOT %all-gather.3 = bf16[64,64]{1,0} all-gather(%shard.3), channel_id=7, dimensions={0}
+}
+
+%body (arg: (s32[], bf16[8,64])) -> (s32[], bf16[8,64]) {
+  %arg = (s32[], bf16[8,64]{1,0}) parameter(0)
+  %own = bf16[8,64]{1,0} get-tuple-element(%arg), index=1
+  %going-on = bf16[64,64]{1,0} fusion(%own), kind=kCustom, calls=%async_collective_fusion.2
+  %other = bf16[64,64]{1,0} all-gather(%own), channel_id=8, dimensions={0}
+  ROOT %out = (s32[], bf16[8,64]{1,0}) tuple(%arg, %own)
+}
+
+ENTRY %main (p: (s32[], bf16[8,64])) -> (s32[], bf16[8,64]) {
+  %p = (s32[], bf16[8,64]{1,0}) parameter(0)
+  %q = bf16[8,64]{1,0} get-tuple-element(%p), index=1
+  %begin = bf16[64,64]{1,0} fusion(%q), kind=kLoop, calls=%fused_computation.1
+  %loop = (s32[], bf16[8,64]{1,0}) while(%p), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"86"}}
+  %end = bf16[64,64]{1,0} fusion(%q), kind=kLoop, calls=%fused_computation.3
+  ROOT %result = (s32[], bf16[8,64]{1,0}) tuple(%p, %q)
+}
+"""
+
+
+def test_a_collective_spread_over_a_loop_counts_once():
+    (row,) = Program(SPREAD).collectives()
+    assert row == {"kind": "all-gather", "dtype": "bf16", "bytes": (86 + 1) * 64 * 64 * 2, "count": 86 + 1}
+
+
 def test_a_loop_without_a_bound_counts_once_and_is_reported():
     program = Program(TPU.replace("constant(6)", "parameter(1)"))
     assert program.unknown_loops == 1
