@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from small_models import cogvideox, cogvideox_inputs, wan, wan_inputs
 
+import models
 import qvdjax
 from qvdjax.diffusion import DDIM, UniPCFlow, initial_noise, sample
 from qvdjax.errors import UserError
@@ -95,6 +96,26 @@ def test_what_is_described():
     assert (row["weight_bits"], row["activation_bits"], row["execution"]) == (32, None, "table")
     assert "4 steps" in row["reason"]
     assert after["transformer_blocks.1.attn1.to_q"] == before["transformer_blocks.1.attn1.to_q"]
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "table_bytes"),
+    [
+        # DSAQuant counts 16.9 million and 1.08 MB: in bfloat16, without the first layer of the embedding.
+        ({"_class_name": "WanTransformer3DModel", "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+         16_920_576, 50 * (2 * 1536 * 4 + 9216 * 2)),
+        # DSAQuant counts 357.8 million and 69.5 MB: without the embedding of the timestep, which is not read.
+        ({"_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": 30, "num_layers": 30},
+         357_801_728, 50 * (2 * 512 * 4 + (30 * 2 * 6 + 2) * 1920 * 2)),
+    ],
+)  # fmt: skip
+def test_published_sizes(config, parameters, table_bytes):
+    """Wan 2.1 1.3B and CogVideoX-2B in bfloat16 over fifty steps, as shapes; time embeddings are float32 islands."""
+    timesteps = UniPCFlow(3.0).schedule(50).timesteps
+    model = jax.eval_shape(lambda: qvdjax.tabulate(models.build(config, dtype=jnp.bfloat16), timesteps))
+    tables = [row for row in qvdjax.describe(model) if row["execution"] == "table"]
+    assert sum(row["replaced_bytes"] for row in tables) == 2 * parameters
+    assert sum(row["bytes"] for row in tables) == table_bytes
 
 
 def test_the_given_model_is_left_as_it_is():
