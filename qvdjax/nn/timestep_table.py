@@ -41,7 +41,7 @@ class TimestepTable(TimestepReader):
     def empty(cls, layer: Linear, scheme: TableScheme) -> "TimestepTable":
         """A table of zeros in the place of a float layer or a stack of them, for building the shape of a saved one."""
         if not isinstance(layer, Linear):
-            raise ValueError(f"a {type(layer).__name__} cannot be a table")
+            raise ValueError(f"layers of kind {type(layer).__name__} cannot be tables")
         *leading, out, width = shape_of(layer.weight)
         zeros = jnp.zeros((*leading, len(scheme.timesteps), out), jnp.float32)
         return cls(zeros, role=layer.role, axes=layer.axes, scheme=scheme, weight_shape=(out, width))

@@ -183,6 +183,12 @@ def test_a_damaged_table_is_refused(tabulated, tmp_path):
     schemes = config["quantization_config"]["qvdjax"]["schemes"]
     tables = [scheme for scheme in schemes if scheme["kind"] == "table"]
     assert len(tables) == 3  # one a size of what they replace
+    layers = config["quantization_config"]["qvdjax"]["layers"]
+    attention, layers["blocks.0.attn1.attention"] = layers["blocks.0.attn1.attention"], schemes.index(tables[0])
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="kind Attention cannot be tables"):
+        models.load(tmp_path / "model")
+    layers["blocks.0.attn1.attention"] = attention
     for edit, said in (
         (lambda scheme: scheme["timesteps"].pop(), "does not fit the model.*3 of the wrong shape"),
         (lambda scheme: scheme.update(timesteps=["soon"]), "cannot be understood"),
