@@ -24,7 +24,7 @@ from qvdjax.checkpoint import (
 )
 from qvdjax.checkpoint.folder import nonfinite_error
 from qvdjax.errors import UserError
-from qvdjax.nn import Attention, Linear, layers_of
+from qvdjax.nn import Attention, Linear, layers_of, refuse_tables
 
 Format = Literal["diffusers", "wan-original", "compressed-tensors"]
 EXPORT_FORMATS: tuple[str, ...] = get_args(Format)
@@ -62,15 +62,17 @@ def export(
         compressed-tensors how much rounding zero points changed.
 
     Raises:
-        UserError: Unknown format; the source is no model folder of ours, or incomplete; the layout cannot
-            say what the model is; weights are NaN, infinite or overflow `dtype`; the target exists or cannot
-            be written.
+        UserError: Unknown format; the source is no model folder of ours, or incomplete, or has tables over
+            timesteps; the layout cannot say what the model is; weights are NaN, infinite or overflow `dtype`; the
+            target exists or cannot be written.
     """
     if format not in EXPORT_FORMATS:
         raise UserError(f"unknown export format {format!r}", remedy=f"use one of {', '.join(EXPORT_FORMATS)}")
     wanted = None if dtype is None else floating_dtype(dtype)
     folder = CheckpointFolder.open(source)
-    layers = stored_layers(folder)  # which also checks every tensor's name, shape and type
+    skeleton = models.skeleton(folder)  # which also checks every tensor's name, shape and type
+    refuse_tables(skeleton, str(folder.path), "export the folder it was made from: no other format has tables")
+    layers = stored_layers(folder)
     side_files = {name: folder.path / name for name in SIDE_FILES if (folder.path / name).is_file()}
     report: dict[str, Any] = {"source": str(source), "target": str(target), "format": format}
     if format == "compressed-tensors":
@@ -83,7 +85,7 @@ def export(
     if format == "wan-original":
         tensors, config, side_files = _original(tensors, config), wan_original.original_config(config), {}
     write_folder(target, config, tensors, side_files=side_files, overwrite=overwrite, progress=progress)
-    attentions = layers_of(models.skeleton(folder), (Attention,))
+    attentions = layers_of(skeleton, (Attention,))
     report["attention_left_out"] = [
         n for names, _, a in attentions if a.scheme.qk_bits or a.scheme.pv_bits for n in names
     ]

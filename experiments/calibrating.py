@@ -17,6 +17,7 @@ from qvdjax.calibration import CalibrationSet, Trajectory, collect
 from qvdjax.checkpoint import CheckpointFolder
 from qvdjax.diffusion import compile_sampler, initial_noise, sample
 from qvdjax.errors import UserError
+from qvdjax.nn import refuse_tables
 from qvdjax.parallel import make_mesh
 
 Progress = Callable[[str, int, int], None]
@@ -58,10 +59,12 @@ def calibrate_folder(
         {folder, samples, steps, guidance_scale, model_inputs}; the last counts the calls that were recorded.
 
     Raises:
-        UserError: A missing or corrupt model folder, unknown words, a target that holds another set or cannot
-            be written, latents that are not finite.
+        UserError: A missing or corrupt model folder or one with tables, unknown words, a target that holds another
+            set or cannot be written, latents that are not finite.
     """
-    config = CheckpointFolder.open(source).config
+    opened = CheckpointFolder.open(source)
+    refuse_tables(models.skeleton(opened), str(source), "calibrate the full-precision folder it was made from")
+    config = opened.config
     request = _request(source, config, prompts, count, seeds, context_file, settings or Settings())
     made_by = {"config": _architecture(config), **settings_record(request)}
     entries = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(request.prompts, request.seeds, strict=True)]

@@ -26,6 +26,7 @@ from qvdjax.nn import (
     VideoModel,
     at_least_float32,
     stacked,
+    tables_of,
 )  # fmt: skip
 from qvdjax.nn.embeddings import rotate_adjacent_pairs, timestep_sinusoid
 from qvdjax.parallel.rules import constrain
@@ -181,9 +182,9 @@ class TimestepEmbedding(nnx.Module):
         self.linear_2 = Linear(width, width, key=keys[1], **time)
         self.frequencies = frequencies
 
-    def __call__(self, timestep: jax.Array) -> jax.Array:
-        """(batch,) -> (batch, width), at least float32."""
-        wide = jnp.promote_types(self.linear_1.bias[...].dtype, jnp.float32)
+    def __call__(self, timestep: jax.Array, dtype) -> jax.Array:
+        """(batch,) -> (batch, width), in `dtype` and at least float32."""
+        wide = jnp.promote_types(dtype, jnp.float32)
         return self.linear_2(jax.nn.silu(self.linear_1(timestep_sinusoid(timestep, self.frequencies).astype(wide))))
 
 
@@ -245,10 +246,12 @@ class CogVideoXModel(VideoModel):
         check_sizes(config, latents.shape, context.shape)
         if ofs is not None and self.ofs_embedding is None:
             raise UserError("this model takes no ofs", remedy="leave it out: only CogVideoX 1.5 image-to-video does")
+        if ofs is not None and tables_of(self.ofs_embedding):
+            raise UserError(f"this model's tables were made for an ofs of {OFS}", remedy="leave ofs out")
         dtype = self.proj_out.bias[...].dtype  # a bias stays float when its layer is quantized
-        embedding = self.time_embedding(timestep)
+        embedding = self.time_embedding(timestep, dtype)
         if self.ofs_embedding is not None:
-            embedding = embedding + self.ofs_embedding(jnp.atleast_1d(jnp.asarray(OFS if ofs is None else ofs)))
+            embedding = embedding + self.ofs_embedding(jnp.atleast_1d(jnp.asarray(OFS if ofs is None else ofs)), dtype)
         x = self.patch_embed(latents.astype(dtype), context.astype(dtype))
         grid = config.grid(latents.shape[1:4])
         cosines = sines = None

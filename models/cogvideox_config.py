@@ -135,6 +135,11 @@ class CogVideoXConfig:
         return self.patch_size_t or 1, self.patch_size, self.patch_size
 
     @property
+    def least_size(self) -> tuple[int, int, int]:
+        """Frames, height and width of the smallest latents that the model takes."""
+        return self.sample_size if self.use_learned_positional_embeddings else self.patch
+
+    @property
     def adds_positions(self) -> bool:
         """Whether a table is added to the tokens: a fixed one without rotary embeddings, or a learned one."""
         return self.use_learned_positional_embeddings or not self.use_rotary_positional_embeddings

@@ -21,7 +21,7 @@ from qvdjax.checkpoint import (
 )
 from qvdjax.checkpoint.quantization_config import from_config, schemes_of, to_config
 from qvdjax.errors import UserError
-from qvdjax.nn import EXECUTIONS, QUANTIZED_LAYERS, Execution, VideoModel, layers_of
+from qvdjax.nn import EXECUTIONS, QUANTIZED_LAYERS, TABLE_LAYERS, Execution, VideoModel, layers_of
 from qvdjax.parallel import shardings
 from qvdjax.ptq import apply_schemes
 from qvdjax.quantization import best_execution
@@ -110,7 +110,7 @@ def save(
     The folder appears under its name complete or not at all; memory is bounded by the largest tensor of one layer.
 
     Args:
-        model: Plain or quantized.
+        model: Plain, quantized, or with tables.
         path: A new folder.
         side_files: Further files by name, for instance a pipeline.json; content or a file to copy.
         overwrite: Replace a folder that exists.
@@ -120,6 +120,6 @@ def save(
         UserError: The target exists or cannot be written, or the disk is full.
     """
     config = model.config.to_dict()
-    if any(True for _ in layers_of(model, QUANTIZED_LAYERS)):
+    if any(True for _ in layers_of(model, (*QUANTIZED_LAYERS, *TABLE_LAYERS))):
         config["quantization_config"] = to_config(schemes_of(model), model.recipe_name)
     save_variables(model, path, config, side_files=side_files, overwrite=overwrite, progress=progress)

@@ -72,6 +72,11 @@ class WanConfig:
         return self.patch_size
 
     @property
+    def least_size(self) -> tuple[int, int, int]:
+        """Frames, height and width of the smallest latents that the model takes."""
+        return self.patch_size
+
+    @property
     def text_tokens(self) -> int:
         """Length that Wan's own code pads texts to (Wan-Video/Wan2.1:wan/configs/shared_config.py, text_len)."""
         return 512
@@ -197,7 +202,7 @@ class ConditionEmbedder(nnx.Module):
     def __call__(self, timestep, context, dtype):
         """(batch,) or (batch, tokens), (batch, text tokens, text_dim) -> time embedding, modulation, context."""
         first, second = self.time_embedder["linear_1"], self.time_embedder["linear_2"]
-        wide = jnp.promote_types(first.bias[...].dtype, jnp.float32)  # a quantized layer has no weight
+        wide = jnp.promote_types(dtype, jnp.float32)
         sinusoid = timestep_sinusoid(timestep, self.frequencies).astype(wide)
         embedding = second(jax.nn.silu(first(sinusoid))).astype(dtype)  # (batch, [tokens,] width)
         if timestep.ndim == 1:

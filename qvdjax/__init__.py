@@ -6,10 +6,11 @@ _HOMES = {
     "quantize": "qvdjax.quantization",
     "best_execution": "qvdjax.quantization",
     "describe": "qvdjax.description",
+    "tabulate": "qvdjax.tabulation",
     "UserError": "qvdjax.errors",
 }
 
-__all__ = ["UserError", "best_execution", "describe", "quantize"]
+__all__ = ["UserError", "best_execution", "describe", "quantize", "tabulate"]
 
 
 def __getattr__(name: str):

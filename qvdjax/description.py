@@ -10,12 +10,14 @@ from flax import nnx
 from qvdjax.nn import (
     FLOAT_LAYERS,
     QUANTIZED_LAYERS,
+    TABLE_LAYERS,
     Attention,
     Codes,
     Conv,
     Linear,
     QuantizedLinear,
     Statistic,
+    TimestepTable,
     VideoModel,
     layers_of,
 )  # fmt: skip
@@ -30,15 +32,17 @@ def describe(model: VideoModel) -> list[dict[str, Any]]:
         `activation_bits` (16 or 32 and so on for floats), `bytes` (codes at their logical bits, scales, bias),
         `float_bytes` (the same layer in bfloat16), `sqnr_db` (signal-to-quantization-noise ratio of the weight in
         decibels, None for float weights or where the model is abstract), `execution` and `reason`. The products of
-        attention have rows only where they are quantized; they hold no bytes.
+        attention have rows only where they are quantized; they hold no bytes. A table over timesteps has `execution`
+        "table", `shape` (steps, out), its own type as `weight_bits`, no `activation_bits`, and `replaced_bytes`: those
+        of the layer in whose place it stands.
     """
     rows = []
-    for names, _, layer in layers_of(model, (*FLOAT_LAYERS, *QUANTIZED_LAYERS)):
+    for names, _, layer in layers_of(model, (*FLOAT_LAYERS, *QUANTIZED_LAYERS, *TABLE_LAYERS)):
         if isinstance(layer, Attention):
             if layer.scheme.qk_bits or layer.scheme.pv_bits:
                 rows += [_attention_row(name, layer) for name in names]
             continue
-        row = _row(layer)
+        row = _table_row(layer) if isinstance(layer, TimestepTable) else _row(layer)
         sqnr = _sqnr(layer, len(names))
         rows += [{"path": name, **row, "sqnr_db": ratio} for name, ratio in zip(names, sqnr, strict=True)]
     return sorted(rows, key=lambda row: _natural(row["path"]))
@@ -52,16 +56,24 @@ def _natural(path: str) -> list[tuple[int, str]]:
 def _row(layer) -> dict[str, Any]:
     shape, scheme = weight_shape(layer), layer.scheme
     quantized = not isinstance(layer, Linear | Conv)
-    state = jax.tree.leaves(nnx.state(layer), is_leaf=lambda v: isinstance(v, nnx.Variable))
-    own_bits = sum(_logical_bits(variable) for variable in state)
     bias = 0 if layer.bias is None else shape[0]
     activation = scheme.activation.bits if quantized and scheme.activation else _float_bits(layer)
     return {
         "role": layer.role, "shape": list(shape),
         "weight_bits": scheme.weight.bits if quantized and scheme.weight else _float_bits(layer),
         "activation_bits": activation,
-        "bytes": math.ceil(own_bits / 8), "float_bytes": 2 * (math.prod(shape) + bias),
+        "bytes": layer_bytes(layer), "float_bytes": 2 * (math.prod(shape) + bias),
         "execution": layer.execution if quantized else "float", "reason": scheme.reason,
+    }  # fmt: skip
+
+
+def _table_row(layer: TimestepTable) -> dict[str, Any]:
+    out, width = layer.weight_shape
+    value = layer.table.get_value()
+    return {
+        "role": layer.role, "shape": list(value.shape[-2:]), "weight_bits": 8 * value.dtype.itemsize,
+        "activation_bits": None, "bytes": layer_bytes(layer), "float_bytes": 2 * (out * width + out),
+        "replaced_bytes": layer.scheme.replaced_bytes, "execution": "table", "reason": layer.scheme.reason,
     }  # fmt: skip
 
 
@@ -88,6 +100,12 @@ def weight_bytes(model: nnx.Module) -> int:
     """Bytes of all parameters of a model, abstract or not: codes at their logical bits, statistics not counted."""
     variables = jax.tree.leaves(nnx.state(model), is_leaf=lambda node: isinstance(node, nnx.Variable))
     return math.ceil(sum(variable.get_value().size * _element_bits(variable) for variable in variables) / 8)
+
+
+def layer_bytes(layer: nnx.Module) -> int:
+    """Bytes of one block's layer, abstract or not: codes at their logical bits, statistics not counted."""
+    variables = jax.tree.leaves(nnx.state(layer), is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return math.ceil(sum(_logical_bits(variable) for variable in variables) / 8)
 
 
 def _logical_bits(variable: nnx.Variable) -> int:

@@ -6,7 +6,7 @@ import jax
 
 from qvdjax.calibration.ranges import input_ranges
 from qvdjax.errors import UserError
-from qvdjax.nn import QUANTIZED_LAYERS, Execution, VideoModel, layers_of
+from qvdjax.nn import QUANTIZED_LAYERS, Execution, VideoModel, layers_of, refuse_tables
 from qvdjax.ptq import apply_schemes
 from qvdjax.recipes import Recipe, decide, get
 
@@ -39,7 +39,8 @@ def quantize(
         A new model of the same call. `qvdjax.describe` lists what every layer became.
 
     Raises:
-        UserError: Unknown recipe, a path rule that matches nothing, a missing calibration, a quantized model.
+        UserError: Unknown recipe, a path rule that matches nothing, a missing calibration, a model that is quantized
+            or has tables.
     """
     if isinstance(recipe, str):
         recipe = get(recipe)
@@ -49,6 +50,7 @@ def quantize(
         )
     if any(True for _ in layers_of(model, QUANTIZED_LAYERS)):
         raise UserError("the model is quantized already", remedy="start from the full-precision model")
+    refuse_tables(model, "the model", "quantize the model it was made from, and tabulate the result")
     decision = decide(model, recipe)
     ranges = None
     if recipe.needs_calibration:

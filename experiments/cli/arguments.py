@@ -22,8 +22,10 @@ from experiments.cli.options import (
     Prompts,
     Real,
     Sampler,
+    Solver,
     Threshold,
     Whole,
+    WholeOfFolder,
     hinted,
 )  # fmt: skip
 
@@ -142,6 +144,23 @@ class Train(Common):
 
 
 @dataclass(frozen=True)
+class Tabulate(Solver, Common):
+    """Replace layers that see the timestep alone by tables over one sampler's steps.
+
+    Their weights are then neither stored nor read; the new folder can be sampled with these steps only.
+    """
+
+    dir: Dir
+    """Model folder, quantized or not."""
+    out: Out
+    """New model folder; must not exist yet."""
+    steps: WholeOfFolder = None
+    """Sampler steps."""
+    overwrite: bool = False
+    """Replace OUT if it is there already."""
+
+
+@dataclass(frozen=True)
 class Sample(Sampler, Prompts, Common):
     """Sample videos from a model folder; writes each with a JSON file beside it.
 
@@ -169,7 +188,7 @@ class Sample(Sampler, Prompts, Common):
 
 
 @dataclass(frozen=True)
-class Evaluate(Prompts, Common):
+class Evaluate(Sampler, Prompts, Common):
     """Compare two models at the same seeds; writes metrics.json and an HTML report.
 
     Exit code 1 when a threshold given here is missed.
@@ -189,8 +208,6 @@ class Evaluate(Prompts, Common):
     """Videos computed at once; fewer need less memory."""
     execution: Execution = None
     """How quantized layers compute."""
-    mesh: Mesh = None
-    """Devices as a mesh, such as data=2,fsdp=4; axes are data, fsdp, context and tensor."""
     max_teacher_forced_error: Threshold = None
     """Largest relative squared error of the prediction, same latents given to both, that passes."""
     max_trajectory_error: Threshold = None
@@ -275,6 +292,7 @@ Command = (
     | Annotated[Calibrate, subcommand("calibrate")]
     | Annotated[Quantize, subcommand("quantize")]
     | Annotated[Train, subcommand("train")]
+    | Annotated[Tabulate, subcommand("tabulate")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Export, subcommand("export")]

@@ -35,6 +35,7 @@ VERBS = {
     "Quantize": "experiments.cli.verbs.quantizing:quantize",
     "Train": "experiments.cli.verbs.quantizing:train",
     "Recipes": "experiments.cli.verbs.quantizing:recipes",
+    "Tabulate": "experiments.cli.verbs.folders:tabulate",
     "Sample": "experiments.cli.verbs.videos:sample",
     "Evaluate": "experiments.cli.verbs.videos:evaluate",
     "Bench": "experiments.cli.verbs.machines:bench",

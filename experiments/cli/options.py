@@ -52,7 +52,21 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Sampler:
+class Solver:
+    """The steps that the sampler takes."""
+
+    _: KW_ONLY
+    solver: hinted(Literal["unipc", "euler", "ddim", "dpm-sde"], "{unipc,euler,ddim,dpm-sde}", FOLDERS) = None
+    """Sampler: unipc and euler for flow matching; ddim and, with noise at every step, dpm-sde for
+    variance-preserving models such as CogVideoX."""
+    sigma_grid: hinted(Literal["original", "diffusers"], "{original,diffusers}", "original") = None
+    """Noise levels of unipc: those of Wan's own code or of diffusers."""
+    shift: RealOfFolder = None
+    """Shift of the noise schedule towards high noise, of unipc and euler."""
+
+
+@dataclass(frozen=True)
+class Sampler(Solver):
     """How it is sampled."""
 
     _: KW_ONLY
@@ -61,13 +75,6 @@ class Sampler:
     context: hinted(Path, "FILE", "prompts are encoded by the folder") = None
     """Safetensors with the text embeddings context and negative_context, (tokens, dim) each, for a model
     folder without pipeline.json."""
-    solver: hinted(Literal["unipc", "euler", "ddim", "dpm-sde"], "{unipc,euler,ddim,dpm-sde}", FOLDERS) = None
-    """Sampler: unipc and euler for flow matching; ddim and, with noise at every step, dpm-sde for
-    variance-preserving models such as CogVideoX."""
-    sigma_grid: hinted(Literal["original", "diffusers"], "{original,diffusers}", "original") = None
-    """Noise levels of unipc: those of Wan's own code or of diffusers."""
-    shift: RealOfFolder = None
-    """Shift of the noise schedule towards high noise, of unipc and euler."""
     dynamic_guidance: hinted(Literal["timestep", "step"], "{timestep,step}", "the same at every step") = None
     """Let the guidance vary over the steps: as CogVideoX's programs do, by the timestep, or smoothly."""
     guidance_until: Real = 0.0

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import models
 from experiments.evaluation import provenance, summary
 from experiments.evaluation import thresholds as limits
 from experiments.evaluation.ceiling import speed_ceiling_of_folder
@@ -23,6 +24,7 @@ from experiments.evaluation.sections import Clip
 from experiments.evaluation.setup import Setup, make_setup
 from qvdjax.checkpoint.atomic import disk_errors, new_folder
 from qvdjax.errors import UserError
+from qvdjax.nn import check_timesteps
 from qvdjax.video import side_by_side, write_mp4
 
 MAXIMUM_CLIPS = 8
@@ -50,8 +52,8 @@ def evaluate(reference: Path, candidate: Path, output: Path, **options) -> dict:
         has a line for each.
 
     Raises:
-        UserError: A missing or corrupt folder, different architectures or sizes, an unknown word in a
-            prompt, an unknown threshold, a target that cannot be written, values that are not finite.
+        UserError: A missing or corrupt folder, different architectures or sizes, tables over other timesteps, an
+            unknown word in a prompt, an unknown threshold, a target that cannot be written, values that are not finite.
     """
     name = Path(candidate).resolve().name
     comparison = _compare(Path(reference), {name: Path(candidate)}, Path(output), Options(**options))
@@ -90,6 +92,8 @@ def _compare(reference: Path, candidates: Mapping[str, Path], output: Path, opti
     for folder in candidates.values():
         check_same_model(reference, folder)
     setup = make_setup(reference, options)
+    for folder in (reference, *candidates.values()):
+        check_timesteps(models.skeleton(folder), setup.timesteps)
     oracle_reason = why_no_oracle(setup)
     video_reason = NO_DECODER if setup.pipeline is None else None
     limits.check_measurable(thresholds, oracle_reason=oracle_reason, video_reason=video_reason)
@@ -135,7 +139,6 @@ def _compare(reference: Path, candidates: Mapping[str, Path], output: Path, opti
 def _measures(truth: Observation, seen: Observation, setup: Setup) -> dict:
     """The part of metrics.json that was measured."""
     fidelity = compare_runs(truth.run, truth.velocity, seen.run, seen.velocity, truth.video, seen.video)
-    timesteps = setup.solver.schedule(setup.steps).timesteps
     groups = setup.prompt_of_sample
     oracle = None
     if truth.oracle is not None and seen.oracle is not None:
@@ -145,7 +148,7 @@ def _measures(truth: Observation, seen: Observation, setup: Setup) -> dict:
     else:
         temporal = summary.both_entries(truth.temporal, seen.temporal, groups)
     return {
-        **summary.fidelity_entries(fidelity, groups, timesteps),
+        **summary.fidelity_entries(fidelity, groups, setup.timesteps),
         **temporal,
         "oracle": oracle,
         "weight_bytes": {
@@ -165,6 +168,11 @@ def _sampling(setup: Setup, options: Options) -> dict:
         "solver": setup.solver_fields,
         "steps": setup.steps,
         "guidance_scale": setup.guidance_scale,
+        "dynamic_guidance": setup.dynamic_guidance,
+        "guidance_until": setup.guidance_until,
+        "guided_steps": setup.guided_count,
+        "negative_prompt": setup.negative_prompt,
+        "latents": list(setup.latents_shape),
         "execution": options.execution,
         "mesh": dict(options.mesh) if options.mesh else None,
     }

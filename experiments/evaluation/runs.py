@@ -43,10 +43,8 @@ def run_freely(model, setup: Setup, *, batch: int, place: Place, progress: Calla
             None if setup.unguided else place(setup.negative_context[rows]),
             noise=place(setup.noise(rows)),
             seeds=[setup.seeds[row] for row in rows],
-            solver=setup.solver,
-            steps=setup.steps,
-            guidance_scale=setup.guidance_scale,
             trajectory=True,
+            **setup.sampling,
         )
         inputs.append(np.asarray(result.trajectory, np.float32)[:, :wanted])
         ends.append(np.asarray(result.latents, np.float32)[:wanted])
@@ -59,6 +57,8 @@ def predict_along(
 ) -> np.ndarray:
     """The model's velocity after guidance at given latents: what teacher forcing compares.
 
+    Steps that are not guided are predicted with the context alone, as sampling does it.
+
     Reference and candidate both go through this one compiled function, so that a candidate equal to its
     reference has an error of exactly zero.
 
@@ -68,33 +68,37 @@ def predict_along(
     Returns:
         float32, shaped as `inputs`.
     """
-    timesteps = np.asarray(setup.solver.schedule(setup.steps).timesteps, np.float32)
+    timesteps, scales = (np.asarray(numbers, np.float32) for numbers in (setup.timesteps, setup.scales))
+    parts = [(slice(0, setup.guided_count), False), (slice(setup.guided_count, setup.steps), True)]
     velocities = []
     for rows, wanted in _chunks(len(setup.seeds), batch):
-        chunk = _along(
-            setup.unguided,
-            model,
-            place(np.swapaxes(inputs[:, rows], 0, 1)),  # steps batch ... -> batch steps ...
-            timesteps,
-            place(setup.context[rows]),
-            None if setup.unguided else place(setup.negative_context[rows]),
-            np.float32(setup.guidance_scale),
-        )
-        velocities.append(np.asarray(chunk, np.float32)[:, :wanted])
+        context = place(setup.context[rows])
+        chunk = [
+            _along(
+                unguided,
+                model,
+                place(np.swapaxes(inputs[steps][:, rows], 0, 1)),  # steps batch ... -> batch steps ...
+                timesteps[steps],
+                context,
+                None if unguided else place(setup.negative_context[rows]),
+                scales[steps],
+            )
+            for steps, unguided in parts
+            if steps.start < steps.stop
+        ]
+        velocities.append(np.concatenate([np.asarray(part, np.float32)[:, :wanted] for part in chunk]))
         progress(int(rows[wanted - 1]) + 1)
     return np.concatenate(velocities, axis=1)
 
 
-def _scan_along(unguided: bool, model, inputs, timesteps, context, negative_context, guidance_scale) -> jax.Array:
-    predict = guided(model, 1 if unguided else guidance_scale)
-
+def _scan_along(unguided: bool, model, inputs, timesteps, context, negative_context, scales) -> jax.Array:
     def body(_, row):
-        latents, timestep = row
+        latents, timestep, scale = row
         timestep = jnp.full(latents.shape[:1], timestep, jnp.float32)  # () -> (batch,)
-        return None, predict(latents, timestep, context, negative_context)
+        return None, guided(model, 1 if unguided else scale)(latents, timestep, context, negative_context)
 
     by_step = jnp.swapaxes(inputs, 0, 1)  # batch steps ... -> steps batch ...
-    return jax.lax.scan(body, None, (by_step, timesteps))[1]
+    return jax.lax.scan(body, None, (by_step, timesteps, scales))[1]
 
 
 _along = jax.jit(_scan_along, static_argnums=0)

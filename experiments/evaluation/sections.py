@@ -164,7 +164,8 @@ def provenance(metrics: Mapping) -> Markup:
     facts = {
         "Device": f"{device['count']} x {device['kind']} ({device['platform']})",
         "Versions": ", ".join(versions),
-        "Solver": f"{solver}, {sampling['steps']} steps, guidance scale {sampling['guidance_scale']:g}",
+        "Solver": f"{solver}, {sampling['steps']} steps",
+        "Guidance": _guidance(sampling),
         "Execution of quantized layers": sampling["execution"] or "the best for the device",
         "Seeds": ", ".join(dict.fromkeys(str(sample["seed"]) for sample in sampling["samples"])),
         "Reference": metrics["reference"]["folder"],
@@ -172,6 +173,12 @@ def provenance(metrics: Mapping) -> Markup:
     }
     pairs = [join(element("dt", name), element("dd", value)) for name, value in facts.items()]
     return _section("How it was made", element("dl", *pairs))
+
+
+def _guidance(sampling: Mapping) -> str:
+    scale, varies = f"scale {sampling['guidance_scale']:g}", sampling["dynamic_guidance"]
+    kind = f" that varies by {varies}" if varies else ""
+    return f"{scale}{kind}, in {sampling['guided_steps']} of {sampling['steps']} steps"
 
 
 def _types(metrics: Mapping) -> str:

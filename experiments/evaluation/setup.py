@@ -10,9 +10,9 @@ import numpy as np
 import models
 from experiments.evaluation.options import Options
 from experiments.moving_shapes import captions
-from experiments.sampling.request import Settings, request_from_context
+from experiments.sampling.request import request_from_context, sampler_of
 from models.pipeline import FILE, Pipeline
-from qvdjax.diffusion import SOLVERS, Solver, initial_noise
+from qvdjax.diffusion import Solver, guidance_scales, guided_steps, initial_noise, solver_name
 from qvdjax.errors import UserError
 
 DEFAULT_PROMPTS = 8
@@ -29,8 +29,9 @@ class Setup:
         context: float32 (samples, tokens, dim).
         negative_context: The same; None without guidance.
         latents_shape: (frames, height, width, channels) of one sample.
-        solver, steps, guidance_scale: See `qvdjax.diffusion.sample`.
+        solver, steps, guidance_scale, dynamic_guidance, guidance_until: See `qvdjax.diffusion.sample`.
         pipeline: What decodes the latents; None where nothing does.
+        negative_prompt: None where the negative context came from a file.
     """
 
     prompts: tuple[str, ...]
@@ -43,6 +44,30 @@ class Setup:
     steps: int
     guidance_scale: float
     pipeline: Pipeline | None
+    dynamic_guidance: str | None = None
+    guidance_until: float = 0.0
+    negative_prompt: str | None = None
+
+    @property
+    def sampling(self) -> dict:
+        """The arguments of `qvdjax.diffusion.sample` that all samples share."""
+        names = ("solver", "steps", "guidance_scale", "dynamic_guidance", "guidance_until")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def timesteps(self) -> np.ndarray:
+        """What the model is told at every step, (steps,), 0..1000."""
+        return self.solver.schedule(self.steps).timesteps
+
+    @property
+    def scales(self) -> np.ndarray:
+        """The guidance scale of every step, (steps,)."""
+        return guidance_scales(self.guidance_scale, self.timesteps, self.dynamic_guidance)
+
+    @property
+    def guided_count(self) -> int:
+        """How many steps are guided, from the first."""
+        return guided_steps(self.guidance_scale, self.timesteps, self.guidance_until)
 
     @property
     def unguided(self) -> bool:
@@ -52,8 +77,7 @@ class Setup:
     @property
     def solver_fields(self) -> dict:
         """The solver's name and options, to be reported."""
-        name = next(name for name, kind in SOLVERS.items() if isinstance(self.solver, kind))
-        return {"name": name, **dataclasses.asdict(self.solver)}
+        return {"name": solver_name(self.solver), **dataclasses.asdict(self.solver)}
 
     @property
     def prompt_texts(self) -> list[str]:
@@ -73,7 +97,8 @@ def make_setup(folder: Path, options: Options) -> Setup:
 
     Raises:
         UserError: Neither a `pipeline.json` nor a context file, or both; an unknown word in a prompt;
-            repeated prompts or seeds; a count or a number of steps below one.
+            repeated prompts or seeds; a count or a number of steps below one; an unknown solver, settings out of
+            range.
     """
     has_pipeline = (folder / FILE).exists()
     if has_pipeline and options.context_file is not None:
@@ -84,7 +109,7 @@ def make_setup(folder: Path, options: Options) -> Setup:
             remedy="give a context file: safetensors with `context` and `negative_context`",
         )
     setup = _from_pipeline(folder, options) if has_pipeline else _from_context(folder, options)
-    setup.solver.schedule(setup.steps)  # refuses a number of steps one cannot take, before models are loaded
+    _ = setup.scales, setup.guided_count  # refuses steps and guidance that cannot be, before models are loaded
     return setup
 
 
@@ -92,27 +117,32 @@ def _from_pipeline(folder: Path, options: Options) -> Setup:
     pipeline = Pipeline.load(folder)
     prompts = tuple(options.prompts) if options.prompts else _default_prompts(options.count)
     _refuse_repeats("prompts", prompts)
+    settings = options.settings
     guidance_scale = pipeline.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    negative = pipeline.negative_prompt if options.negative_prompt is None else options.negative_prompt
     prompt_of_sample, seeds = _pairs(len(prompts), options.seeds)
+    solver, steps = sampler_of(folder, settings)
     return Setup(
         prompts=prompts,
         prompt_of_sample=prompt_of_sample,
         seeds=seeds,
         context=pipeline.encode([prompts[index] for index in prompt_of_sample]),
-        negative_context=pipeline.encode([pipeline.negative_prompt] * len(seeds)),
-        latents_shape=pipeline.latents_shape,
-        solver=pipeline.make_solver(),
-        steps=pipeline.steps if options.steps is None else options.steps,
+        negative_context=pipeline.encode([negative] * len(seeds)),
+        latents_shape=(*settings.sizes(pipeline.latents_shape[:3]), pipeline.channels),
+        solver=solver,
+        steps=steps,
         guidance_scale=float(guidance_scale),
         pipeline=pipeline,
+        dynamic_guidance=options.dynamic_guidance,
+        guidance_until=options.guidance_until,
+        negative_prompt=negative,
     )
 
 
 def _from_context(folder: Path, options: Options) -> Setup:
-    sizes = {name: getattr(options, name) for name in ("frames", "height", "width")}
-    settings = Settings(steps=options.steps, guidance_scale=options.guidance_scale, **sizes)
     channels = models.skeleton(folder).config.in_channels
-    texts = request_from_context(folder, Path(options.context_file), channels, options.prompts, [0], settings)
+    file = Path(options.context_file)
+    texts = request_from_context(folder, file, channels, options.prompts, [0], options.settings)
     prompt_of_sample, seeds = _pairs(len(texts.context), options.seeds)
     rows = list(prompt_of_sample)
     return Setup(
@@ -126,6 +156,8 @@ def _from_context(folder: Path, options: Options) -> Setup:
         steps=texts.steps,
         guidance_scale=float(texts.guidance_scale),
         pipeline=None,
+        dynamic_guidance=texts.dynamic_guidance,
+        guidance_until=texts.guidance_until,
     )
 
 

@@ -16,6 +16,7 @@ from experiments.sampling.request import Request, Settings, request_from_context
 from models.pipeline import FILE
 from qvdjax.diffusion import compile_sampler, initial_noise, sample
 from qvdjax.errors import UserError
+from qvdjax.nn import check_timesteps
 from qvdjax.parallel import make_mesh, partition_spec
 
 Progress = Callable[[str, int, int], None]
@@ -83,8 +84,8 @@ def sample_folder(
         `quantization` and more.
 
     Raises:
-        UserError: A missing or corrupt folder, an unknown word, sizes that the model cannot take, an output
-            that cannot be written, latents that are not finite.
+        UserError: A missing or corrupt folder, an unknown word, sizes that the model cannot take, a sampler that
+            its tables are not made for, an output that cannot be written, latents that are not finite.
     """
     folder, output = Path(folder), Path(output)
     settings = Settings(
@@ -95,6 +96,7 @@ def sample_folder(
     skeleton = models.skeleton(folder, execution=execution)
     check_output(output, decodes=(folder / FILE).exists())
     request = _request(folder, skeleton, prompts, seeds, context_file, settings)
+    check_timesteps(skeleton, request.solver.schedule(request.steps).timesteps)  # before a weight is read
     paths = output_paths(output, request)
 
     device_mesh = None if mesh is None else make_mesh(mesh)

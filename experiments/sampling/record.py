@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from experiments.sampling.request import Request
 from qvdjax import describe
-from qvdjax.diffusion import SOLVERS
+from qvdjax.diffusion import solver_name
 
 
 def settings_record(request: Request) -> dict:
@@ -22,7 +22,7 @@ def settings_record(request: Request) -> dict:
         "guidance_scale": request.guidance_scale,
         "dynamic_guidance": request.dynamic_guidance,
         "guidance_until": request.guidance_until,
-        "solver": next(name for name, kind in SOLVERS.items() if type(request.solver) is kind),
+        "solver": solver_name(request.solver),
         **dataclasses.asdict(request.solver),
         "latents": list(request.latents_shape),
     }
@@ -54,7 +54,9 @@ def memory_record(mesh: Mesh | None) -> dict:
 def quantization_record(model) -> dict:
     """The model's layers in a few numbers: recipe, executions, how many layers at which bits, bytes."""
     rows = [row for row in describe(model) if row["weight_bits"] is not None]
-    bits = collections.Counter(f"w{row['weight_bits']}a{row['activation_bits']}" for row in rows)
+    bits = collections.Counter(
+        "table" if row["execution"] == "table" else f"w{row['weight_bits']}a{row['activation_bits']}" for row in rows
+    )
     return {
         "recipe": model.recipe_name or None,
         "execution": sorted({row["execution"] for row in rows}),

@@ -87,6 +87,20 @@ class Settings:
         return tuple(chosen)
 
 
+def sampler_of(folder: Path, settings: Settings) -> tuple[Solver, int]:
+    """The solver and the number of steps that a model folder is sampled with, what was asked for taken instead.
+
+    Raises:
+        UserError: A damaged pipeline or scheduler, an unknown solver, settings out of range.
+    """
+    options = settings.solver_options()
+    if (folder / FILE).exists():
+        pipeline = Pipeline.load(folder)
+        return pipeline.make_solver(**options), _choose(settings.steps, pipeline.steps)
+    defaults = scheduler.sampling_defaults(folder, solver_named=settings.solver is not None)
+    return related_solver(defaults.solver, **options), _choose(settings.steps, defaults.steps)
+
+
 def request_from_pipeline(
     folder: Path, prompts: Sequence[str] | None, seeds: Sequence[int], settings: Settings
 ) -> Request:

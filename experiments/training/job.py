@@ -29,7 +29,7 @@ from models.scheduler import sampling_defaults
 from qvdjax import recipes
 from qvdjax.checkpoint import stored_variables
 from qvdjax.errors import UserError
-from qvdjax.nn import QUANTIZED_LAYERS, VideoModel, layers_of
+from qvdjax.nn import QUANTIZED_LAYERS, VideoModel, layers_of, refuse_tables
 from qvdjax.parallel import make_mesh, parse_mesh
 from qvdjax.recipes import Recipe
 
@@ -117,6 +117,7 @@ def train_folder(
     abstract = models.skeleton(source)
     if any(True for _ in layers_of(abstract, QUANTIZED_LAYERS)):
         raise UserError(f"{source} is quantized already", remedy="train the full-precision model")
+    refuse_tables(abstract, str(source), "train the folder it was made from, then tabulate")
     student = student_of(abstract, chosen, steps)
     student.check_storable()
     folder = DataFolder(data)

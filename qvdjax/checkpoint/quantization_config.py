@@ -1,25 +1,26 @@
 """`quantization_config` of config.json: what every layer became, in compressed-tensors' vocabulary and in full.
 
 `config_groups` and `ignore` say it as compressed-tensors does (num_bits, type, symmetric, strategy, group_size,
-dynamic; targets by layer name), which is enough for plain layers. The `qvdjax` part holds the schemes themselves, with
-transforms and reasons, and is what this project reads.
+dynamic; targets by layer name), which is enough for plain layers; it has no words for tables over timesteps, and names
+them nowhere. The `qvdjax` part holds the schemes themselves, with transforms and reasons, and is what this project
+reads.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from qvdjax.errors import UserError
-from qvdjax.nn import AttentionScheme, LayerScheme, VideoModel, layers_of
-from qvdjax.nn.layers import FLOAT_LAYERS, QUANTIZED_LAYERS
+from qvdjax.nn import AttentionScheme, LayerScheme, TableScheme, VideoModel, layers_of
+from qvdjax.nn.layers import FLOAT_LAYERS, QUANTIZED_LAYERS, TABLE_LAYERS
 from qvdjax.numerics import Quantizer
 
 VERSION = 1
-Scheme = LayerScheme | AttentionScheme
+Scheme = LayerScheme | AttentionScheme | TableScheme
 
 
 def schemes_of(model: VideoModel) -> dict[str, Scheme]:
-    """Name in diffusers -> scheme, for every layer of a quantized model."""
-    layers = layers_of(model, (*FLOAT_LAYERS, *QUANTIZED_LAYERS))
+    """Name in diffusers -> scheme, for every layer of a quantized model or one with tables."""
+    layers = layers_of(model, (*FLOAT_LAYERS, *QUANTIZED_LAYERS, *TABLE_LAYERS))
     return {name: layer.scheme for names, _, layer in layers for name in names}
 
 
@@ -59,8 +60,11 @@ def quantization_args(quantizer: Quantizer | None) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-_KINDS = {LayerScheme: "layer", AttentionScheme: "attention"}
-_READERS = {"layer": LayerScheme.from_dict, "attention": lambda fields: AttentionScheme(**fields)}
+_KINDS = {LayerScheme: "layer", AttentionScheme: "attention", TableScheme: "table"}
+_READERS = {
+    "layer": LayerScheme.from_dict, "attention": lambda fields: AttentionScheme(**fields),
+    "table": TableScheme.from_dict,
+}  # fmt: skip
 
 
 def from_config(config: Mapping[str, Any], where: str) -> tuple[dict[str, Scheme], str]:

@@ -8,7 +8,7 @@ from qvdjax.diffusion.guidance import guidance_scales, guided, guided_steps
 from qvdjax.diffusion.noise import initial_noise
 from qvdjax.diffusion.sampler import Compilation, SampleResult, compile_sampler, sample
 from qvdjax.diffusion.schedule import Schedule
-from qvdjax.diffusion.solvers import SOLVERS, Solver, get_solver, related_solver
+from qvdjax.diffusion.solvers import SOLVERS, Solver, get_solver, related_solver, solver_name
 from qvdjax.diffusion.unipc import UniPCFlow
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "initial_noise",
     "related_solver",
     "sample",
+    "solver_name",
 ]

@@ -9,12 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from qvdjax.diffusion.guidance import DynamicGuidance, guidance_scales, guided, guided_steps
 from qvdjax.diffusion.noise import check_seeds
 from qvdjax.diffusion.schedule import Schedule
 from qvdjax.diffusion.solvers import Solver
 from qvdjax.errors import UserError
+from qvdjax.nn import check_timesteps
 
 OnStep = Callable[[int, jax.Array], None]
 """Called after every step with the number of steps done (1, 2, ...) and the latents they led to."""
@@ -80,10 +82,11 @@ def sample(
 
     Returns:
         The latents and, if asked for, the trajectory. Raises `UserError` for a number of steps below 1, for
-        guidance without a negative context, for seeds that are missing or unusable, and for batches that differ.
+        guidance without a negative context, for seeds that are missing or unusable, for batches that differ, and for
+        a model whose tables hold other timesteps than the solver's.
     """
     inputs = _inputs(noise, seeds, context, negative_context, guidance_scale, conditions)
-    plan, parts = _plan(solver, steps, guidance_scale, dynamic_guidance, guidance_until)
+    plan, parts = _plan(model, solver, steps, guidance_scale, dynamic_guidance, guidance_until)
     run = Run(solver, doubled_batch=doubled_batch, trajectory=trajectory)
     if on_step is None:
         return _scan(run, parts, model, plan, *inputs)
@@ -126,7 +129,7 @@ def compile_sampler(
     With `step_loop` it is a single step that is compiled: what `sample` runs when it is given an `on_step`.
     """
     inputs = _inputs(noise, seeds, context, negative_context, guidance_scale, conditions)
-    plan, parts = _plan(solver, steps, guidance_scale, dynamic_guidance, guidance_until)
+    plan, parts = _plan(model, solver, steps, guidance_scale, dynamic_guidance, guidance_until)
     run = Run(solver, doubled_batch=doubled_batch, trajectory=trajectory)
     start = time.perf_counter()
     if step_loop:
@@ -194,10 +197,13 @@ class Part:
 
 
 def _plan(
-    solver: Solver, steps: int, guidance_scale: float, dynamic_guidance: DynamicGuidance | None, guidance_until: float
-) -> tuple[Plan, tuple[Part, ...]]:
-    """All steps, and the stretches they fall into, those that are not empty."""
+    model, solver: Solver, steps: int, guidance_scale: float, dynamic_guidance: DynamicGuidance | None,
+    guidance_until: float,
+) -> tuple[Plan, tuple[Part, ...]]:  # fmt: skip
+    """All steps, and the stretches they fall into, those that are not empty; steps that the model cannot take raise."""
     schedule = solver.schedule(steps)
+    if isinstance(model, nnx.Module):
+        check_timesteps(model, schedule.timesteps)
     scales = guidance_scales(guidance_scale, schedule.timesteps, dynamic_guidance)
     count = guided_steps(guidance_scale, schedule.timesteps, guidance_until)
     parts = (Part(0, count, True), Part(count, steps, False))

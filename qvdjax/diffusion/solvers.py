@@ -70,14 +70,18 @@ def get_solver(name: str, **options) -> Solver:
     return SOLVERS[name](**options)
 
 
+def solver_name(solver: Solver) -> str:
+    """The name in `SOLVERS`."""
+    return next(name for name, kind in SOLVERS.items() if type(solver) is kind)
+
+
 def related_solver(solver: Solver, name: str | None = None, **options) -> Solver:
     """A solver for the model that `solver` is for: the same with other options, or the one called `name`.
 
     A solver of another name takes over those fields that both have: the schedule the model was trained on.
     Raises `UserError` as `get_solver` does, and for a solver of another kind of diffusion.
     """
-    own = next(key for key, kind in SOLVERS.items() if type(solver) is kind)
-    name = own if name is None else name
+    name = solver_name(solver) if name is None else name
     if name in SOLVERS and SOLVERS[name].diffusion != solver.diffusion:
         alike = [key for key, kind in SOLVERS.items() if kind.diffusion == solver.diffusion]
         raise UserError(

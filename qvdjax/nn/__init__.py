@@ -3,19 +3,21 @@
 from qvdjax.nn.attention import Attention, dot_product_attention, quantized_attention
 from qvdjax.nn.conv import Conv, QuantizedConv
 from qvdjax.nn.input_clip import InputClip
-from qvdjax.nn.layers import FLOAT_LAYERS, QUANTIZED_LAYERS, layers_of
+from qvdjax.nn.layers import FLOAT_LAYERS, QUANTIZED_LAYERS, TABLE_LAYERS, layers_of
 from qvdjax.nn.linear import Linear, QuantizedLinear
 from qvdjax.nn.norm import LayerNorm, RMSNorm, at_least_float32
 from qvdjax.nn.protocol import Stack, VideoModel, at_timestep, for_one_call, stacked
-from qvdjax.nn.scheme import EXECUTIONS, AttentionScheme, Execution, LayerScheme, Role
+from qvdjax.nn.scheme import EXECUTIONS, AttentionScheme, Execution, LayerScheme, Role, TableScheme
 from qvdjax.nn.swap import swap_layers
 from qvdjax.nn.timestep import PerCall, TimestepReader
-from qvdjax.nn.variables import Codes, Param, Scale, Statistic
+from qvdjax.nn.timestep_table import TimestepTable, check_timesteps, refuse_tables, tables_of
+from qvdjax.nn.variables import Codes, Param, Scale, Statistic, Table
 
 __all__ = [
     "EXECUTIONS",
     "FLOAT_LAYERS",
     "QUANTIZED_LAYERS",
+    "TABLE_LAYERS",
     "Attention",
     "AttentionScheme",
     "Codes",
@@ -34,14 +36,20 @@ __all__ = [
     "Scale",
     "Stack",
     "Statistic",
+    "Table",
+    "TableScheme",
     "TimestepReader",
+    "TimestepTable",
     "VideoModel",
     "at_least_float32",
     "at_timestep",
+    "check_timesteps",
     "dot_product_attention",
     "for_one_call",
     "layers_of",
     "quantized_attention",
+    "refuse_tables",
     "stacked",
     "swap_layers",
+    "tables_of",
 ]

@@ -8,10 +8,12 @@ from qvdjax.nn.attention import Attention
 from qvdjax.nn.conv import Conv, QuantizedConv
 from qvdjax.nn.linear import Linear, QuantizedLinear
 from qvdjax.nn.protocol import VideoModel
+from qvdjax.nn.timestep_table import TimestepTable
 from qvdjax.nn.variables import dotted, iterate
 
 FLOAT_LAYERS = (Linear, Conv, Attention)
 QUANTIZED_LAYERS = (QuantizedLinear, QuantizedConv)
+TABLE_LAYERS = (TimestepTable,)
 
 
 def layers_of(

@@ -108,16 +108,16 @@ def at_timestep(model: VideoModel, timestep: jax.Array) -> VideoModel:
     Args:
         model: Any model.
         timestep: (batch,), or (batch, tokens), of which each sample's largest counts: tokens given as condition have
-            timestep 0 and say nothing about how noisy the sample is.
+            timestep 0 and say nothing about how noisy the sample is. Layers with `reads_tokens` get all of them.
     """
     paths = [path for path, layer in iterate(model, TimestepReader) if layer.reads_timestep]
     if not paths:
         return model
-    if timestep.ndim == 2:
-        timestep = timestep.max(axis=1)  # (batch, tokens) -> (batch,)
+    of_sample = timestep if timestep.ndim == 1 else timestep.max(axis=1)  # (batch, tokens) -> (batch,)
     model = nnx.merge(*nnx.split(model))
     for path in paths:
-        at(model, path).timestep = for_one_call(model, path, timestep)
+        layer = at(model, path)
+        layer.timestep = for_one_call(model, path, timestep if layer.reads_tokens else of_sample)
     return model
 
 

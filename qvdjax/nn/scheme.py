@@ -1,6 +1,7 @@
 """What a layer becomes: the decision that a recipe takes for each layer, as data."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from qvdjax.nn.input_clip import InputClip
@@ -82,3 +83,36 @@ class AttentionScheme:
     def to_dict(self) -> dict:
         """Plain fields, for a config file."""
         return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class TableScheme:
+    """A layer that sees the timestep alone is a table of its outputs (`qvdjax.nn.timestep_table`).
+
+    Attributes:
+        timesteps: Of the rows, 0..1000, each once.
+        sampler: The sampler that visits them, in words; "" where nobody said.
+        replaced_bytes: What the layer in whose place the table stands took in one block, codes at their logical bits.
+    """
+
+    timesteps: tuple[float, ...]
+    sampler: str = ""
+    replaced_bytes: int = 0
+
+    def __post_init__(self):
+        if not self.timesteps or not all(math.isfinite(timestep) for timestep in self.timesteps):
+            raise ValueError("a table needs timesteps that are finite")
+
+    @property
+    def reason(self) -> str:
+        """Why, in words."""
+        return f"it sees the timestep alone: a table over {len(self.timesteps)} steps"
+
+    def to_dict(self) -> dict:
+        """Plain fields, for a config file."""
+        return {**dataclasses.asdict(self), "timesteps": list(self.timesteps)}
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> "TableScheme":
+        """Inverse of `to_dict`; raises TypeError, KeyError or ValueError on unknown fields or values."""
+        return cls(**{**fields, "timesteps": tuple(map(float, fields["timesteps"]))})

@@ -18,6 +18,7 @@ class TimestepReader(nnx.Module):
     """
 
     timestep: PerCall | None = None  # (batch,), or with the layer axis of a stack in front
+    reads_tokens = False  # whether it wants (batch, tokens) as the model was called, not one timestep a sample
 
     @property
     def reads_timestep(self) -> bool:
@@ -30,14 +31,14 @@ class TimestepReader(nnx.Module):
         return self.scheme.input_clip.factors(table, timestep, x)
 
     def current_timestep(self) -> jax.Array:
-        """(batch,) in 0..1000.
+        """(batch,) in 0..1000; with `reads_tokens` also (batch, tokens).
 
         Raises:
             UserError: The layer is called outside a call of its model.
         """
         if self.timestep is None:
             raise UserError(
-                "a layer whose input range depends on the timestep was called without one",
+                "a layer that computes differently at different timesteps was called without one",
                 remedy="call the model, or take the layer from qvdjax.nn.at_timestep(model, timestep)",
             )
         return self.timestep[...]

@@ -16,6 +16,10 @@ class Scale(nnx.Variable):
     """Scales, zero points and other float32 parameters of a quantizer. Metadata: `axes`."""
 
 
+class Table(nnx.Variable):
+    """Outputs of a layer, computed beforehand; never trained. Metadata: `axes`."""
+
+
 class Statistic(nnx.Variable):
     """A number recorded about a layer (a range seen, a signal-to-noise ratio). Metadata: `axes`."""
 

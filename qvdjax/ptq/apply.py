@@ -11,6 +11,8 @@ from qvdjax.nn import (
     AttentionScheme,
     Execution,
     LayerScheme,
+    TableScheme,
+    TimestepTable,
     VideoModel,
     swap_layers,
 )  # fmt: skip
@@ -21,20 +23,23 @@ Ranges = Mapping[str, tuple]  # name in diffusers -> smallest and largest input 
 
 
 def apply_schemes(
-    model: VideoModel, schemes: Mapping[str, LayerScheme | AttentionScheme], *, execution: Execution, fit=None,
-    ranges: Ranges | None = None,
+    model: VideoModel, schemes: Mapping[str, LayerScheme | AttentionScheme | TableScheme], *, execution: Execution,
+    fit=None, ranges: Ranges | None = None,
 ) -> VideoModel:  # fmt: skip
     """A model whose layers are what `schemes` (by name in diffusers) says; the given model is left as it is.
 
     Args:
         model: A float model; abstract ones work under `jax.eval_shape`.
-        schemes: One scheme a layer and block; layers without one stay as they are.
+        schemes: One scheme a layer and block; layers without one stay as they are. Tables are empty: loading fills
+            them (`qvdjax.tabulate` makes full ones).
         execution: How the products of quantized layers are computed.
         fit: Fits the transforms that schemes name.
         ranges: Smallest and largest input of each channel of the layers that need them, by name.
     """
 
     def make(layer, scheme, names):
+        if isinstance(scheme, TableScheme):
+            return TimestepTable.empty(layer, scheme)
         if isinstance(layer, Attention):
             layer.scheme, layer.execution = scheme, execution
             return layer

@@ -13,10 +13,11 @@ class DSAQuant(Learned):
     """DSAQuant: a loss that follows the teacher at much noise and the data at little, no auxiliary module.
 
     At noise level s (1 is noise) the teacher's share is (e^(a s) - 1) / (e^a - 1) with a = 5. Layers that see the
-    timestep alone stay float; over a sampler's steps they are a table, which is smaller than their weights. Left open
-    by the source, and chosen here: step sizes of weights start by search; input ranges come as they are (the kernel's
-    constant clip of 0.95 is not said to be in training).
-    Command: `qvdjax train DIR OUT --recipe dsaquant-w4a4 --data DATA`; then `qvdjax sample OUT --guidance-until 400`.
+    timestep alone stay float; after training `qvdjax tabulate` makes them tables over the sampler's steps, as the paper
+    does, which are smaller than their weights. Left open by the source, and chosen here: step sizes of weights start
+    by search; input ranges come as they are (the kernel's constant clip of 0.95 is not said to be in training).
+    Commands: `qvdjax train DIR OUT --recipe dsaquant-w4a4 --data DATA`, `qvdjax tabulate OUT TABLES --steps 50`, then
+    `qvdjax sample TABLES --steps 50 --guidance-until 400`.
     Published (VBench, mean of eight, Wan 2.1 1.3B W4A4): 67.21 against 66.28 in bfloat16, with guidance left out of the
     last nine of fifty steps; 65.1 for its loss towards the teacher alone, with guidance throughout.
 

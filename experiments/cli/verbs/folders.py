@@ -1,9 +1,9 @@
-"""Verbs about one model folder: convert, info, export."""
+"""Verbs about one model folder: convert, info, tabulate, export."""
 
 import math
 from typing import Any
 
-from experiments.cli.arguments import Convert, Export, Info
+from experiments.cli.arguments import Convert, Export, Info, Tabulate
 from experiments.cli.outcome import Outcome, Table, number, size
 from experiments.cli.terminal import Progress
 
@@ -42,6 +42,29 @@ def export(arguments: Export, progress: Progress | None) -> Outcome:
     return Outcome(report, (f"{arguments.out}: {arguments.format} from {arguments.dir}", *_facts(report)))
 
 
+def tabulate(arguments: Tabulate, progress: Progress | None) -> Outcome:
+    """Replace layers that see the timestep alone by tables."""
+    from experiments.tabulating import tabulate_folder
+
+    report = tabulate_folder(
+        arguments.dir,
+        arguments.out,
+        steps=arguments.steps,
+        solver=arguments.solver,
+        sigma_grid=arguments.sigma_grid,
+        shift=arguments.shift,
+        overwrite=arguments.overwrite,
+        progress=progress,
+    )
+    held, replaced, whole = report["table_bytes"], report["replaced_bytes"], report["weight_bytes"]
+    lines = [
+        f"{arguments.out}: {report['tables']} layers are tables over {report['steps']} steps of {report['solver']}",
+        f"these layers: {size(replaced)} -> {size(held)}",
+        f"the model: {size(whole['before'])} -> {size(whole['after'])} ({whole['ratio']:.3f})",
+    ]
+    return Outcome(report, lines)
+
+
 def info(arguments: Info, progress: Progress | None) -> Outcome:
     """List the layers of a folder; of its weights only the recorded signal-to-noise ratios are read."""
     import models
@@ -70,13 +93,19 @@ def info(arguments: Info, progress: Progress | None) -> Outcome:
             row["activation_bits"] or "-",
             number(row["bytes"]),
             number(row["sqnr_db"]),
-            row["reason"],
+            _why(row),
         )
         for row in layers
     ]
     table = Table(COLUMNS, rows, right=NUMBERS)
     total = f"{report['family']}: {parameters:,} parameters, {size(size_of_weights)}, {len(layers)} layers"
     return Outcome(report, (table, total))
+
+
+def _why(row: dict[str, Any]) -> str:
+    """The reason of a row, and for a table what it stands in for."""
+    replaced = row.get("replaced_bytes")
+    return row["reason"] if replaced is None else f"{row['reason']}, in the place of {replaced:,} bytes"
 
 
 def _add_recorded_ratios(layers: list[dict[str, Any]], folder) -> None:

@@ -193,6 +193,32 @@ def test_export_dequantizes_and_refuses_what_it_does_not_know(qvdjax, model_fold
     assert os.listdir(tmp_path) == ["plain"]
 
 
+def test_tabulate_writes_a_folder_that_info_explains(qvdjax, quantized_folder, tmp_path):
+    done = qvdjax("tabulate", quantized_folder, tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "3 layers are tables over 2 steps of unipc" in done.out
+    euler = qvdjax("tabulate", quantized_folder, tmp_path / "euler", "--solver", "euler", "--steps", "5", "--json")
+    assert (euler.report["solver"], euler.report["steps"], len(euler.report["timesteps"])) == ("euler", 5, 5)
+    shown = qvdjax("info", tmp_path / "out")
+    assert shown.out.count("a table over 2 steps, in the place of") == 3
+    rows = {row["path"]: row for row in qvdjax("info", tmp_path / "out", "--json").report["layers"]}
+    row = rows["condition_embedder.time_proj"]
+    assert (row["shape"], row["bytes"], row["execution"]) == ([2, 144], 2 * 144 * 4, "table")
+    plain = qvdjax("info", quantized_folder, "--json").report["layers"]
+    assert row["replaced_bytes"] == next(r["bytes"] for r in plain if r["path"] == row["path"])
+
+
+def test_tabulate_samples_and_refuses(qvdjax, model_folder, tmp_path):
+    out = tmp_path / "out"
+    assert qvdjax("tabulate", model_folder, out, "--steps", "3").code == 0
+    assert qvdjax("sample", out, "-o", tmp_path / "clip.mp4").code == 0
+    others = qvdjax("sample", out, "-o", tmp_path / "clip.mp4", "--steps", "4", "--json")
+    assert refused(others, "hold the 3 timesteps of unipc, steps 3")
+    assert len(others.report["items"]) == 3
+    assert refused(qvdjax("tabulate", out, tmp_path / "again"), "tables over 3 steps")
+    assert refused(qvdjax("export", out, tmp_path / "plain", "--format", "diffusers"), "tables over 3 steps")
+
+
 def test_recipes_are_listed(qvdjax):
     done = qvdjax("recipes", "--json")
     assert [row["name"] for row in done.report["recipes"]] == recipes.names()

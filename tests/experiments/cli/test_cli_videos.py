@@ -172,6 +172,15 @@ def test_evaluate_a_model_against_itself_and_thresholds(qvdjax, model_folder, tm
     assert "<html" in (tmp_path / "report" / "report.html").read_text()
 
 
+def test_evaluate_takes_the_options_of_sample(qvdjax, model_folder, tmp_path):
+    options = ["--solver", "euler", "--shift", "2", "--guidance-until", "400", "--frames", "2", "--steps", "3"]
+    done = qvdjax("evaluate", model_folder, model_folder, "-o", tmp_path / "report", "-p", RED, *options, "--json")
+    assert (done.code, done.err) == (0, "")
+    sampling = done.report["sampling"]
+    assert sampling["solver"] == {"name": "euler", "shift": 2.0}
+    assert (sampling["guidance_until"], sampling["steps"], sampling["latents"][0]) == (400, 3, 2)
+
+
 def test_a_missed_threshold_is_exit_code_1(qvdjax, model_folder, tmp_path):
     assert qvdjax("quantize", model_folder, tmp_path / "q", "-r", "rtn-w3a3").code == 0
     command = ["evaluate", model_folder, tmp_path / "q", "-o", tmp_path / "report", "-p", RED, "-p", BLUE]

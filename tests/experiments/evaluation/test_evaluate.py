@@ -132,6 +132,38 @@ def test_seeds_are_averaged_within_a_prompt(folders, tmp_path):
     assert len(metrics["psnr"]["per_prompt"]) == 2
 
 
+def test_the_sampler_can_be_chosen_and_is_recorded(folders, tmp_path):
+    chosen = {"solver": "euler", "shift": 1.0, "steps": 4, "guidance_until": 600.0, "negative_prompt": "a blue ring",
+              "frames": 3, "height": 8}  # fmt: skip
+    metrics = evaluate(folders.reference, folders.louder, tmp_path / "r", count=1, **chosen)
+    sampling = json.loads((tmp_path / "r" / "metrics.json").read_text())["sampling"]
+    assert sampling == metrics["sampling"]
+    assert sampling["solver"] == {"name": "euler", "shift": 1.0}
+    expected = {"steps": 4, "guidance_until": 600.0, "guided_steps": 2, "dynamic_guidance": None,
+                "negative_prompt": "a blue ring", "latents": [3, 8, 16, 12]}  # fmt: skip
+    assert {name: sampling[name] for name in expected} == expected
+    assert metrics["teacher_forced_error"]["by_step"]["timesteps"] == [1000, 750, 500, 250]
+    # As with guidance throughout: both branches, and so each step, are ten percent too large.
+    np.testing.assert_allclose(metrics["teacher_forced_error"]["by_step"]["mean"], 0.01, rtol=1e-3)
+    assert "scale 2, in 2 of 4 steps" in (tmp_path / "r" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({"solver": "ddim"}, "'ddim' is for models of variance-preserving"),
+        ({"guidance_until": 1200.0}, "until timestep 1200"),
+        ({"dynamic_guidance": "cosine"}, "kind 'cosine'"),
+        ({"negative_prompt": "a purple disc"}, "purple"),
+        ({"height": 0}, "9 x 0 x 16"),
+    ],
+)
+def test_a_sampler_that_cannot_be_is_refused(folders, tmp_path, chosen, said):
+    with pytest.raises(UserError, match=said):
+        evaluate(folders.reference, folders.same, tmp_path / "r", count=1, **chosen)
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_guidance_there_is_one_pass(folders, tmp_path):
     metrics = evaluate(folders.reference, folders.louder, tmp_path / "r", count=2, guidance_scale=1)
     # As above: the prediction is the conditional one, and still 1.1 times too large.

@@ -20,7 +20,7 @@ def model(factor: float):
     return jax.tree_util.Partial(answer, jnp.float32(factor))
 
 
-def setup(samples: int, steps: int = 3, guidance_scale: float = 2.0) -> Setup:
+def setup(samples: int, steps: int = 3, guidance_scale: float = 2.0, **guidance) -> Setup:
     context = np.arange(samples, dtype=np.float32)[:, None, None] * np.ones((1, 2, 4), np.float32)
     return Setup(
         prompts=tuple(f"prompt {index}" for index in range(samples)),
@@ -33,6 +33,7 @@ def setup(samples: int, steps: int = 3, guidance_scale: float = 2.0) -> Setup:
         steps=steps,
         guidance_scale=guidance_scale,
         pipeline=None,
+        **guidance,
     )
 
 
@@ -48,6 +49,23 @@ def test_predictions_at_given_latents(batch):
     # A handful of float32 operations on numbers below 10.
     np.testing.assert_allclose(velocity, 0.5 * inputs + offset[..., None, None, None, None], atol=1e-5)
     assert done[-1] == 5
+
+
+def test_predictions_are_guided_as_sampling_guides():
+    """Of timesteps 1000, 667 and 333 the first two are guided, at scales that rise with the step."""
+    samples = setup(5, dynamic_guidance="step", guidance_until=500.0)
+    assert samples.guided_count == 2
+    inputs = np.random.default_rng(0).standard_normal((3, 5, 2, 3, 4, 5)).astype(np.float32)
+    velocity = predict_along(model(0.5), inputs, samples, batch=2, place=jnp.asarray, progress=lambda done: None)
+    # Scale 1 + 2 (1 - cos(pi (step / 3)^5)) / 2; 0.5 c + scale (c - 0.5 c) with guidance, c without.
+    scales = [1.0, 1 + (1 - np.cos(np.pi / 243)), 1.0]
+    offset = samples.timesteps[:, None] / 1000 + 0.5 * (1 + np.array(scales))[:, None] * np.arange(5)
+    # A handful of float32 operations on numbers below 10.
+    np.testing.assert_allclose(velocity, 0.5 * inputs + offset[..., None, None, None, None], atol=1e-5)
+    run = run_freely(model(0.5), samples, batch=5, place=jnp.asarray, progress=lambda done: None)
+    # At its own latents the model predicts what Euler, from sigma 1 by thirds, followed.
+    again = predict_along(model(0.5), run.inputs, samples, batch=5, place=jnp.asarray, progress=lambda done: None)
+    np.testing.assert_allclose(run.path[1:], run.path[:-1] - again / 3, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [2, 5])
