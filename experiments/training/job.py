@@ -22,7 +22,8 @@ from experiments.training.plans import averaged, following, group_rates
 from experiments.training.settings import Settings, check_micro_batches
 from experiments.training.states import claim, last_state
 from experiments.training.student import Student, student_of
-from experiments.training.teaching import held_bytes, teacher_recipe, teaching_of
+from experiments.training.teacher import held_bytes, teacher_recipe
+from experiments.training.teaching import teaching_of
 from experiments.training.trainer import Trainer
 from models.pipeline import FILE, Pipeline
 from models.scheduler import sampling_defaults

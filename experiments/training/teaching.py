@@ -13,14 +13,12 @@ from jax.sharding import Mesh
 
 from experiments.cli.outcome import size
 from experiments.training.settings import Settings
-from experiments.training.teacher import check_teaches, frozen, held_bytes, prediction_of, predictor, teacher_recipe
+from experiments.training.teacher import check_teaches, frozen, prediction_of, predictor
 from experiments.training.teacher_cache import Taught, TeacherCache
 from qvdjax.checkpoint import CheckpointFolder
 from qvdjax.diffusion import SOLVERS
 from qvdjax.nn import VideoModel
 from qvdjax.recipes import Recipe
-
-__all__ = ["Teaching", "fingerprint", "held_bytes", "teacher_recipe", "teaching_of"]
 
 # Of each tensor, for `fingerprint`: so many pieces of so many bytes.
 _PIECES, _PIECE_BYTES = 8, 4096
