@@ -127,6 +127,11 @@ class Train(Common):
     """Micro-batches that a step's batch is cut into, to need less memory."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What student and teacher compute in; weights and their optimizer are float32 always."""
+    teacher: hinted(str, "NAME", "full precision") = None
+    """Recipe by which the teacher is quantized, such as rtn-w8a16 or rtn-w8a8, to need less memory."""
+    teacher_cache: hinted(Path, "DIR", "the teacher stays in memory") = None
+    """Folder of the teacher's predictions, computed before training where they are missing; other runs with the same
+    data, seed, batch and dtype may use them."""
     remat: bool = False
     """Recompute each block in the backward pass, to need less memory."""
     checkpoints: hinted(Path, "DIR", "none are kept") = None
@@ -263,6 +268,10 @@ class Plan(Common):
     """Micro-batches that a training step's batch is cut into."""
     set: Annotated[Names, arg(metavar="KEY=VALUE")] = ()
     """Override one option of the recipe's method; may be repeated."""
+    teacher: hinted(str, "NAME", "bfloat16") = None
+    """Recipe by which the teacher of a training step is quantized."""
+    teacher_cache: bool = False
+    """Read the teacher's predictions with the batch, so that a training step has no teacher."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from experiments.bench.ceilings import Work
+from experiments.training.plans import following
 from qvdjax.recipes import Recipe
 
 # Passes over the model that a step is made of, in forward passes: a backward pass counts two. What remat computes
@@ -31,7 +32,7 @@ PEAKS = {
 
 def bound(
     work: Work, device_kind: str, devices: int, argument_bytes: int | None, *, step: Literal["sample", "train"],
-    recipe: Recipe | None,
+    recipe: Recipe | None, teacher: Recipe | None = None, teacher_cache: bool = False,
 ) -> dict:  # fmt: skip
     """What the matrix products and the memory of a step take at least.
 
@@ -40,21 +41,26 @@ def bound(
         device_kind: As jax names it.
         devices: Of the slice.
         argument_bytes: A device's part of weights and state, which is read at least once; None where not known.
-        step: "sample" is a forward pass; "train" is three, and one more of the teacher under a recipe.
+        step: "sample" is a forward pass; "train" is three, and one more of the teacher where a recipe has one.
         recipe: Quantized products run at the int8 rate when sampling; training rounds and multiplies floats.
+        teacher: Recipe of a training step's teacher, whose products may run at the int8 rate; None for floats.
+        teacher_cache: Whether the teacher's predictions are known, so that its pass is not made.
 
     Returns:
         `model_flops` (of the slice), `bound_seconds`, `bound_by` ("matrix products" or "memory"); the last two None
         for chips whose peaks are not known.
     """
-    passes = FORWARD if step == "sample" else TRAINED + (TEACHER if recipe is not None else 0)
+    asked = step == "train" and recipe is not None and following(recipe.training).teacher != 0 and not teacher_cache
+    taught = TEACHER if asked else 0
+    passes = FORWARD if step == "sample" else TRAINED + taught
     flops = passes * work.total
     if device_kind not in PEAKS:
         return {"model_flops": flops, "bound_seconds": None, "bound_by": None}
     peak = PEAKS[device_kind]
-    integer = step == "sample" and recipe is not None and _multiplies_integers(recipe)
-    linear = work.linear / (peak.int8_operations if integer else peak.float_operations)
-    products = passes * (linear + (work.qk + work.pv) / peak.float_operations) / devices
+    own, computing = (FORWARD, recipe) if step == "sample" else (taught, teacher)
+    integer = own if computing is not None and _multiplies_integers(computing) else 0
+    linear = work.linear * ((passes - integer) / peak.float_operations + integer / peak.int8_operations)
+    products = (linear + passes * (work.qk + work.pv) / peak.float_operations) / devices
     memory = (argument_bytes or 0) / peak.bytes
     by = "matrix products" if products >= memory else "memory"
     return {"model_flops": flops, "bound_seconds": max(products, memory), "bound_by": by}

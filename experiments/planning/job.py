@@ -17,6 +17,7 @@ from experiments.bench.shapes import CONFIGS, LATENT_SIZES, Shape
 from experiments.planning.bounds import bound
 from experiments.training.planned import planned_step
 from experiments.training.settings import check_micro_batches
+from experiments.training.teacher import teacher_recipe
 from qvdjax import parallel
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
@@ -37,6 +38,8 @@ def plan(
     accumulate: int = 1,
     overrides: Mapping[str, Any] | None = None,
     layers: int | None = None,
+    teacher: str | None = None,
+    teacher_cache: bool = False,
 ) -> dict:
     """Does one step fit a slice, and what do its chips exchange? Only compiles.
 
@@ -54,14 +57,18 @@ def plan(
         accumulate: Micro-batches that a training step's batch is cut into.
         overrides: Options of the recipe's method by name.
         layers: Compile a model of so many blocks in the place of all.
+        teacher: Recipe by which a training step's teacher is quantized; None leaves it in bfloat16.
+        teacher_cache: Whether the teacher's predictions come with the batch, as from `qvdjax train --teacher-cache`.
 
     Returns:
         What `qvdjax.parallel.plan` reports, and `model`, `recipe`, `overrides`, `topology`, `mesh`, `batch`, `step`,
-        `size`, `accumulate`, `layers`, `left_whole` (weights that this mesh cannot split as the rules ask);
-        `model_flops`, `bound_seconds` and `bound_by`, which are arithmetic (see `experiments.planning.bounds`).
+        `size`, `accumulate`, `layers`, `teacher`, `teacher_cache`, `left_whole` (weights that this mesh cannot split as
+        the rules ask); `model_flops`, `bound_seconds` and `bound_by`, which are arithmetic (see
+        `experiments.planning.bounds`).
 
     Raises:
-        UserError: Unknown names, a mesh or micro-batches that do not fit, or a recipe that cannot be trained.
+        UserError: Unknown names, a mesh or micro-batches that do not fit, a recipe that cannot be trained, or a
+            teacher where there is none.
     """
     config = _config(model)
     if layers is not None:
@@ -78,7 +85,9 @@ def plan(
     check_micro_batches(batch, accumulate)
     if recipe in FLOAT_RECIPES and overrides:
         raise UserError(f"{recipe} has no options", remedy="leave --set out, or name a recipe")
-    chosen = None if recipe in FLOAT_RECIPES else get(recipe, **(overrides or {}))
+    chosen, taught_by = None if recipe in FLOAT_RECIPES else get(recipe, **(overrides or {})), teacher_recipe(teacher)
+    if step == "sample" and (taught_by is not None or teacher_cache):
+        raise UserError("a sampling step has no teacher", remedy="plan --step train, or leave the teacher out")
     described = _mesh(topology, parallel.parse_mesh(mesh) if isinstance(mesh, str) else mesh, config)
     latents, timestep, context = _inputs(config, sizes[size], batch, described)
     if step == "sample":
@@ -87,18 +96,21 @@ def plan(
         report = parallel.plan(_sample_step, arguments, latents, timestep, context, mesh=described)
     else:
         data = {"latents": latents, "context": context}
-        training = planned_step(config, chosen, described, data, accumulate=accumulate)
+        training = planned_step(
+            config, chosen, described, data, accumulate=accumulate, teacher=taught_by, teacher_cache=teacher_cache
+        )
         weights = training.weights
         report = parallel.plan(training.function, *training.arguments, mesh=described)
     shape = Shape(model, config, (*latents.shape[1:],), context.shape[1])
     kind = described.devices.flat[0].device_kind
     least = bound(
-        step_work(shape) * batch, kind, described.devices.size, report["argument_bytes"], step=step, recipe=chosen
-    )
+        step_work(shape) * batch, kind, described.devices.size, report["argument_bytes"], step=step, recipe=chosen,
+        teacher=taught_by, teacher_cache=teacher_cache,
+    )  # fmt: skip
     return {
         **report, **least, "model": model, "recipe": recipe, "overrides": dict(overrides or {}), "topology": topology,
         "mesh": dict(described.shape), "batch": batch, "step": step, "size": size, "accumulate": accumulate,
-        "layers": models.parse_config(config).num_layers,
+        "layers": models.parse_config(config).num_layers, "teacher": teacher, "teacher_cache": teacher_cache,
         "left_whole": parallel.left_whole(weights, described),
     }  # fmt: skip
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +19,11 @@ from experiments.training.log import Log
 from experiments.training.loop import Progress, run
 from experiments.training.objective import Objective
 from experiments.training.plans import averaged, following, group_rates
-from experiments.training.precision import computing_in
 from experiments.training.settings import Settings, check_micro_batches
 from experiments.training.states import claim, last_state
 from experiments.training.student import Student, student_of
+from experiments.training.teacher import held_bytes, teacher_recipe
+from experiments.training.teaching import teaching_of
 from experiments.training.trainer import Trainer
 from models.pipeline import FILE, Pipeline
 from models.scheduler import sampling_defaults
@@ -52,6 +53,8 @@ def train_folder(
     mesh: str | Mapping[str, int] | None = None,
     accumulate: int = 1,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    teacher: str | None = None,
+    teacher_cache: Path | None = None,
     remat: bool = False,
     checkpoints: Path | None = None,
     save_every: int = 500,
@@ -60,6 +63,7 @@ def train_folder(
     tensorboard: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Train a model under a recipe's rounding towards itself in full precision; quantize and save the result.
 
@@ -83,6 +87,9 @@ def train_folder(
         mesh: Devices to spread weights, optimizer and batch over, such as "fsdp=4,tensor=2"; None for one.
         accumulate: Micro-batches that a step's batch is cut into, to need less memory.
         dtype: What student and teacher compute in; weights, their optimizer and rounding are float32 always.
+        teacher: Recipe by which the teacher is quantized, to need less memory; None leaves it in full precision.
+        teacher_cache: Folder of the teacher's predictions: what is missing there is computed before training, which
+            then needs no teacher. See `experiments.training.teacher_cache`.
         remat: Recompute each block in the backward pass, to need less memory.
         checkpoints: Folder for training states; the two newest are kept.
         save_every: Steps between two states.
@@ -94,16 +101,18 @@ def train_folder(
         tensorboard: Folder for the same numbers as curves.
         overwrite: Replace a target that is there already.
         progress: Called with (stage, done, total).
+        tell: Called with what a user should know before hours pass: what the predictions take on disk.
 
     Returns:
-        {recipe, steps, first_step, examples, parameters, first_loss, last_loss, seconds} and what
+        {recipe, steps, first_step, examples, parameters, teacher_bytes, first_loss, last_loss, seconds} and what
         `experiments.quantizing.weights_report` says. Losses are means over the ten or fewer steps of a report, None
-        where no step was left to do.
+        where no step was left to do. `teacher_bytes` is what the teacher held on the devices while the student
+        trained.
 
     Raises:
         UserError: A target that is taken, a recipe that cannot be trained, a quantized, damaged or missing
-            model, data that does not fit the model, a number out of range, states of another run, a loss that
-            is not finite, a disk that is full.
+            model, data that does not fit the model, a number out of range, states or predictions of another run, a
+            teacher where the recipe has none, a loss that is not finite, a disk that is full.
         Stopped: With `checkpoints`, SIGTERM: the state is saved, and `resume` goes on from it.
     """
     began = time.perf_counter()
@@ -113,7 +122,7 @@ def train_folder(
     _check_division(batch, accumulate, described)
     if resume and checkpoints is None:
         raise UserError("there is nothing to resume from", remedy="name the folder of checkpoints too")
-    chosen = recipes.get(recipe, **(overrides or {}))
+    chosen, taught_by = recipes.get(recipe, **(overrides or {})), teacher_recipe(teacher)
     abstract = models.skeleton(source)
     if any(True for _ in layers_of(abstract, QUANTIZED_LAYERS)):
         raise UserError(f"{source} is quantized already", remedy="train the full-precision model")
@@ -127,27 +136,32 @@ def train_folder(
         accumulate=accumulate, dtype=dtype, remat=remat, average=averaged(chosen.training, Settings.average),
         group_rates=group_rates(chosen.training), objective=_objective(source, chosen, data_weight),
     )  # fmt: skip
+    batches = stream(data, seed=seed, size=batch)
+    examples = {"examples": len(folder), **folder.shapes}
+    teaching = teaching_of(source, abstract, taught_by, teacher_cache, settings, examples, batches, steps, tell=tell)
     if checkpoints is not None:
         settled = {
             "model": abstract.config.to_dict(), "recipe": chosen.name, "overrides": dict(overrides or {}),
-            "examples": len(folder), **folder.shapes, "steps": steps, "batch": batch,
+            **examples, "steps": steps, "batch": batch,
             "learning_rate": learning_rate, "warm_up": warm_up, "data_weight": data_weight, "seed": seed,
-            "dtype": dtype,
+            "dtype": dtype, "teacher": teacher,
         }  # fmt: skip
         claim(checkpoints, settled, resume=resume)
     lines = Log(log, tensorboard=tensorboard)
-    teacher = models.load(source, mesh=described, progress=progress)
-    computing = computing_in(teacher, dtype)
-    trainer = Trainer(jax.tree.map(_float32, teacher), settings, teacher=computing, student=student, mesh=described)
+    loaded = models.load(source, mesh=described, progress=progress)
+    own_types = jax.eval_shape(lambda model: model, loaded)
+    frozen, batches = teaching.start(loaded, batches, mesh=described, progress=progress)
+    trainer = Trainer(jax.tree.map(_float32, loaded), settings, teacher=frozen, student=student, mesh=described)
+    del loaded  # beside the state and the teacher no weights stay
     state = trainer.start(steps)
+    trainer.forget_start()
     if resume:
         state = last_state(checkpoints, state) or state
     first_step = int(state["step"])
-    batches = stream(data, seed=seed, size=batch)
     state, losses = run(
         trainer, state, batches, lines, checkpoints=checkpoints, save_every=save_every, progress=progress
     )
-    quantized = _stored_as(trainer.finished(state), teacher)
+    quantized = _stored_as(trainer.finished(state), own_types)
     save_quantized(quantized, source, target, overwrite=overwrite, progress=progress)
     lines(event="saved", step=steps, folder=str(target))
     return {
@@ -156,6 +170,7 @@ def train_folder(
         "first_step": first_step,
         "examples": len(folder),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(trainer.initial)),
+        "teacher_bytes": held_bytes(frozen),
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "seconds": time.perf_counter() - began,

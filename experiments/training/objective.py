@@ -12,8 +12,8 @@ Prediction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Takes latents (batch, frames, height, width, channels), timestep (batch,), context (batch, tokens, dim)."""
 
 Corrupted = dict[str, jax.Array]
-"""latents (batch, frames, height, width, channels), timestep (batch,), context (batch, tokens, dim), and the target
-that the data has, shaped like the latents."""
+"""latents (batch, frames, height, width, channels), timestep (batch,), context (batch, tokens, dim), the target that
+the data has, shaped like the latents, and `teacher`, shaped so too, where the teacher's prediction is known already."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Objective:
             levels: those that a sampler visits (see `example` of each solver).
         drop_caption: Part of the examples whose context is zeroed (the empty prompt), for guidance.
         data: Weight of the distance to the data's target.
-        teacher: Weight of the distance to the teacher's prediction; only with a teacher.
+        teacher: Weight of the distance to the teacher's prediction; only with a teacher, or with what it predicted.
         fading: With a teacher: at noise level s = timestep / 1000 the teacher's weight is further multiplied by
             l = (e^(fading s) - 1) / (e^fading - 1) and the data's by 1 - l (DSAQuant, arXiv 2609.04031); None for
             the same weights at all levels.
@@ -46,7 +46,7 @@ class Objective:
     def corrupt(self, batch: dict[str, jax.Array], key: jax.Array) -> Corrupted:
         """Noisy latents of a batch {latents, context}, and what a model should make of them.
 
-        Row i is the same whatever devices the batch is spread over.
+        Row i is the same whatever devices the batch is spread over. What a batch has beside (`teacher`) stays as it is.
         """
         latents, context = batch["latents"], batch["context"]
         level_key, noise_key, drop_key = jax.random.split(key, 3)
@@ -55,6 +55,7 @@ class Objective:
         kept = jax.random.bernoulli(drop_key, 1 - self.drop_caption, (latents.shape[0],))
         example = self.solver.example(latents, noise, uniform)
         return {
+            **batch,
             "latents": example.latents,
             "timestep": example.timestep,
             "context": context * kept[:, None, None],
@@ -62,13 +63,14 @@ class Objective:
         }
 
     def loss(self, model: Prediction, corrupted: Corrupted, teacher: Prediction | None = None) -> jax.Array:
-        """The mean squared error on corrupted examples, float32 ()."""
+        """The mean squared error on corrupted examples, float32 (). A teacher is not asked for what is known."""
         inputs = (corrupted["latents"], corrupted["timestep"], corrupted["context"])
         prediction = model(*inputs)
         to_data = _distances(prediction, corrupted["target"])
-        if teacher is None or self.teacher == 0:
+        known = corrupted.get("teacher")
+        if self.teacher == 0 or (teacher is None and known is None):
             return self.data * jnp.mean(to_data)
-        to_teacher = _distances(prediction, jax.lax.stop_gradient(teacher(*inputs)))
+        to_teacher = _distances(prediction, jax.lax.stop_gradient(teacher(*inputs) if known is None else known))
         share = self.teacher_share(corrupted["timestep"] / 1000)
         of_data, of_teacher = (1.0, 1.0) if share is None else (1 - share, share)
         return jnp.mean(self.data * of_data * to_data + self.teacher * of_teacher * to_teacher)

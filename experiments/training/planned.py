@@ -12,6 +12,7 @@ from experiments.training.objective import Objective
 from experiments.training.plans import averaged, following, group_rates
 from experiments.training.settings import Settings
 from experiments.training.student import student_of
+from experiments.training.teacher import check_teaches, frozen
 from experiments.training.trainer import Trainer
 from models.scheduler import PUBLISHED
 from qvdjax import parallel
@@ -36,8 +37,9 @@ class PlannedStep:
 
 
 def planned_step(
-    config: dict, recipe: Recipe | None, mesh: Mesh, data: dict[str, jax.ShapeDtypeStruct], *, accumulate: int = 1
-) -> PlannedStep:
+    config: dict, recipe: Recipe | None, mesh: Mesh, data: dict[str, jax.ShapeDtypeStruct], *, accumulate: int = 1,
+    teacher: Recipe | None = None, teacher_cache: bool = False,
+) -> PlannedStep:  # fmt: skip
     """The step of `qvdjax train --dtype bfloat16 --remat` on a mesh: float32 master weights, moments and their average.
 
     Args:
@@ -47,9 +49,11 @@ def planned_step(
         mesh: Where everything lies.
         data: {latents, context} of the global batch, placed on the mesh.
         accumulate: Micro-batches that the batch is cut into.
+        teacher: Recipe by which the teacher is quantized; None leaves it in bfloat16.
+        teacher_cache: Whether the teacher's predictions come with the batch, and there is no teacher.
 
     Raises:
-        UserError: A recipe that cannot be trained.
+        UserError: A recipe that cannot be trained; a choice of teacher where nobody teaches.
     """
 
     def described(dtype) -> Any:
@@ -63,9 +67,18 @@ def planned_step(
         average=None if recipe is None else averaged(plan, Settings.average), group_rates=group_rates(plan),
         objective=dataclasses.replace(objective, solver=solver),
     )  # fmt: skip
+    taught = recipe is not None and objective.teacher != 0
+    check_teaches(taught, teacher, teacher_cache)
     model = described(jnp.float32)
     trainer = Trainer(model, settings, student=student_of(model, recipe, STEPS), mesh=mesh)
     state = trainer.described(STEPS)
-    teacher = None if recipe is None else parallel.abstract(described(jnp.bfloat16), mesh)
-    arguments = (state, data, parallel.abstract(trainer.rest, mesh), teacher)
+    beside = None
+    if teacher_cache:
+        latents = data["latents"]
+        data = {**data, "teacher": jax.ShapeDtypeStruct(latents.shape, jnp.bfloat16, sharding=latents.sharding)}
+    elif taught:
+        beside = parallel.abstract(
+            jax.eval_shape(lambda: frozen(models.build(config, dtype=jnp.bfloat16), teacher, "bfloat16")), mesh
+        )
+    arguments = (state, data, parallel.abstract(trainer.rest, mesh), beside)
     return PlannedStep(trainer.run_on, arguments, state["params"])

@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import einops
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
 from flax import nnx
 
-from experiments.training.objective import Objective
+from experiments.training.objective import Corrupted, Objective
 from qvdjax.errors import UserError
 from qvdjax.qat import ClipLogit, LearnedScale, LearnedZeroPoint
 
@@ -90,6 +91,15 @@ class Settings:
         rate = float(self.rate(step, total))
         return {"weights": rate, **{kind.__name__: factor * rate for kind, factor in self.group_rates.items()}}
 
+    def noise_key(self, step: jax.Array) -> jax.Array:
+        """Random key of a step's noise, noise levels and dropped captions."""
+        return jax.random.fold_in(jax.random.key(self.seed ^ 0x5EED), step)  # apart from the data's keys
+
+    def corrupted(self, data: dict[str, jax.Array], step: jax.Array) -> Corrupted:
+        """What a step is trained on: the first frames of its batch, with the noise that follows from (seed, step)."""
+        data = {**data, "latents": data["latents"][:, : self.frames]}
+        return self.objective.corrupt(data, self.noise_key(step))
+
     def average_decay(self, step: jax.Array) -> jax.Array:
         """Early averages forget quickly, so that they do not hold the initial weights."""
         return jnp.minimum(self.average, (1 + step) / (10 + step))
@@ -99,6 +109,14 @@ def check_micro_batches(batch: int, accumulate: int) -> None:
     """Raise UserError where a batch cannot be cut into that many equal parts."""
     if accumulate < 1 or batch % accumulate:
         raise UserError(f"{accumulate} micro-batches do not divide a batch of {batch}", remedy="choose a divisor")
+
+
+def micro_batches(batch: Any, count: int) -> Any:
+    """Arrays (batch, ...) as (micro, batch / micro, ...).
+
+    Neighbouring rows go to different micro-batches, so that each stays spread over all devices.
+    """
+    return jax.tree.map(lambda x: einops.rearrange(x, "(b micro) ... -> micro b ...", micro=count), batch)
 
 
 def _decayed(params: nnx.State) -> nnx.State:

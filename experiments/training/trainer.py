@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import einops
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,7 +13,7 @@ from jax.sharding import Mesh
 
 from experiments.training.objective import Corrupted
 from experiments.training.precision import computing_in
-from experiments.training.settings import Settings
+from experiments.training.settings import Settings, micro_batches
 from experiments.training.student import Student
 from qvdjax.errors import UserError
 from qvdjax.parallel import abstract, shardings
@@ -68,6 +67,13 @@ class Trainer:
         # The state is donated to each step, so nothing in it may be shared with the initial parameters.
         return jax.tree.map(jnp.copy, first(self.initial, total))
 
+    def forget_start(self) -> None:
+        """Keep the shapes alone of the parameters training starts from: once there is a state, they cost a model.
+
+        What `start` gave is not touched; it cannot be called again.
+        """
+        self.initial = jax.eval_shape(lambda initial: initial, self.initial)
+
     def described(self, total: int) -> State:
         """`start(total)` as ShapeDtypeStructs, on the mesh where there is one."""
         state = jax.eval_shape(self._first, self.initial, total)
@@ -94,7 +100,7 @@ class Trainer:
             return self.run(state, jnp.int32(steps), self.rest, self.teacher)
 
     def advance_on(self, state: State, data: dict[str, jax.Array]) -> tuple[State, Metrics]:
-        """One step on a given batch {latents, context}. The given state is used up."""
+        """One step on a given batch {latents, context}, see `Objective.corrupt`. The given state is used up."""
         with self._scope():
             return self.run_on(state, data, self.rest, self.teacher)
 
@@ -145,9 +151,7 @@ class Trainer:
         settings, step = self.settings, state["step"]
         begun = self.student.begin_step(state["params"], state["optimizer"], state["average"], step)
         state = {**state, **dict(zip(("params", "optimizer", "average"), begun, strict=True))}
-        data = {**data, "latents": data["latents"][:, : settings.frames]}
-        key = jax.random.fold_in(jax.random.key(settings.seed ^ 0x5EED), step)  # apart from the data's keys
-        corrupted = settings.objective.corrupt(data, key)
+        corrupted = settings.corrupted(data, step)
         loss, gradients = self._gradients(state["params"], corrupted, step, rest, teacher)
         norm = optax.tree.norm(gradients)
         updates, optimizer = settings.transformation.update(gradients, state["optimizer"], state["params"])
@@ -186,10 +190,7 @@ class Trainer:
         gradient = jax.value_and_grad(loss_of)
         if settings.accumulate == 1:
             return gradient(params, corrupted)
-        # Neighbouring rows go to different micro-batches, so that each stays spread over all devices.
-        parts = jax.tree.map(
-            lambda x: einops.rearrange(x, "(b micro) ... -> micro b ...", micro=settings.accumulate), corrupted
-        )
+        parts = micro_batches(corrupted, settings.accumulate)
 
         def add(total, part):
             return jax.tree.map(jnp.add, total, gradient(params, part)), None

@@ -30,6 +30,8 @@ def plan(arguments: Plan, progress: Progress | None) -> Outcome:
         size=arguments.size,
         accumulate=arguments.accumulate,
         overrides=values.overrides(arguments.set),
+        teacher=arguments.teacher,
+        teacher_cache=arguments.teacher_cache,
     )
     answer = "fits" if report["fits"] else "does not fit"
     needs, has = (size(report[key]) if report[key] else "?" for key in ("bytes_per_chip", "chip_bytes"))

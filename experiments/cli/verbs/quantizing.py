@@ -1,6 +1,7 @@
 """Verbs on the way to a quantized model: recipes, calibrate, quantize, train."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from experiments.cli.outcome import Outcome, Table, number, size
 from experiments.cli.terminal import Progress
 
 TRAINING = (
-    "steps", "batch", "learning_rate", "warm_up", "data_weight", "seed", "mesh", "accumulate", "dtype", "remat",
-    "checkpoints", "save_every", "resume", "log", "tensorboard", "overwrite",
+    "steps", "batch", "learning_rate", "warm_up", "data_weight", "seed", "mesh", "accumulate", "dtype", "teacher",
+    "teacher_cache", "remat", "checkpoints", "save_every", "resume", "log", "tensorboard", "overwrite",
 )  # fmt: skip
 
 
@@ -89,6 +90,7 @@ def train(arguments: Train, progress: Progress | None) -> Outcome:
         arguments.data,
         overrides=values.overrides(arguments.set),
         progress=progress,
+        tell=lambda line: print(f"qvdjax: {line}", file=sys.stderr),
         **{name: getattr(arguments, name) for name in TRAINING},
     )
     done = report["steps"] - report["first_step"]

@@ -20,6 +20,21 @@ def test_training_is_three_passes_and_the_teachers():
     assert bound(WORK, "TPU v5 lite", 10, 0, step="train", recipe=None)["model_flops"] == 3 * 8e15
 
 
+def test_a_teacher_of_codes_multiplies_integers_and_a_known_one_nothing():
+    def seconds(name="qvgen-w4a4", **teacher):
+        found = bound(WORK, "TPU v5 lite", 1, 0, step="train", recipe=get(name), **teacher)
+        return found["bound_seconds"], found["model_flops"]
+
+    own = 3 * 8e15 / V5E.float_operations
+    attention = 2e15 / V5E.float_operations
+    integers = own + 6e15 / V5E.int8_operations + attention
+    assert seconds(teacher=get("rtn-w8a8")) == (pytest.approx(integers), 4 * 8e15)
+    assert (
+        seconds(teacher=get("rtn-w8a16")) == seconds() == (pytest.approx(own + 8e15 / V5E.float_operations), 4 * 8e15)
+    )
+    assert seconds(teacher_cache=True) == seconds("lsq-w4a4") == (pytest.approx(own), 3 * 8e15)
+
+
 @pytest.mark.parametrize(("recipe", "rate"), [("rtn-w8a8", "int8_operations"), ("rtn-w4a16", "float_operations")])
 def test_sampling_multiplies_integers_where_both_sides_are_rounded(recipe, rate):
     found = bound(WORK, "TPU v5 lite", 1, 0, step="sample", recipe=get(recipe))

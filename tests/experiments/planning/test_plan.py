@@ -76,6 +76,23 @@ def test_the_step_that_trains_phi_is_planned(folder):
 
 @pytest.mark.tpu_compile
 @pytest.mark.slow
+def test_teachers_of_codes_and_on_disk_take_less(folder):
+    def planned(**teacher):
+        options = {"size": "tiny", "step": "train", "batch": 2, "mesh": "fsdp=2,context=4", **teacher}
+        return plan(folder, "q-dm-w4a4", "v5e:2x4", **options)
+
+    plain, codes, known = planned(), planned(teacher="rtn-w8a8"), planned(teacher_cache=True)
+    assert integer_products(plain) == integer_products(known) == 0
+    assert integer_products(codes) >= 10 * SMALL["num_layers"]
+    share = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(SMALL))) / 8
+    saved = [(plain["argument_bytes"] - report["argument_bytes"]) / share for report in (codes, known)]
+    # Of two bytes a weight one is saved where weights are codes (their scales are a hundredth of them), or both.
+    assert 0.8 < saved[0] < 1
+    assert 1.9 < saved[1] < 2.1
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.slow
 def test_cogvideox_is_planned(tmp_path):
     config = {
         "_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": 8, "num_layers": 2, "text_embed_dim": 64,
@@ -122,6 +139,9 @@ def test_wan_14b_fits_one_chip_in_w4a8_and_not_in_bfloat16():
         (("wan2.1-1.3b", "none", "v5e:2x4"), {"mesh": "rows=2"}, "rows"),
         (("wan2.1-1.3b", "minmax-w8a8", "v5e:2x4"), {"step": "train"}, "needs calibration"),
         (("wan2.1-1.3b", "none", "v5e:2x4"), {"step": "train", "batch": 6, "accumulate": 4}, "4 micro-batches"),
+        (("wan2.1-1.3b", "none", "v5e:2x4"), {"teacher": "rtn-w8a8"}, "a sampling step has no teacher"),
+        (("wan2.1-1.3b", "none", "v5e:2x4"), {"step": "train", "teacher_cache": True}, "leave out --teacher-cache"),
+        (("wan2.1-1.3b", "lsq-w4a4", "v5e:2x4"), {"step": "train", "teacher": "minmax-w8a8"}, "needs calibration"),
         (("cogvideox-2b", "none", "v5e:2x4"), {"size": "720p"}, "480p"),
     ],
 )

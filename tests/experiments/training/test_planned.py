@@ -9,6 +9,7 @@ from experiments.training.planned import STEPS, planned_step
 from experiments.training.plans import averaged, following, group_rates
 from experiments.training.settings import Settings
 from experiments.training.student import student_of
+from experiments.training.teacher import frozen
 from experiments.training.trainer import Trainer
 from qvdjax import recipes
 from qvdjax.errors import UserError
@@ -60,6 +61,37 @@ def test_without_a_recipe_nobody_teaches(mesh, data):
     assert state["average"] == {}
     with jax.set_mesh(mesh):
         assert planned.function.lower(*planned.arguments).compile().memory_analysis() is not None
+
+
+def test_a_planned_teacher_is_the_one_that_training_holds(mesh, data):
+    recipe = recipes.get("qvgen-w4a4", rank=4)
+    planned = planned_step(CONFIG, recipe, mesh, data, teacher=recipes.get("rtn-w8a8"))
+    held = frozen(place(models.build(CONFIG, dtype=jnp.bfloat16), mesh), recipes.get("rtn-w8a8"), "bfloat16", mesh)
+    found, wanted = (
+        [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(one)]
+        for one in (planned.arguments[3], held)
+    )
+    assert found == wanted
+    assert jnp.dtype("int8") in {leaf.dtype for leaf in jax.tree.leaves(held)}
+
+
+def test_known_predictions_are_planned_as_a_part_of_the_batch(mesh, data):
+    planned = planned_step(CONFIG, recipes.get("lsq-w4a4", target="teacher"), mesh, data, teacher_cache=True)
+    _, batch, _, teacher = planned.arguments
+    assert teacher is None
+    latents, known = batch["latents"], batch["teacher"]
+    assert (known.shape, known.sharding, known.dtype) == (latents.shape, latents.sharding, jnp.bfloat16)
+    with jax.set_mesh(mesh):
+        state, metrics = jax.eval_shape(planned.function, *planned.arguments)
+    assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize("choice", [{"teacher": recipes.get("rtn-w8a8")}, {"teacher_cache": True}])
+@pytest.mark.parametrize("name", [None, "lsq-w4a4"])
+def test_a_teacher_where_nobody_teaches_is_refused(mesh, data, name, choice):
+    assert planned_step(CONFIG, name and recipes.get(name), mesh, data).arguments[3] is None
+    with pytest.raises(UserError, match=f"leave out --{next(iter(choice)).replace('_', '-')}"):
+        planned_step(CONFIG, name and recipes.get(name), mesh, data, **choice)
 
 
 def test_a_recipe_that_cannot_be_trained_is_refused(mesh, data):
