@@ -3,12 +3,8 @@
 import dataclasses
 from typing import Literal
 
-from experiments.bench.ceilings import Work
+from experiments.bench.ceilings import Work, training_work
 from qvdjax.recipes import Recipe
-
-# Passes over the model that a step is made of, in forward passes: a backward pass counts two. What remat computes
-# again is not counted, as is usual for "model FLOPs".
-FORWARD, TRAINED, TEACHER = 1, 3, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +43,15 @@ def bound(
         `model_flops` (of the slice), `bound_seconds`, `bound_by` ("matrix products" or "memory"); the last two None
         for chips whose peaks are not known.
     """
-    passes = FORWARD if step == "sample" else TRAINED + (TEACHER if recipe is not None else 0)
-    flops = passes * work.total
+    if step == "train":
+        work = training_work(work, teacher=recipe is not None)
+    flops = work.total
     if device_kind not in PEAKS:
         return {"model_flops": flops, "bound_seconds": None, "bound_by": None}
     peak = PEAKS[device_kind]
     integer = step == "sample" and recipe is not None and _multiplies_integers(recipe)
     linear = work.linear / (peak.int8_operations if integer else peak.float_operations)
-    products = passes * (linear + (work.qk + work.pv) / peak.float_operations) / devices
+    products = (linear + (work.qk + work.pv) / peak.float_operations) / devices
     memory = (argument_bytes or 0) / peak.bytes
     by = "matrix products" if products >= memory else "memory"
     return {"model_flops": flops, "bound_seconds": max(products, memory), "bound_by": by}

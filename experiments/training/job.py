@@ -13,6 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import models
+from experiments.bench.ceilings import step_work, training_work
+from experiments.bench.shapes import Shape
 from experiments.quantizing import check_new, save_quantized, weights_report
 from experiments.training.latents import DataFolder, stream
 from experiments.training.log import Log
@@ -30,9 +32,11 @@ from qvdjax import recipes
 from qvdjax.checkpoint import stored_variables
 from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, VideoModel, layers_of
-from qvdjax.parallel import make_mesh, parse_mesh
+from qvdjax.parallel import check_same, make_mesh, on_first, parse_mesh, process_rows, together
 from qvdjax.recipes import Recipe
 
+# Of the options, what need not be the same on all processes: where files are, and who is told.
+OWN = ("source", "target", "data", "checkpoints", "log", "tensorboard", "overwrite", "progress")
 LARGEST_SEED = 2**31 - 1  # what jax.random.key takes where 64-bit integers are off
 
 
@@ -80,7 +84,8 @@ def train_folder(
         warm_up: Steps of linear warm-up.
         data_weight: Weight of the distance to the data's own velocity, beside 1 for the teacher's.
         seed: Of the order of the data, the noise and the noise levels.
-        mesh: Devices to spread weights, optimizer and batch over, such as "fsdp=4,tensor=2"; None for one.
+        mesh: Devices to spread weights, optimizer and batch over, such as "fsdp=4,tensor=2"; None for one, or with
+            several processes for "fsdp=-1", all devices of all of them.
         accumulate: Micro-batches that a step's batch is cut into, to need less memory.
         dtype: What student and teacher compute in; weights, their optimizer and rounding are float32 always.
         remat: Recompute each block in the backward pass, to need less memory.
@@ -95,6 +100,9 @@ def train_folder(
         overwrite: Replace a target that is there already.
         progress: Called with (stage, done, total).
 
+    Several processes (`qvdjax.parallel.initialize_distributed`) all call this with the same arguments. Each reads the
+    model's shards and the batch's rows of its own devices; the first one writes target, log and curves.
+
     Returns:
         {recipe, steps, first_step, examples, parameters, first_loss, last_loss, seconds} and what
         `experiments.quantizing.weights_report` says. Losses are means over the ten or fewer steps of a report, None
@@ -106,20 +114,25 @@ def train_folder(
             is not finite, a disk that is full.
         Stopped: With `checkpoints`, SIGTERM: the state is saved, and `resume` goes on from it.
     """
+    options = {name: value for name, value in locals().items() if name not in OWN}
+    check_same("options", {**options, "checkpoints": checkpoints is not None})
     began = time.perf_counter()
-    check_new(target, overwrite=overwrite)
+    on_first(check_new, target, overwrite=overwrite)
     _check_numbers(steps, batch, accumulate, learning_rate, warm_up, data_weight, seed, save_every)
+    if mesh is None and jax.process_count() > 1:
+        mesh = {"fsdp": -1}
     described = None if mesh is None else make_mesh(parse_mesh(mesh) if isinstance(mesh, str) else mesh)
     _check_division(batch, accumulate, described)
     if resume and checkpoints is None:
         raise UserError("there is nothing to resume from", remedy="name the folder of checkpoints too")
     chosen = recipes.get(recipe, **(overrides or {}))
-    abstract = models.skeleton(source)
+    abstract = together(models.skeleton, source)
     if any(True for _ in layers_of(abstract, QUANTIZED_LAYERS)):
         raise UserError(f"{source} is quantized already", remedy="train the full-precision model")
     student = student_of(abstract, chosen, steps)
     student.check_storable()
-    folder = DataFolder(data)
+    folder = together(DataFolder, data)
+    check_same("data", {"examples": len(folder), **folder.shapes})
     _check_fit(abstract, student, folder.shapes, batch)
     settings = Settings(
         seed=seed, batch=batch, learning_rate=learning_rate, final_rate=learning_rate / 100, warm_up=warm_up,
@@ -133,21 +146,23 @@ def train_folder(
             "learning_rate": learning_rate, "warm_up": warm_up, "data_weight": data_weight, "seed": seed,
             "dtype": dtype,
         }  # fmt: skip
-        claim(checkpoints, settled, resume=resume)
-    lines = Log(log, tensorboard=tensorboard)
-    teacher = models.load(source, mesh=described, progress=progress)
+        on_first(claim, checkpoints, settled, resume=resume)
+    lines = on_first(Log, log, tensorboard=tensorboard) or Log()
+    teacher = together(models.load, source, mesh=described, progress=progress)
     computing = computing_in(teacher, dtype)
     trainer = Trainer(jax.tree.map(_float32, teacher), settings, teacher=computing, student=student, mesh=described)
     state = trainer.start(steps)
     if resume:
         state = last_state(checkpoints, state) or state
     first_step = int(state["step"])
-    batches = stream(data, seed=seed, size=batch)
+    rows = None if described is None else process_rows(batch, described)
+    batches = stream(data, seed=seed, size=batch, rows=rows)
     state, losses = run(
-        trainer, state, batches, lines, checkpoints=checkpoints, save_every=save_every, progress=progress
-    )
+        trainer, state, batches, lines, checkpoints=checkpoints, save_every=save_every,
+        flops=_flops(abstract, folder.shapes, settings), progress=progress,
+    )  # fmt: skip
     quantized = _stored_as(trainer.finished(state), teacher)
-    save_quantized(quantized, source, target, overwrite=overwrite, progress=progress)
+    together(save_quantized, quantized, source, target, overwrite=overwrite, progress=progress)
     lines(event="saved", step=steps, folder=str(target))
     return {
         "recipe": chosen.name,
@@ -206,6 +221,12 @@ def _check_fit(model: VideoModel, student: Student, shapes: Mapping[str, tuple],
         lambda model, step, *inputs: student.at(student.prepare(model), step)(*inputs),
         model, step, latents, timestep, context,
     )  # fmt: skip
+
+
+def _flops(model: VideoModel, shapes: Mapping[str, tuple], settings: Settings) -> float:
+    """Model FLOPs of one step: counted from the shapes, not asked of the compiler."""
+    shape = Shape("", model.config.to_dict(), shapes["latents"], shapes["context"][0])
+    return training_work(step_work(shape) * settings.batch, teacher=settings.objective.teacher > 0).total
 
 
 def _objective(source: Path, recipe: Recipe, data_weight: float) -> Objective:

@@ -79,7 +79,14 @@ def quantize(arguments: Quantize, progress: Progress | None) -> Outcome:
 
 
 def train(arguments: Train, progress: Progress | None) -> Outcome:
-    """Train a folder under a recipe's rounding and quantize it."""
+    """Train a folder under a recipe's rounding and quantize it; of several processes the first one tells."""
+    joined = values.processes(
+        arguments.distributed, arguments.coordinator_address, arguments.num_processes, arguments.process_id
+    )
+    from qvdjax.parallel import initialize_distributed
+
+    # Before anything that may touch a device: afterwards jax joins no other processes.
+    first = joined is None or initialize_distributed(**joined) == 0
     from experiments.training import train_folder
 
     report = train_folder(
@@ -88,9 +95,11 @@ def train(arguments: Train, progress: Progress | None) -> Outcome:
         arguments.recipe,
         arguments.data,
         overrides=values.overrides(arguments.set),
-        progress=progress,
+        progress=progress if first else None,
         **{name: getattr(arguments, name) for name in TRAINING},
     )
+    if not first:
+        return Outcome(report, [])
     done = report["steps"] - report["first_step"]
     before, after = number(report["first_loss"]), number(report["last_loss"])
     line = f"{done} steps on {report['examples']} examples: loss {before} -> {after}"

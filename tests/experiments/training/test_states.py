@@ -1,9 +1,14 @@
 """Training states: none is None, a stranger's and a damaged one are named, a folder belongs to one run."""
 
+import resource
+import threading
+
+import jax
 import jax.numpy as jnp
 import pytest
+from orbax.checkpoint._src.checkpointers import async_checkpointer
 
-from experiments.training.states import RUN, claim, last_state, save_state
+from experiments.training.states import RUN, States, claim, last_state, save_state
 from qvdjax.errors import UserError
 
 STATE = {"params": {"weight": jnp.arange(6.0).reshape(2, 3)}, "step": jnp.int32(3), "total": jnp.int32(9)}
@@ -48,6 +53,85 @@ def test_a_state_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         save_state(tmp_path / "file", STATE)
+
+
+@pytest.fixture
+def held_back(monkeypatch):
+    """An event without which no write of a state ends; it is set."""
+    event, end = threading.Event(), async_checkpointer._background_wait_for_commit_futures
+    event.set()
+
+    def wait(*args, **more):
+        assert event.wait(60)
+        return end(*args, **more)
+
+    monkeypatch.setattr(async_checkpointer, "_background_wait_for_commit_futures", wait)
+    yield event
+    event.set()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name.isdigit())
+
+
+def test_training_goes_on_while_a_state_is_written(tmp_path, held_back):
+    """What is stored is the state of that step, though its memory was given to the steps after it."""
+    step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    # A megabyte, so that nothing keeps it beside by chance.
+    state = {"params": {"weight": jnp.arange(2.0**18).reshape(512, 512)}, "step": jnp.int32(1), "total": jnp.int32(9)}
+    like = jax.tree.map(jnp.zeros_like, state)
+    save_state(tmp_path, {**state, "step": jnp.int32(0)})
+    held_back.clear()
+    with States(tmp_path, keep=1) as states:
+        states.save(state)
+        given = state["params"]["weight"]
+        for _ in range(3):
+            state = step(state)
+        assert given.is_deleted()
+        assert int(state["step"]) == 4
+        assert names(tmp_path) == ["0"]  # not complete, and the older one is there until it is
+        held_back.set()
+        states.wait()
+        assert names(tmp_path) == ["1"]
+    found = last_state(tmp_path, like)
+    assert int(found["step"]) == 1
+    assert (found["params"]["weight"] == jnp.arange(2.0**18).reshape(512, 512)).all()
+
+
+def test_leaving_waits_for_the_last_write(tmp_path, held_back):
+    held_back.clear()
+    with States(tmp_path) as states:
+        threading.Timer(0.2, held_back.set).start()
+        states.save(STATE)
+        assert names(tmp_path) == []
+    assert names(tmp_path) == ["3"]
+    with pytest.raises(KeyboardInterrupt), States(tmp_path) as states:  # noqa: PT012 - the state is begun inside
+        states.save({**STATE, "step": jnp.int32(4)})
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["3", "4"]
+
+
+@pytest.fixture
+def small_disk():
+    """A function that lets no file grow beyond 64 KiB: to a program that writes, a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("at", ["next save", "end"])
+def test_a_full_disk_is_reported_and_leaves_the_last_state(tmp_path, small_disk, at):
+    weight = jax.random.normal(jax.random.key(0), (512, 512))  # does not compress
+    state = {"params": {"weight": weight}, "step": jnp.int32(1), "total": jnp.int32(9)}
+    states = States(tmp_path, keep=1)
+    states.save(state)
+    states.wait()
+    small_disk()
+    states.save({**state, "step": jnp.int32(2)})  # begun, and the steps go on
+    with pytest.raises(UserError, match="2 cannot be written .*; free some space"):
+        states.save({**state, "step": jnp.int32(3)}) if at == "next save" else states.__exit__(None, None, None)
+    assert names(tmp_path) == ["1"]
+    assert (last_state(tmp_path, state)["params"]["weight"] == weight).all()
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):

@@ -76,6 +76,12 @@ def test_the_log_and_the_progress_tell_every_tenth_step(whole):
     train = [line for line in lines if line["event"] == "train"]
     assert [line["step"] for line in train] == [10, 20, 30, 40]
     assert all(line["seconds_per_step"] > 0 and line["gradient_norm"] > 0 for line in train)
+    # Six examples of 2 x 2 x 2 video tokens and 8 text tokens, width 24, hidden 48, two blocks; three passes of the
+    # student and one of the teacher, two operations a multiply-add.
+    tokens, text, width, hidden = 8, 8, 24, 48
+    linear = tokens * width * (6 * width + 2 * hidden) + text * 2 * width**2
+    flops = 6 * 4 * 2 * 2 * (linear + 2 * tokens * (tokens + text) * width)
+    assert train[0]["model_flops_per_second"] == pytest.approx(flops / train[0]["seconds_per_step"])
     rates = [line["rates"]["weights"] for line in train]
     assert rates[0] > rates[1] > rates[-1] == pytest.approx(SETTINGS["learning_rate"] / 100, rel=0.2)
     assert lines[0]["loss"] == whole["report"]["first_loss"]
