@@ -94,10 +94,10 @@ def _report(
     seconds = time.perf_counter() - since
     trainer.check(state)
     means = {name: float(np.mean([one[name] for one in finite])) if finite else None for name in SHOWN}
-    step, steps = int(state["step"]), len(pending)
+    step, total, steps = int(state["step"]), int(state["total"]), len(pending)
     rate = {} if flops is None else {"model_flops_per_second": flops * steps / seconds}
     log(
-        event="train", step=step, **means, rates=trainer.settings.rates(step - 1, state["total"]),
+        event="train", step=step, **means, rates=trainer.settings.rates(step - 1, total),
         left_out=steps - len(finite), seconds_per_step=seconds / steps, **rate, **trainer.watched(state),
     )  # fmt: skip
     return means["loss"]

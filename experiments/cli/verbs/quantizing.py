@@ -7,6 +7,7 @@ from typing import Any
 from experiments.cli import values
 from experiments.cli.arguments import Calibrate, Quantize, Recipes, Train
 from experiments.cli.outcome import Outcome, Table, number, size
+from experiments.cli.processes import joined
 from experiments.cli.terminal import Progress
 
 TRAINING = (
@@ -80,24 +81,18 @@ def quantize(arguments: Quantize, progress: Progress | None) -> Outcome:
 
 def train(arguments: Train, progress: Progress | None) -> Outcome:
     """Train a folder under a recipe's rounding and quantize it; of several processes the first one tells."""
-    joined = values.processes(
-        arguments.distributed, arguments.coordinator_address, arguments.num_processes, arguments.process_id
-    )
-    from qvdjax.parallel import initialize_distributed
+    with joined(arguments) as first:
+        from experiments.training import train_folder
 
-    # Before anything that may touch a device: afterwards jax joins no other processes.
-    first = joined is None or initialize_distributed(**joined) == 0
-    from experiments.training import train_folder
-
-    report = train_folder(
-        arguments.dir,
-        arguments.out,
-        arguments.recipe,
-        arguments.data,
-        overrides=values.overrides(arguments.set),
-        progress=progress if first else None,
-        **{name: getattr(arguments, name) for name in TRAINING},
-    )
+        report = train_folder(
+            arguments.dir,
+            arguments.out,
+            arguments.recipe,
+            arguments.data,
+            overrides=values.overrides(arguments.set),
+            progress=progress if first else None,
+            **{name: getattr(arguments, name) for name in TRAINING},
+        )
     if not first:
         return Outcome(report, [])
     done = report["steps"] - report["first_step"]

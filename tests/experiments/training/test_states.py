@@ -1,12 +1,13 @@
 """Training states: none is None, a stranger's and a damaged one are named, a folder belongs to one run."""
 
+import asyncio
 import resource
 import threading
 
 import jax
 import jax.numpy as jnp
 import pytest
-from orbax.checkpoint._src.checkpointers import async_checkpointer
+from orbax.checkpoint._src.serialization import jax_array_handlers
 
 from experiments.training.states import RUN, States, claim, last_state, save_state
 from qvdjax.errors import UserError
@@ -57,15 +58,16 @@ def test_a_state_that_cannot_be_written_is_named(tmp_path):
 
 @pytest.fixture
 def held_back(monkeypatch):
-    """An event without which no write of a state ends; it is set."""
-    event, end = threading.Event(), async_checkpointer._background_wait_for_commit_futures
+    """An event without which nothing of a state's arrays is written; it is set."""
+    event, write = threading.Event(), jax_array_handlers._async_serialize_replica_slices
     event.set()
 
-    def wait(*args, **more):
-        assert event.wait(60)
-        return end(*args, **more)
+    async def wait(*args, **more):
+        while not event.is_set():
+            await asyncio.sleep(0.01)
+        return await write(*args, **more)
 
-    monkeypatch.setattr(async_checkpointer, "_background_wait_for_commit_futures", wait)
+    monkeypatch.setattr(jax_array_handlers, "_async_serialize_replica_slices", wait)
     yield event
     event.set()
 
