@@ -12,20 +12,23 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @contextlib.contextmanager
-def two_hosts(command: Callable[[int, str], Sequence[object]]) -> Iterator[list[subprocess.Popen]]:
-    """Start `python *command(rank, address)` for ranks 0 and 1, whose stderr can be read; both are gone afterwards."""
+def two_hosts(command: Callable[[int, str], Sequence[object]], **environment: str) -> Iterator[list[subprocess.Popen]]:
+    """Start `python *command(rank, address)` for ranks 0 and 1; both are gone afterwards.
+
+    `environment` is set for both, beside what finds the devices and this package.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     # The suite's own settings of XLA are kept, but for the number of devices; the last one counts.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
-    environment = {**os.environ, "XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    settings = {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **environment}
     hosts = []
     try:
         for rank in (0, 1):
             argv = [sys.executable, *map(str, command(rank, address))]
-            pipe = subprocess.PIPE
-            hosts.append(subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True))
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            hosts.append(subprocess.Popen(argv, cwd=ROOT, env={**os.environ, **settings}, **pipes))
         yield hosts
     finally:
         for host in hosts:
@@ -33,7 +36,7 @@ def two_hosts(command: Callable[[int, str], Sequence[object]]) -> Iterator[list[
             host.wait()
 
 
-def ended(hosts: Sequence[subprocess.Popen], *, timeout: float = 300) -> list[tuple[int, str, str]]:
+def ended(hosts: Sequence[subprocess.Popen], *, timeout: float = 600) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each, when all have ended."""
     said = [host.communicate(timeout=timeout) for host in hosts]
     return [(host.returncode, out, error) for host, (out, error) in zip(hosts, said, strict=True)]

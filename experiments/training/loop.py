@@ -13,7 +13,7 @@ from experiments.training.log import Log
 from experiments.training.states import States
 from experiments.training.stopping import Stopped, told_to_stop
 from experiments.training.trainer import State, Trainer
-from qvdjax.parallel import shard_batch
+from qvdjax.parallel import shard_batch, with_the_others
 
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total)."""
@@ -43,13 +43,14 @@ def run(
         The last state, and the reported losses (None: no step since the last report was finite).
 
     Raises:
-        UserError: The loss has not been finite for several steps, or a state cannot be written. What was being
-            written is finished first.
+        UserError: The loss has not been finite for several steps, a state cannot be written, or another process has
+            ended. What was being written is finished first.
         Stopped: The process was told to stop; the state is saved.
     """
     first, steps = int(state["step"]), int(state["total"])
     reported, pending, since = [], [], time.perf_counter()
-    with told_to_stop(resumable=checkpoints is not None) as asked, _states(checkpoints) as states:
+    resumable = checkpoints is not None
+    with with_the_others(), told_to_stop(resumable=resumable) as asked, _states(checkpoints) as states:
         for done in range(first + 1, steps + 1):
             state, metrics = trainer.advance_on(state, _placed(trainer, batches[done - 1]))
             pending.append(metrics)

@@ -15,10 +15,11 @@ from qvdjax.checkpoint.atomic import disk_errors, new_file
 from qvdjax.errors import UserError
 
 RUN: Final = "run.json"
+UNFINISHED: Final = ".orbax-checkpoint-tmp"  # how Orbax ends the name of a checkpoint that is being written
 
 
 def claim(folder: Path, run: Mapping[str, Any], *, resume: bool) -> None:
-    """Make the folder of a run's states, or find it again.
+    """Make the folder of a run's states, or find it again; states that were not written to the end are deleted.
 
     Args:
         folder: Made if it is not there.
@@ -46,6 +47,8 @@ def claim(folder: Path, run: Mapping[str, Any], *, resume: bool) -> None:
             )
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.glob(f"*{UNFINISHED}"):  # what a killed run or a full disk left
+            shutil.rmtree(unfinished)
     with new_file(file) as unfinished:
         unfinished.write_text(json.dumps(run, indent=1) + "\n")
 
@@ -119,6 +122,10 @@ class States:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            # A device or another process is gone: waiting for what it has to write would only hide that.
+            self._beside.shutdown(wait=False)
+            return
         try:
             self.wait()
         except UserError:

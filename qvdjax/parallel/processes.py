@@ -1,7 +1,8 @@
 """What the processes of one run agree on: failing together, and having been told the same."""
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -10,6 +11,8 @@ import numpy as np
 from qvdjax.errors import UserError
 
 Result = TypeVar("Result")
+# Words of the errors that transports and the coordination service give when a process is gone.
+_LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
 
 
 def together(task: Callable[..., Result], *args: Any, **more: Any) -> Result:
@@ -48,6 +51,25 @@ def on_first(task: Callable[..., Result], *args: Any, **more: Any) -> Result | N
         UserError: It failed there.
     """
     return together(lambda: task(*args, **more) if jax.process_index() == 0 else None)
+
+
+@contextlib.contextmanager
+def with_the_others() -> Iterator[None]:
+    """The body trains with other processes; where one of them has ended, that is what is said.
+
+    Raises:
+        UserError: A collective failed because nobody was at its other end.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or not any(word in str(error) for word in _LOST):
+            raise
+        first_line = " ".join(str(error).splitlines()[0].split())[:200]
+        raise UserError(
+            f"another process of this run has ended ({first_line})",
+            remedy="look at what it says, then start all of them again",
+        ) from error
 
 
 def check_same(what: str, options: Mapping[str, Any]) -> None:

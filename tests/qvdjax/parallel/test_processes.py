@@ -14,6 +14,7 @@ from qvdjax.parallel import (
     process_rows,
     shard_batch,
     together,
+    with_the_others,
 )
 
 
@@ -50,6 +51,21 @@ def test_processes_that_cannot_be_joined_are_named(monkeypatch):
     with pytest.raises(UserError, match="could not be joined: coordinator_address should be defined"):
         initialize_distributed(num_processes=2)
     assert seen == {"initialization_timeout": 300, "num_processes": 2}
+
+
+@pytest.mark.parametrize(
+    ("processes", "said", "plainly"),
+    [
+        (2, "UNKNOWN: Gloo AllGather failed: Connection closed by peer", True),
+        (2, "RESOURCE_EXHAUSTED: out of memory", False),
+        (1, "UNAVAILABLE: device", False),
+    ],
+)
+def test_a_lost_process_is_said_plainly(monkeypatch, processes, said, plainly):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    expected = (UserError, "another process of this run has ended .*Gloo") if plainly else (RuntimeError, said)
+    with pytest.raises(expected[0], match=expected[1]), with_the_others():
+        raise jax.errors.JaxRuntimeError(said)
 
 
 ONE_HOST = """
