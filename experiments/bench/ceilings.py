@@ -75,6 +75,15 @@ def step_work(shape: Shape) -> Work:
     return block_work(shape) * shape.layers
 
 
+def training_work(forward: Work, *, teacher: bool) -> Work:
+    """One training step: forward and backward of the model that is trained and, with a teacher, its forward pass.
+
+    A backward pass counts two forward passes. What remat computes again is not counted, as is usual for "model FLOPs"
+    (Chowdhery et al. 2022, arXiv 2204.02311, section 4.1).
+    """
+    return forward * (4 if teacher else 3)
+
+
 def ceiling(work: Work, *, linear_factor: float = 1.0, qk_factor: float = 1.0, pv_factor: float = 1.0) -> float:
     """Largest ratio of reference time to quantized time, each kind of product `factor` times as fast."""
     quantized = work.linear / linear_factor + work.qk / qk_factor + work.pv / pv_factor

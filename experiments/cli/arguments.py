@@ -19,6 +19,7 @@ from experiments.cli.options import (
     Mesh,
     Names,
     Out,
+    Processes,
     Prompts,
     Real,
     Sampler,
@@ -92,7 +93,7 @@ class Quantize(Common):
 
 
 @dataclass(frozen=True)
-class Train(Common):
+class Train(Processes, Common):
     """Train a model under a recipe's rounding towards itself in full precision, then quantize it.
 
     Quantization-aware training by the straight-through estimator or with learned quantizers, as the recipe says; an

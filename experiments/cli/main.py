@@ -9,6 +9,7 @@ object in every case, also for an error: {"error", "remedy", "items"}.
 import contextlib
 import difflib
 import errno
+import functools
 import importlib
 import importlib.util
 import io
@@ -18,6 +19,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.cli import outcome as answer
 from experiments.cli.arguments import Command
@@ -212,9 +214,20 @@ def _only_our_words(arguments: Common) -> Iterator[None]:
             os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            for name in ("jax", "absl", "orbax", "flax"):
+            for name in ("jax", "flax"):
                 logging.getLogger(name).setLevel(logging.ERROR)
+            for name in ("absl", "orbax"):  # an error of Orbax is raised too, and then told in one line
+                logging.getLogger(name).setLevel(logging.CRITICAL)
+            stack.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+            sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
         yield
+
+
+def _unraisable(show: Callable, unraisable: Any) -> None:
+    # Where one of the reads or writes of a state fails, Orbax closes its event loop without waiting for the others,
+    # and each of those complains when it is done.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        show(unraisable)
 
 
 if __name__ == "__main__":

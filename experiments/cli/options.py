@@ -37,6 +37,22 @@ class Common:
 
 
 @dataclass(frozen=True)
+class Processes:
+    """Several processes, as a rule one a host, that run the same command together; see docs/train.md."""
+
+    _: KW_ONLY
+    distributed: bool = False
+    """Join the processes that the cluster has started: TPU pods, Slurm, Open MPI, Kubernetes. Elsewhere give the
+    three options below."""
+    coordinator_address: hinted(str, "HOST:PORT", "found with --distributed") = None
+    """Where process 0 answers the others; any free port of its host."""
+    num_processes: hinted(int, "N", "found with --distributed") = None
+    """How many processes there are."""
+    process_id: hinted(int, "I", "found with --distributed") = None
+    """Number of this process, 0 to N-1; process 0 writes the files and shows the progress."""
+
+
+@dataclass(frozen=True)
 class Prompts:
     """What is sampled, for how many steps."""
 

@@ -66,6 +66,43 @@ def prompts(given: Sequence[str], file: Path | None) -> list[str] | None:
     return [line for line in lines if line]
 
 
+def processes(
+    distributed: bool, coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> dict[str, str | int] | None:
+    """How `qvdjax.parallel.initialize_distributed` joins the processes; {} where jax finds that out, None for one.
+
+    Raises:
+        UserError: some of the three are missing or do not fit each other, or are given beside --distributed.
+    """
+    given = {
+        "coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id,
+    }  # fmt: skip
+    missing = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is None]
+    remedy = (
+        "give --coordinator-address HOST:PORT, --num-processes N and --process-id I, or --distributed alone where jax"
+        " finds them itself"
+    )
+    if len(missing) == len(given):
+        return {} if distributed else None
+    if distributed:
+        raise UserError("--distributed finds all processes itself, and some are named beside it", remedy=remedy)
+    if missing:
+        raise UserError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing", remedy=remedy)
+    host, _, port = coordinator_address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(
+            f"--coordinator-address {coordinator_address!r} is not HOST:PORT", remedy="write it like 10.0.0.1:8476"
+        )
+    if num_processes < 1:
+        raise UserError(f"--num-processes is {num_processes}", remedy="give at least 1")
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process-id is {process_id} of {num_processes} processes",
+            remedy=f"number them from 0 to {num_processes - 1}",
+        )
+    return given
+
+
 def overrides(pairs: Sequence[str]) -> dict[str, str]:
     """["alpha=0.7", "skip=a=b"] -> {"alpha": "0.7", "skip": "a=b"}; the recipe knows the types.
 

@@ -3,13 +3,9 @@
 import dataclasses
 from typing import Literal
 
-from experiments.bench.ceilings import Work
+from experiments.bench.ceilings import Work, training_work
 from experiments.training.plans import following
 from qvdjax.recipes import Recipe
-
-# Passes over the model that a step is made of, in forward passes: a backward pass counts two. What remat computes
-# again is not counted, as is usual for "model FLOPs".
-FORWARD, TRAINED, TEACHER = 1, 3, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +47,24 @@ def bound(
         for chips whose peaks are not known.
     """
     asked = step == "train" and recipe is not None and following(recipe.training).teacher != 0 and not teacher_cache
-    taught = TEACHER if asked else 0
-    passes = FORWARD if step == "sample" else TRAINED + taught
-    flops = passes * work.total
+    own, taught = (
+        (work, Work()) if step == "sample" else (training_work(work, teacher=False), work if asked else Work())
+    )
+    flops = (own + taught).total
     if device_kind not in PEAKS:
         return {"model_flops": flops, "bound_seconds": None, "bound_by": None}
     peak = PEAKS[device_kind]
-    own, computing = (FORWARD, recipe) if step == "sample" else (taught, teacher)
-    integer = own if computing is not None and _multiplies_integers(computing) else 0
-    linear = work.linear * ((passes - integer) / peak.float_operations + integer / peak.int8_operations)
-    products = (linear + passes * (work.qk + work.pv) / peak.float_operations) / devices
+    products = (_seconds(own, peak, recipe if step == "sample" else None) + _seconds(taught, peak, teacher)) / devices
     memory = (argument_bytes or 0) / peak.bytes
     by = "matrix products" if products >= memory else "memory"
     return {"model_flops": flops, "bound_seconds": max(products, memory), "bound_by": by}
+
+
+def _seconds(work: Work, peak: Peak, recipe: Recipe | None) -> float:
+    """Of matrix products at the peak of one chip; linear layers at the int8 rate where a recipe multiplies integers."""
+    integer = recipe is not None and _multiplies_integers(recipe)
+    linear = work.linear / (peak.int8_operations if integer else peak.float_operations)
+    return linear + (work.qk + work.pv) / peak.float_operations
 
 
 def _multiplies_integers(recipe: Recipe) -> bool:

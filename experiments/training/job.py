@@ -1,7 +1,6 @@
 """From a full-precision model folder and a folder of latents to a quantized folder, trained under its rounding."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,18 +9,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 import models
+from experiments.bench.ceilings import step_work, training_work
+from experiments.bench.shapes import Shape
 from experiments.quantizing import check_new, save_quantized, weights_report
+from experiments.training.checks import check_division, check_fit, check_numbers
 from experiments.training.latents import DataFolder, stream
 from experiments.training.log import Log
 from experiments.training.loop import Progress, run
 from experiments.training.objective import Objective
 from experiments.training.plans import averaged, following, group_rates
-from experiments.training.settings import Settings, check_micro_batches
+from experiments.training.settings import Settings
 from experiments.training.states import claim, last_state
-from experiments.training.student import Student, student_of
+from experiments.training.student import student_of
 from experiments.training.teacher import held_bytes, teacher_recipe
 from experiments.training.teaching import teaching_of
 from experiments.training.trainer import Trainer
@@ -31,10 +32,11 @@ from qvdjax import recipes
 from qvdjax.checkpoint import stored_variables
 from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, VideoModel, layers_of, refuse_tables
-from qvdjax.parallel import make_mesh, parse_mesh
+from qvdjax.parallel import check_same, make_mesh, on_first, parse_mesh, process_rows, together
 from qvdjax.recipes import Recipe
 
-LARGEST_SEED = 2**31 - 1  # what jax.random.key takes where 64-bit integers are off
+# Of the options, what need not be the same on all processes: where files are, and who is told.
+OWN = ("source", "target", "data", "checkpoints", "log", "tensorboard", "overwrite", "progress", "tell")
 
 
 def train_folder(
@@ -84,7 +86,8 @@ def train_folder(
         warm_up: Steps of linear warm-up.
         data_weight: Weight of the distance to the data's own velocity, beside 1 for the teacher's.
         seed: Of the order of the data, the noise and the noise levels.
-        mesh: Devices to spread weights, optimizer and batch over, such as "fsdp=4,tensor=2"; None for one.
+        mesh: Devices to spread weights, optimizer and batch over, such as "fsdp=4,tensor=2"; None for one, or with
+            several processes for "fsdp=-1", all devices of all of them.
         accumulate: Micro-batches that a step's batch is cut into, to need less memory.
         dtype: What student and teacher compute in; weights, their optimizer and rounding are float32 always.
         teacher: Recipe by which the teacher is quantized, to need less memory; None leaves it in full precision.
@@ -103,6 +106,9 @@ def train_folder(
         progress: Called with (stage, done, total).
         tell: Called with what a user should know before hours pass: what the predictions take on disk.
 
+    Several processes (`qvdjax.parallel.initialize_distributed`) all call this with the same arguments. Each reads the
+    model's shards and the batch's rows of its own devices; the first one writes target, log and curves.
+
     Returns:
         {recipe, steps, first_step, examples, parameters, teacher_bytes, first_loss, last_loss, seconds} and what
         `experiments.quantizing.weights_report` says. Losses are means over the ten or fewer steps of a report, None
@@ -115,28 +121,34 @@ def train_folder(
             teacher where the recipe has none, a loss that is not finite, a disk that is full.
         Stopped: With `checkpoints`, SIGTERM: the state is saved, and `resume` goes on from it.
     """
+    options = {name: value for name, value in locals().items() if name not in OWN}
+    check_same("options", {**options, "checkpoints": checkpoints is not None})
     began = time.perf_counter()
-    check_new(target, overwrite=overwrite)
-    _check_numbers(steps, batch, accumulate, learning_rate, warm_up, data_weight, seed, save_every)
+    on_first(check_new, target, overwrite=overwrite)
+    check_numbers(options)
+    if mesh is None and jax.process_count() > 1:
+        mesh = {"fsdp": -1}
     described = None if mesh is None else make_mesh(parse_mesh(mesh) if isinstance(mesh, str) else mesh)
-    _check_division(batch, accumulate, described)
+    check_division(batch, accumulate, described)
     if resume and checkpoints is None:
         raise UserError("there is nothing to resume from", remedy="name the folder of checkpoints too")
     chosen, taught_by = recipes.get(recipe, **(overrides or {})), teacher_recipe(teacher)
-    abstract = models.skeleton(source)
+    abstract = together(models.skeleton, source)
     if any(True for _ in layers_of(abstract, QUANTIZED_LAYERS)):
         raise UserError(f"{source} is quantized already", remedy="train the full-precision model")
     refuse_tables(abstract, str(source), "train the folder it was made from, then tabulate")
     student = student_of(abstract, chosen, steps)
     student.check_storable()
-    folder = DataFolder(data)
-    _check_fit(abstract, student, folder.shapes, batch)
+    folder = together(DataFolder, data)
+    check_same("data", {"examples": len(folder), **folder.shapes})
+    check_fit(abstract, student, folder.shapes, batch)
     settings = Settings(
         seed=seed, batch=batch, learning_rate=learning_rate, final_rate=learning_rate / 100, warm_up=warm_up,
         accumulate=accumulate, dtype=dtype, remat=remat, average=averaged(chosen.training, Settings.average),
         group_rates=group_rates(chosen.training), objective=_objective(source, chosen, data_weight),
     )  # fmt: skip
-    batches = stream(data, seed=seed, size=batch)
+    rows = None if described is None else process_rows(batch, described)
+    batches = stream(data, seed=seed, size=batch, rows=rows)
     examples = {"examples": len(folder), **folder.shapes}
     teaching = teaching_of(source, abstract, taught_by, teacher_cache, settings, examples, batches, steps, tell=tell)
     if checkpoints is not None:
@@ -146,9 +158,9 @@ def train_folder(
             "learning_rate": learning_rate, "warm_up": warm_up, "data_weight": data_weight, "seed": seed,
             "dtype": dtype, "teacher": teacher,
         }  # fmt: skip
-        claim(checkpoints, settled, resume=resume)
-    lines = Log(log, tensorboard=tensorboard)
-    loaded = models.load(source, mesh=described, progress=progress)
+        on_first(claim, checkpoints, settled, resume=resume)
+    lines = on_first(Log, log, tensorboard=tensorboard) or Log()
+    loaded = together(models.load, source, mesh=described, progress=progress)
     own_types = jax.eval_shape(lambda model: model, loaded)
     frozen, batches = teaching.start(loaded, batches, mesh=described, progress=progress)
     trainer = Trainer(jax.tree.map(_float32, loaded), settings, teacher=frozen, student=student, mesh=described)
@@ -159,10 +171,11 @@ def train_folder(
         state = last_state(checkpoints, state) or state
     first_step = int(state["step"])
     state, losses = run(
-        trainer, state, batches, lines, checkpoints=checkpoints, save_every=save_every, progress=progress
-    )
+        trainer, state, batches, lines, checkpoints=checkpoints, save_every=save_every,
+        flops=_flops(abstract, folder.shapes, settings, taught=frozen is not None), progress=progress,
+    )  # fmt: skip
     quantized = _stored_as(trainer.finished(state), own_types)
-    save_quantized(quantized, source, target, overwrite=overwrite, progress=progress)
+    together(save_quantized, quantized, source, target, overwrite=overwrite, progress=progress)
     lines(event="saved", step=steps, folder=str(target))
     return {
         "recipe": chosen.name,
@@ -178,50 +191,10 @@ def train_folder(
     }
 
 
-def _check_division(batch: int, accumulate: int, mesh: Mesh | None) -> None:
-    """Raise UserError where a batch cannot be cut."""
-    check_micro_batches(batch, accumulate)
-    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch // accumulate % parts:
-        raise UserError(
-            f"a batch of {batch} in {accumulate} parts does not spread over {parts} devices (data x fsdp)",
-            remedy=f"choose a batch that {accumulate * parts} divides, or another mesh",
-        )
-
-
-def _check_numbers(
-    steps: int,
-    batch: int,
-    accumulate: int,
-    learning_rate: float,
-    warm_up: int,
-    data_weight: float,
-    seed: int,
-    save_every: int,
-) -> None:
-    """Raise UserError for what no training can be made of."""
-    for name, value in (("steps", steps), ("batch", batch), ("accumulate", accumulate), ("save-every", save_every)):
-        if value < 1:
-            raise UserError(f"--{name} is {value}", remedy="give at least 1")
-    if not (math.isfinite(learning_rate) and learning_rate > 0):
-        raise UserError(f"--learning-rate is {learning_rate}", remedy="give a positive number")
-    if warm_up < 0:
-        raise UserError(f"--warm-up is {warm_up}", remedy="give a number of steps, 0 for none")
-    if not (math.isfinite(data_weight) and data_weight >= 0):
-        raise UserError(f"--data-weight is {data_weight}", remedy="give 0 or a positive number")
-    if not 0 <= seed <= LARGEST_SEED:
-        raise UserError(f"--seed is {seed}", remedy=f"give a whole number from 0 to {LARGEST_SEED}")
-
-
-def _check_fit(model: VideoModel, student: Student, shapes: Mapping[str, tuple], batch: int) -> None:
-    """Trace the rounded model on the data's shapes: what cannot be trained is refused before a weight is read."""
-    latents, context = (jax.ShapeDtypeStruct((batch, *shapes[name]), jnp.float32) for name in ("latents", "context"))
-    timestep = jax.ShapeDtypeStruct((batch,), jnp.float32)
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    jax.eval_shape(
-        lambda model, step, *inputs: student.at(student.prepare(model), step)(*inputs),
-        model, step, latents, timestep, context,
-    )  # fmt: skip
+def _flops(model: VideoModel, shapes: Mapping[str, tuple], settings: Settings, *, taught: bool) -> float:
+    """Model FLOPs of one step: counted from the shapes, not asked of the compiler."""
+    shape = Shape("", model.config.to_dict(), shapes["latents"], shapes["context"][0])
+    return training_work(step_work(shape) * settings.batch, teacher=taught).total
 
 
 def _objective(source: Path, recipe: Recipe, data_weight: float) -> Objective:

@@ -13,7 +13,7 @@ The folder appears under its name when all of it is written.
 import bisect
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -122,8 +122,22 @@ class DataFolder:
         return example
 
 
-def stream(path: Path, *, seed: int, size: int) -> Any:
-    """Endless shuffled stacked batches as a `grain.MapDataset`; batch k depends on (seed, k) alone."""
+def stream(path: Path, *, seed: int, size: int, rows: Sequence[int] | None = None) -> Any:
+    """Endless shuffled stacked batches as a `grain.MapDataset`; batch k depends on (seed, k) alone.
+
+    Args:
+        path: A data folder.
+        seed: Of the order.
+        size: Examples in a batch.
+        rows: Of each batch, those that are read, see `qvdjax.parallel.process_rows`; None for all.
+    """
     import grain
 
-    return grain.MapDataset.source(DataFolder(path)).seed(seed).shuffle().repeat(None).batch(size)
+    folder = DataFolder(path)
+
+    def read(numbers: np.ndarray) -> dict[str, np.ndarray]:
+        examples = [folder[int(number)] for number in (numbers if rows is None else numbers[np.asarray(rows)])]
+        return {name: np.stack([example[name] for example in examples]) for name in _FIELDS}
+
+    # The order is drawn over the numbers of the examples, so that a process need not read what others train on.
+    return grain.MapDataset.source(range(len(folder))).seed(seed).shuffle().repeat(None).batch(size).map(read)

@@ -1,10 +1,12 @@
 """Training states on disk: Orbax checkpoints named by their step, and beside them which run they belong to."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import jax
 
@@ -13,10 +15,11 @@ from qvdjax.checkpoint.atomic import disk_errors, new_file
 from qvdjax.errors import UserError
 
 RUN: Final = "run.json"
+UNFINISHED: Final = ".orbax-checkpoint-tmp"  # how Orbax ends the name of a checkpoint that is being written
 
 
 def claim(folder: Path, run: Mapping[str, Any], *, resume: bool) -> None:
-    """Make the folder of a run's states, or find it again.
+    """Make the folder of a run's states, or find it again; states that were not written to the end are deleted.
 
     Args:
         folder: Made if it is not there.
@@ -44,6 +47,8 @@ def claim(folder: Path, run: Mapping[str, Any], *, resume: bool) -> None:
             )
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.glob(f"*{UNFINISHED}"):  # what a killed run or a full disk left
+            shutil.rmtree(unfinished)
     with new_file(file) as unfinished:
         unfinished.write_text(json.dumps(run, indent=1) + "\n")
 
@@ -60,30 +65,90 @@ def _named(state: State) -> dict[str, jax.Array]:
             for path, leaf in leaves}  # fmt: skip
 
 
-def save_state(folder: Path, state: State, *, keep: int | None = None) -> None:
-    """Write the state to the Orbax checkpoint `folder`/`step`, which appears under its name when complete.
+class States:
+    """Writes the states of a run while it goes on: `save` takes a copy and returns, the rest is done beside the steps.
+
+    A state appears as the Orbax checkpoint `folder`/`step` when it is complete. Of several processes each writes the
+    shards of its devices, and all must save the same steps. As a context, it ends when the last write has.
+
+    Orbax's CheckpointManager would do the same, but it asks jax whether to stop from a thread of its own, for a step
+    that is over, and a process that trains may then miss the step at which all stop.
 
     Args:
         folder: Of the run's states.
-        state: What is written.
-        keep: Older states than the newest so many are deleted afterwards; None keeps all.
-
-    Raises:
-        UserError: It cannot be written, or the disk is full.
+        keep: Older states than the newest so many are deleted once a newer one is complete; None keeps all.
     """
-    import orbax.checkpoint as ocp
 
-    path = (folder / str(int(state["step"]))).absolute()
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)  # left to Orbax, a failure here is waited for for minutes
+    def __init__(self, folder: Path, *, keep: int | None = None):
+        import orbax.checkpoint as ocp
+
+        self.folder, self.keep = folder, keep
+        self._checkpointer = ocp.StandardCheckpointer()
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="states")
+        self._writing: tuple[Path, Future] | None = None
+
+    def save(self, state: State) -> None:
+        """Begin to write a state, when the one before is written. It may be given away afterwards.
+
+        Raises:
+            UserError: It cannot be written, or the disk is full; or that was so of the one before.
+        """
+        self.wait()
+        path = (self.folder / str(int(state["step"]))).absolute()
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)  # left to Orbax, a failure here is waited for for minutes
+        with _write_errors(path):
+            self._checkpointer.save(path, _named(state))
+        self._writing = path, self._beside.submit(self._finish)
+
+    def wait(self) -> None:
+        """Until everything is written.
+
+        Raises:
+            UserError: It could not be written; older states are as they were.
+        """
+        if self._writing is not None:
+            (path, writing), self._writing = self._writing, None
+            with _write_errors(path):
+                writing.result()
+
+    def _finish(self) -> None:
+        self._checkpointer.wait_until_finished()
+        if self.keep is not None and jax.process_index() == 0:
+            for step in _steps(self.folder)[self.keep :]:
+                shutil.rmtree(self.folder / str(step))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            # A device or another process is gone: waiting for what it has to write would only hide that.
+            self._beside.shutdown(wait=False)
+            return
+        try:
+            self.wait()
+        except UserError:
+            if error is None:  # otherwise what went wrong first is what is said
+                raise
+        finally:
+            self._beside.shutdown()
+            self._checkpointer.close()
+
+
+def save_state(folder: Path, state: State, *, keep: int | None = None) -> None:
+    """Write one state and wait for it; see `States`."""
+    with States(folder, keep=keep) as states:
+        states.save(state)
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, _named(state))
+        yield
     except (OSError, ValueError) as error:  # tensorstore raises ValueError for a full disk
         message = f"{path} cannot be written ({_first_line(error)})"
         raise UserError(message, remedy="free some space or choose another folder") from error
-    for step in _steps(folder)[keep:] if keep else ():
-        shutil.rmtree(folder / str(step))
 
 
 def _first_line(error: Exception) -> str:

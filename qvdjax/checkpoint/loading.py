@@ -1,5 +1,6 @@
 """Fill an abstract model from a folder, shard by shard, and write a model back, tensor by tensor."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -259,19 +260,23 @@ def save_variables(
     (each row is gathered); the first one writes.
 
     Raises:
-        UserError: See `write_folder`.
+        UserError: See `write_folder`. Of several processes the first one raises it, when all rows are gathered.
     """
     sources = tensor_sources(model)
-    if jax.process_index() > 0:
-        for tensor in itertools.chain.from_iterable(writing_order(sources)):
-            tensor.make()  # takes part in the gather
+    if jax.process_count() == 1:
+        write_folder(
+            path, config, sources, side_files=side_files, metadata=metadata, overwrite=overwrite, progress=progress
+        )
         return
-    write_folder(
-        path,
-        config,
-        sources,
-        side_files=side_files,
-        metadata=metadata,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    left = {tensor.name: tensor.make for tensor in itertools.chain.from_iterable(writing_order(sources))}
+    try:
+        if jax.process_index() == 0:
+            gathered = [dataclasses.replace(one, make=lambda name=one.name: left.pop(name)()) for one in sources]
+            write_folder(
+                path, config, gathered, side_files=side_files, metadata=metadata, overwrite=overwrite,
+                progress=progress,
+            )  # fmt: skip
+    finally:
+        # The others take part in every gather, and the first one does so too when it cannot write any more.
+        for make in left.values():
+            make()

@@ -2,6 +2,7 @@
 
 from qvdjax.parallel.mesh import MESH_AXES, make_mesh, parse_mesh
 from qvdjax.parallel.planning import plan
+from qvdjax.parallel.processes import check_same, on_first, together, with_the_others
 from qvdjax.parallel.program import Program
 from qvdjax.parallel.row_parallel import row_parallel
 from qvdjax.parallel.rules import (
@@ -12,6 +13,7 @@ from qvdjax.parallel.rules import (
     left_whole,
     partition_spec,
     place,
+    process_rows,
     shard_batch,
     shardings,
 )
@@ -24,17 +26,22 @@ __all__ = [
     "Program",
     "Rules",
     "abstract",
+    "check_same",
     "chip_bytes",
     "constrain",
     "initialize_distributed",
     "left_whole",
     "make_mesh",
+    "on_first",
     "parse_mesh",
     "partition_spec",
     "place",
     "plan",
+    "process_rows",
     "row_parallel",
     "shard_batch",
     "shardings",
+    "together",
     "topology_mesh",
+    "with_the_others",
 ]

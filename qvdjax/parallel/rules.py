@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -125,24 +126,48 @@ def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Arra
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def shard_batch(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+def process_rows(count: int, mesh: Mesh, rules: Rules = RULES) -> np.ndarray:
+    """Which rows of a batch of `count` the devices of this process hold, ascending; all of them for one process.
+
+    Processes share rows where the mesh splits something else between them: on `tensor=4` each of four devices takes
+    part in every row.
+    """
+    numbers = np.arange(count)
+    held = _batch_sharding(count, mesh, rules).addressable_devices_indices_map((count,))
+    return np.unique(np.concatenate([numbers[index] for index in held.values()]))
+
+
+def shard_batch(tree: Any, mesh: Mesh, rules: Rules = RULES, *, count: int | None = None) -> Any:
     """Put arrays whose first axis is the batch on the mesh; a batch that does not divide is kept whole.
 
-    On several hosts each passes its own rows, host by host in order, and the batch must divide.
+    Args:
+        tree: Arrays of the batch's rows; with several processes, of those that `process_rows` names to this one.
+        mesh: Where they go.
+        rules: From axis names to mesh axes.
+        count: Rows of the whole batch; by default those given, which is right for one process.
     """
 
     def one(leaf):
-        shape = leaf.shape
+        rows = len(leaf) if count is None else count
+        sharding = _batch_sharding(rows, mesh, rules)
         if jax.process_count() == 1:
-            spec, _ = partition_spec(shape[:1], ("batch",), mesh, rules)
-            return jax.device_put(leaf, NamedSharding(mesh, spec))
-        rows = shape[0] * jax.process_count()
-        spec, refused = partition_spec((rows,), ("batch",), mesh, rules)
-        if refused:
-            raise ValueError(f"{rows} rows do not divide over the mesh axes {refused[0]}")
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), leaf, (rows, *shape[1:]))
+            return jax.device_put(leaf, sharding)
+        held = process_rows(rows, mesh, rules)
+        if len(leaf) != len(held):
+            raise ValueError(f"{len(leaf)} rows are given, and of {rows} this process holds {len(held)}")
+        numbers = np.arange(rows)
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            return np.asarray(leaf[np.searchsorted(held, numbers[index[0]])])
+
+        return jax.make_array_from_callback((rows, *leaf.shape[1:]), sharding, shard)
 
     return jax.tree.map(one, tree)
+
+
+def _batch_sharding(count: int, mesh: Mesh, rules: Rules) -> NamedSharding:
+    spec, _ = partition_spec((count,), ("batch",), mesh, rules)
+    return NamedSharding(mesh, spec)
 
 
 def _is_variable(node) -> bool:

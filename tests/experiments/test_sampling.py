@@ -2,17 +2,13 @@
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import small_models
 from safetensors.numpy import load_file, save_file
+from two_hosts import ended, two_hosts
 
 import models
 import qvdjax
@@ -239,12 +235,11 @@ def test_the_same_quantized_video_on_one_device_and_on_eight(folder, tmp_path, r
 
 
 ONE_HOST = """
-import sys, jax
+import sys
 from experiments.sampling import sample_folder
 from qvdjax.parallel import initialize_distributed
-rank, port, folder, output = sys.argv[1:]
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-initialize_distributed(coordinator_address=f"localhost:{port}", num_processes=2, process_id=int(rank))
+rank, address, folder, output = sys.argv[1:]
+initialize_distributed(coordinator_address=address, num_processes=2, process_id=int(rank))
 report = sample_folder(folder, output, prompts=["a disc"], seeds=[0, 1], mesh={"data": 2, "fsdp": 2})
 assert report["device"].startswith("4 x"), report["device"]
 assert len(report["files"]) == (2 if rank == "0" else 0), report["files"]
@@ -254,26 +249,9 @@ assert len(report["files"]) == (2 if rank == "0" else 0), report["files"]
 @pytest.mark.slow
 def test_the_same_video_on_two_hosts(folder, tmp_path):
     """Two processes of two devices each run the same command; the first one writes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    root = str(Path(models.__file__).parents[1])
-    flags = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": root,
-    }
-    arguments = [port, str(folder), str(tmp_path / "two.safetensors")]
-    hosts = [
-        subprocess.Popen([sys.executable, "-c", ONE_HOST, rank, *arguments], env={**os.environ, **flags})
-        for rank in ("0", "1")
-    ]
-    try:
-        assert [host.wait(timeout=300) for host in hosts] == [0, 0]
-    finally:
-        for host in hosts:
-            host.kill()
-            host.wait()
+    with two_hosts(lambda rank, address: ["-c", ONE_HOST, rank, address, folder, tmp_path / "two.safetensors"]) as both:
+        for code, _, error in ended(both):
+            assert code == 0, error
     one = sample_folder(folder, tmp_path / "one.safetensors", prompts=["a disc"], seeds=[0, 1])
     for file in one["files"]:
         other = load_file(file.replace("one-", "two-"))["latents"]

@@ -8,6 +8,7 @@ from typing import Any
 from experiments.cli import values
 from experiments.cli.arguments import Calibrate, Quantize, Recipes, Train
 from experiments.cli.outcome import Outcome, Table, number, size
+from experiments.cli.processes import joined
 from experiments.cli.terminal import Progress
 
 TRAINING = (
@@ -80,19 +81,22 @@ def quantize(arguments: Quantize, progress: Progress | None) -> Outcome:
 
 
 def train(arguments: Train, progress: Progress | None) -> Outcome:
-    """Train a folder under a recipe's rounding and quantize it."""
-    from experiments.training import train_folder
+    """Train a folder under a recipe's rounding and quantize it; of several processes the first one tells."""
+    with joined(arguments) as first:
+        from experiments.training import train_folder
 
-    report = train_folder(
-        arguments.dir,
-        arguments.out,
-        arguments.recipe,
-        arguments.data,
-        overrides=values.overrides(arguments.set),
-        progress=progress,
-        tell=lambda line: print(f"qvdjax: {line}", file=sys.stderr),
-        **{name: getattr(arguments, name) for name in TRAINING},
-    )
+        report = train_folder(
+            arguments.dir,
+            arguments.out,
+            arguments.recipe,
+            arguments.data,
+            overrides=values.overrides(arguments.set),
+            progress=progress if first else None,
+            tell=lambda line: print(f"qvdjax: {line}", file=sys.stderr) if first else None,
+            **{name: getattr(arguments, name) for name in TRAINING},
+        )
+    if not first:
+        return Outcome(report, [])
     done = report["steps"] - report["first_step"]
     before, after = number(report["first_loss"]), number(report["last_loss"])
     line = f"{done} steps on {report['examples']} examples: loss {before} -> {after}"

@@ -1,6 +1,6 @@
 import pytest
 
-from experiments.bench.ceilings import Work, attention_work, ceiling, linear_work, step_work
+from experiments.bench.ceilings import Work, attention_work, ceiling, linear_work, step_work, training_work
 from experiments.bench.shapes import SHAPES, shape
 from qvdjax.errors import UserError
 
@@ -19,6 +19,12 @@ def test_the_work_of_a_wan_step(name, linear, attention):
     work = step_work(shape(name))
     assert work.linear / 1e12 == pytest.approx(linear, abs=0.5)  # given as whole numbers
     assert (work.qk + work.pv) / 1e12 == pytest.approx(attention, abs=0.5)
+
+
+def test_training_is_three_passes_and_the_teachers():
+    forward = Work(linear=5, qk=2, pv=1)
+    assert training_work(forward, teacher=False) == Work(linear=15, qk=6, pv=3)
+    assert training_work(forward, teacher=True).total == 4 * forward.total
 
 
 def test_a_ceiling_is_amdahls_law():

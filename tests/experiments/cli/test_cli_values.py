@@ -30,6 +30,36 @@ def test_mesh():
         values.mesh("data=two")
 
 
+def test_processes():
+    assert values.processes(False, None, None, None) is None
+    assert values.processes(True, None, None, None) == {}
+    found = values.processes(False, "host:8476", 2, 1)
+    assert found == {"coordinator_address": "host:8476", "num_processes": 2, "process_id": 1}
+    assert values.processes(False, "[::1]:8476", 1, 0)["coordinator_address"] == "[::1]:8476"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((True, "host:8476", 2, 0), "--distributed finds all processes itself"),
+        ((True, None, 2, None), "--distributed finds all processes itself"),
+        ((False, "host:8476", None, None), "--num-processes and --process-id are missing"),
+        ((False, None, 2, 0), "--coordinator-address is missing"),
+        ((False, "host:8476", 2, None), "--process-id is missing"),
+        ((False, "host", 2, 0), "'host' is not HOST:PORT"),
+        ((False, ":8476", 2, 0), "not HOST:PORT"),
+        ((False, "host:port", 2, 0), "not HOST:PORT"),
+        ((False, "host:70000", 2, 0), "not HOST:PORT"),
+        ((False, "host:8476", 0, 0), "--num-processes is 0"),
+        ((False, "host:8476", 2, 2), "--process-id is 2 of 2"),
+        ((False, "host:8476", 2, -1), "--process-id is -1 of 2"),
+    ],
+)
+def test_processes_that_cannot_be_joined(given, said):
+    with pytest.raises(UserError, match=said):
+        values.processes(*given)
+
+
 def test_overrides():
     assert values.overrides(["alpha=0.7", "skip=a=b", "none="]) == {"alpha": "0.7", "skip": "a=b", "none": ""}
 

@@ -53,6 +53,18 @@ def test_batches_depend_on_seed_and_step_alone(written):
     assert len(np.unique(epoch.reshape(20, -1), axis=0)) == 20
 
 
+def test_a_process_reads_its_rows_of_the_same_batches(written, monkeypatch):
+    whole = latents.stream(written, seed=5, size=6)
+    rows = [1, 2, 5]
+    part, read = latents.stream(written, seed=5, size=6, rows=rows), []
+    one = DataFolder.__getitem__
+    monkeypatch.setattr(DataFolder, "__getitem__", lambda self, index: read.append(index) or one(self, index))
+    found = part[4]
+    assert len(read) == len(rows)  # the others are not touched
+    for name in ("latents", "context"):
+        np.testing.assert_array_equal(found[name], whole[4][name][rows])
+
+
 def test_a_folder_is_not_overwritten(written):
     with pytest.raises(UserError, match="not empty"):
         write_folder(written, [])

@@ -1,11 +1,20 @@
 """Training states: none is None, a stranger's and a damaged one are named, a folder belongs to one run."""
 
+import asyncio
+import resource
+import threading
+
+import jax
 import jax.numpy as jnp
 import pytest
+from orbax.checkpoint._src.serialization import jax_array_handlers
 
-from experiments.training.states import RUN, claim, last_state, save_state
+from experiments.training.states import RUN, States, claim, last_state, save_state
 from qvdjax.errors import UserError
 
+# Where one of the reads or writes of a state fails, Orbax closes its event loop without waiting for the others, and
+# each of those complains when it is done, be it in a later test.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 STATE = {"params": {"weight": jnp.arange(6.0).reshape(2, 3)}, "step": jnp.int32(3), "total": jnp.int32(9)}
 ANOTHER = {"params": {"weight": jnp.zeros((2, 3))}, "step": jnp.int32(0), "total": jnp.int32(0)}
 
@@ -50,15 +59,95 @@ def test_a_state_that_cannot_be_written_is_named(tmp_path):
         save_state(tmp_path / "file", STATE)
 
 
+@pytest.fixture
+def held_back(monkeypatch):
+    """An event without which nothing of a state's arrays is written; it is set."""
+    event, write = threading.Event(), jax_array_handlers._async_serialize_replica_slices
+    event.set()
+
+    async def wait(*args, **more):
+        while not event.is_set():
+            await asyncio.sleep(0.01)
+        return await write(*args, **more)
+
+    monkeypatch.setattr(jax_array_handlers, "_async_serialize_replica_slices", wait)
+    yield event
+    event.set()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name.isdigit())
+
+
+def test_training_goes_on_while_a_state_is_written(tmp_path, held_back):
+    """What is stored is the state of that step, though its memory was given to the steps after it."""
+    step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    # A megabyte, so that nothing keeps it beside by chance.
+    state = {"params": {"weight": jnp.arange(2.0**18).reshape(512, 512)}, "step": jnp.int32(1), "total": jnp.int32(9)}
+    like = jax.tree.map(jnp.zeros_like, state)
+    save_state(tmp_path, {**state, "step": jnp.int32(0)})
+    held_back.clear()
+    with States(tmp_path, keep=1) as states:
+        states.save(state)
+        for _ in range(3):
+            state = step(state)  # may reuse the memory of what is saved, or has to leave it alone where it is read
+        reached, complete = int(state["step"]), names(tmp_path)
+        held_back.set()
+        states.wait()
+        assert (reached, complete) == (4, ["0"])  # and the older state was there until the newer one was complete
+        assert names(tmp_path) == ["1"]
+    found = last_state(tmp_path, like)
+    assert int(found["step"]) == 1
+    assert (found["params"]["weight"] == jnp.arange(2.0**18).reshape(512, 512)).all()
+
+
+def test_leaving_waits_for_the_last_write(tmp_path, held_back):
+    held_back.clear()
+    with States(tmp_path) as states:
+        states.save(STATE)
+        begun = names(tmp_path)
+        threading.Timer(0.2, held_back.set).start()
+    assert (begun, names(tmp_path)) == ([], ["3"])
+    with pytest.raises(KeyboardInterrupt), States(tmp_path) as states:  # noqa: PT012 - the state is begun inside
+        states.save({**STATE, "step": jnp.int32(4)})
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["3", "4"]
+
+
+@pytest.fixture
+def small_disk():
+    """A function that lets no file grow beyond 64 KiB: to a program that writes, a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("at", ["next save", "end"])
+def test_a_full_disk_is_reported_and_leaves_the_last_state(tmp_path, small_disk, at):
+    weight = jax.random.normal(jax.random.key(0), (512, 512))  # does not compress
+    state = {"params": {"weight": weight}, "step": jnp.int32(1), "total": jnp.int32(9)}
+    states = States(tmp_path, keep=1)
+    states.save(state)
+    states.wait()
+    small_disk()
+    states.save({**state, "step": jnp.int32(2)})  # begun, and the steps go on
+    with pytest.raises(UserError, match="2 cannot be written .*; free some space"):
+        states.save({**state, "step": jnp.int32(3)}) if at == "next save" else states.__exit__(None, None, None)
+    assert names(tmp_path) == ["1"]
+    assert (last_state(tmp_path, state)["params"]["weight"] == weight).all()
+
+
 def test_a_folder_belongs_to_one_run(tmp_path):
     folder, run = tmp_path / "states", {"steps": 9, "shape": (2, 3)}
     claim(folder, run, resume=True)  # nothing there yet: the same command can be given from the start
     claim(folder, {**run, "steps": 10}, resume=False)  # no state was written
     claim(folder, run, resume=False)
     save_state(folder, STATE)
+    (folder / "4.orbax-checkpoint-tmp" / "d").mkdir(parents=True)
     with pytest.raises(UserError, match="holds states of a training"):
         claim(folder, run, resume=False)
     claim(folder, run, resume=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["3", RUN]
     with pytest.raises(UserError, match="another run") as refusal:
         claim(folder, {**run, "steps": 10, "seed": 1}, resume=True)
     assert refusal.value.items == ("seed: None there, 1 here", "steps: 9 there, 10 here")

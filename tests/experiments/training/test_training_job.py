@@ -1,6 +1,7 @@
 """`qvdjax train`: the trained folder is nearer to its teacher, continues bit for bit, and bad input is refused."""
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -76,6 +77,12 @@ def test_the_log_and_the_progress_tell_every_tenth_step(whole):
     train = [line for line in lines if line["event"] == "train"]
     assert [line["step"] for line in train] == [10, 20, 30, 40]
     assert all(line["seconds_per_step"] > 0 and line["gradient_norm"] > 0 for line in train)
+    # Six examples of 2 x 2 x 2 video tokens and 8 text tokens, width 24, hidden 48, two blocks; three passes of the
+    # student and one of the teacher, two operations a multiply-add.
+    tokens, text, width, hidden = 8, 8, 24, 48
+    linear = tokens * width * (6 * width + 2 * hidden) + text * 2 * width**2
+    flops = 6 * 4 * 2 * 2 * (linear + 2 * tokens * (tokens + text) * width)
+    assert train[0]["model_flops_per_second"] == pytest.approx(flops / train[0]["seconds_per_step"])
     rates = [line["rates"]["weights"] for line in train]
     assert rates[0] > rates[1] > rates[-1] == pytest.approx(SETTINGS["learning_rate"] / 100, rel=0.2)
     assert lines[0]["loss"] == whole["report"]["first_loss"]
@@ -165,6 +172,20 @@ def test_processes_killed_and_told_to_stop_go_on_to_the_same_bits(whole, model_f
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (whole["folder"] / WEIGHTS).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_is_said_in_one_line(model_folder, data_folder, tmp_path):
+    argv = [sys.executable, "-m", "experiments.cli.main", "train", model_folder, tmp_path / "out", "-r", "rtn-w4a4"]
+    options = ["--data", data_folder, "--batch", 2, "--steps", 2, "--checkpoints", tmp_path / "states"]
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))  # noqa: E731 - no file above 64 KiB
+    done = subprocess.run(
+        [str(word) for word in (*argv, *options)], cwd=ROOT, capture_output=True, text=True, timeout=600,
+        preexec_fn=small,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"{tmp_path / 'states' / '2'} cannot be written" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_stays_float_keeps_its_type(model_folder, data_folder, tmp_path):
