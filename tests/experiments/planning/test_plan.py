@@ -86,9 +86,11 @@ def test_teachers_of_codes_and_on_disk_take_less(folder):
     assert integer_products(codes) >= 10 * SMALL["num_layers"]
     share = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(SMALL))) / 8
     saved = [(plain["argument_bytes"] - report["argument_bytes"]) / share for report in (codes, known)]
-    # Of two bytes a weight one is saved where weights are codes (their scales are a hundredth of them), or both.
+    # Of two bytes a weight one is saved where weights are codes (but for those that stay float, and scales), or both.
     assert 0.8 < saved[0] < 1
-    assert 1.9 < saved[1] < 2.1
+    # The prediction comes instead, a video a chip in bfloat16, its 16 channels padded to the chip's 128 lanes. Vectors
+    # and what no axis divides are whole on every chip, so a little more than two bytes are saved.
+    assert 2 < saved[1] + 9 * 16 * 16 * 128 * 2 / share < 2.2
 
 
 @pytest.mark.tpu_compile
