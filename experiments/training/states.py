@@ -13,6 +13,7 @@ import jax
 from experiments.training.trainer import State
 from qvdjax.checkpoint.atomic import disk_errors, new_file
 from qvdjax.errors import UserError
+from qvdjax.parallel import check_same
 
 RUN: Final = "run.json"
 UNFINISHED: Final = ".orbax-checkpoint-tmp"  # how Orbax ends the name of a checkpoint that is being written
@@ -159,11 +160,12 @@ def last_state(folder: Path, like: State) -> State | None:
     """The newest checkpoint of a folder, or None where there is none.
 
     Raises:
-        UserError: It belongs to another model or optimizer than `like`, or is damaged.
+        UserError: It belongs to another model or optimizer than `like`, or is damaged; or not all processes see it.
     """
     import orbax.checkpoint as ocp
 
     steps = _steps(folder)
+    check_same(f"states in {folder}", {"newest": steps[0] if steps else None})
     if not steps:
         return None
     path = (folder / str(steps[0])).absolute()

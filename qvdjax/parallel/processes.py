@@ -94,7 +94,7 @@ def check_same(what: str, options: Mapping[str, Any]) -> None:
     ]
     if items:
         raise UserError(
-            f"the processes have different {what}", remedy="start the same command with the same data on all",
+            f"the processes have different {what}", remedy="give all of them the same command and the same files",
             items=items,
         )  # fmt: skip
 
