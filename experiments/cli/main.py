@@ -216,7 +216,7 @@ def _only_our_words(arguments: Common) -> Iterator[None]:
             warnings.simplefilter("ignore")
             for name in ("jax", "flax"):
                 logging.getLogger(name).setLevel(logging.ERROR)
-            for name in ("absl", "orbax"):  # an error of Orbax is raised too, and then told in one line
+            for name in ("absl", "orbax", "asyncio"):  # what Orbax logs of an error it raises too
                 logging.getLogger(name).setLevel(logging.CRITICAL)
             stack.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
             sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)

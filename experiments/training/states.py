@@ -153,7 +153,8 @@ def _write_errors(path: Path) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 200 else f"{line[:60]} ... {line[-135:]}"  # tensorstore gives the reason last
 
 
 def last_state(folder: Path, like: State) -> State | None:
