@@ -1,7 +1,9 @@
 """Settings for the whole suite: eight virtual CPU devices, reproducible property tests, GPU tests skipped
 with the reason shown where there is no GPU."""
 
+import gc
 import os
+import sys
 
 # Read by jax when it is first imported, so before anything else here. `JAX_PLATFORMS=cuda pytest -m gpu`
 # runs the GPU tests on a GPU.
@@ -30,6 +32,16 @@ _health = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_larg
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=_health)
 hypothesis.settings.register_profile("explore", deadline=None, suppress_health_check=_health)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_code_goes_with_its_file():
+    """Forget compiled programs after each file: each takes places in the process's memory map, which Linux limits
+    (vm.max_map_count, 65530), and the compiler crashes where there are none left."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()  # modules of NNX hold each other
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
