@@ -36,8 +36,9 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/.made
 demo: $(VENV)/.installed
 	$(RUN) -m experiments.demo
 
+# Most of what this suite does is to compile programs that run for milliseconds; the slow suite optimizes as users do.
 test: $(VENV)/.installed-test
-	$(SUITE) -m 'not slow'
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(SUITE) -m 'not slow'
 
 # What compiled code prints before it ends a process goes past Python: only its own output is captured.
 test-slow: $(VENV)/.installed-test
