@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 import models
-from conversion import compressed_tensors, wan_original
-from conversion.source import SIDE_FILES
+from conversion import compressed_tensors
+from conversion.place import Place
+from conversion.source import LAYOUTS, SIDE_FILES
 from conversion.stored_layers import StoredLayer, stored_layers
 from qvdjax.checkpoint import (
     CheckpointFolder,
@@ -26,7 +27,7 @@ from qvdjax.checkpoint.folder import nonfinite_error
 from qvdjax.errors import UserError
 from qvdjax.nn import Attention, Linear, layers_of, refuse_tables
 
-Format = Literal["diffusers", "wan-original", "compressed-tensors"]
+Format = Literal["diffusers", "wan-original", "hunyuanvideo-original", "compressed-tensors"]
 EXPORT_FORMATS: tuple[str, ...] = get_args(Format)
 
 
@@ -43,7 +44,7 @@ def export(
 
     "diffusers": floats under diffusers' names; quantized weights become the numbers their codes stand for,
     with channel scales taken off again. What only happens to activations is lost.
-    "wan-original": the same under Wan's original names, with the original config.json.
+    "wan-original", "hunyuanvideo-original": the same in that family's original layout, with the original config.json.
     "compressed-tensors": codes and scales as that library reads them (see `conversion.compressed_tensors`).
     Quantized convolutions, which its readers do not know, become floats.
 
@@ -82,8 +83,8 @@ def export(
         tensors = _float_tensors(folder, layers, wanted)
         config = _float_config(folder)
         report["dequantized"] = sorted(layers)
-    if format == "wan-original":
-        tensors, config, side_files = _original(tensors, config), wan_original.original_config(config), {}
+    if format in LAYOUTS:
+        tensors, config, side_files = _original(tensors, config, format), _original_config(config, format), {}
     write_folder(target, config, tensors, side_files=side_files, overwrite=overwrite, progress=progress)
     attentions = layers_of(skeleton, (Attention,))
     report["attention_left_out"] = [
@@ -136,14 +137,42 @@ def _float_tensor(
     return TensorSource(key, expected.shape, dtype, make)
 
 
-def _original(tensors: list[TensorSource], config: Mapping[str, Any]) -> list[TensorSource]:
-    """The same tensors under Wan's original names."""
-    if models.family_of(dict(config)).name != "wan":
-        raise UserError("only Wan models have Wan's original names", remedy="export to diffusers")
-    names = {tensor.name: wan_original.to_original(tensor.name) for tensor in tensors}
-    if lost := [name for name, original in names.items() if original is None]:
-        raise UserError("tensors have no name in Wan's original layout", remedy="export to diffusers", items=lost)
-    return [dataclasses.replace(tensor, name=names[tensor.name]) for tensor in tensors]
+def _original_config(config: Mapping[str, Any], layout: str) -> dict[str, Any]:
+    return LAYOUTS[layout][1].original_config(models.parse_config(dict(config)).to_dict())
+
+
+def _original(tensors: list[TensorSource], config: Mapping[str, Any], layout: str) -> list[TensorSource]:
+    """The same tensors in a family's original layout, parts of one tensor put together."""
+    whose, module = LAYOUTS[layout]
+    if models.family_of(dict(config)).name != layout.removesuffix("-original"):
+        raise UserError(f"only {whose} models have {whose}'s original layout", remedy="export to diffusers")
+    keys = {tensor.name: module.to_original(tensor.name) for tensor in tensors}
+    if lost := [name for name, key in keys.items() if key is None]:
+        raise UserError(f"tensors have no name in {whose}'s original layout", remedy="export to diffusers", items=lost)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tensor in tensors:
+        rows, *rest = tensor.shape
+        before = shapes.get(keys[tensor.name], (0,))[0]
+        shapes[keys[tensor.name]] = (before + rows, *rest)
+    places = module.places(shapes)
+    parts = {key: [t for t in tensors if keys[t.name] == key] for key in shapes}
+    return [_joined(key, shape, [(part, places[part.name]) for part in parts[key]]) for key, shape in shapes.items()]
+
+
+def _joined(key: str, shape: tuple[int, ...], parts: list[tuple[TensorSource, Place]]) -> TensorSource:
+    """An original tensor of some tensors, in the widest of their types."""
+    dtype = functools.reduce(np.promote_types, [part.dtype for part, _ in parts])
+
+    def make() -> np.ndarray:
+        whole = np.empty(shape, dtype)
+        for part, place in parts:
+            values, first = part.make(), 0
+            for start, stop in place.rows or ((0, shape[0]),):
+                whole[start:stop] = values[first : first + stop - start]
+                first += stop - start
+        return whole
+
+    return TensorSource(key, shape, dtype, make)
 
 
 def _compressed(

@@ -4,30 +4,43 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
-from conversion import wan_original
+from conversion import hunyuanvideo_original, wan_original
 from models.scheduler import SCHEDULER, scheduler_file
 from qvdjax.checkpoint import CheckpointFolder, SafetensorsFile, read_json
 from qvdjax.checkpoint.folder import CONFIG, INDEX, WEIGHTS, read_shards
 from qvdjax.errors import UserError
 
 SIDE_FILES = ("pipeline.json", "word_table.safetensors", SCHEDULER)
+# Original layouts by name: whose it is, and what knows it.
+LAYOUTS: dict[str, tuple[str, ModuleType]] = {
+    "wan-original": ("Wan", wan_original),
+    "hunyuanvideo-original": ("HunyuanVideo", hunyuanvideo_original),
+}
+# What a layer is called in diffusers' layout of a family, and in no other's: its configuration is read from shapes.
+_SIGNS = {
+    "condition_embedder.time_proj.": wan_original,
+    "context_embedder.token_refiner.": hunyuanvideo_original,
+}
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceTensor:
-    """One tensor of the source under its own name; read when asked."""
+    """One tensor of the source under its own name, or some rows of it (see `Place`); read when asked."""
 
     file: SafetensorsFile
     key: str
+    rows: tuple[tuple[int, int], ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape."""
-        return self.file.tensors[self.key].shape
+        whole = self.file.tensors[self.key].shape
+        return whole if self.rows is None else (sum(stop - start for start, stop in self.rows), *whole[1:])
 
     @property
     def dtype(self) -> np.dtype:
@@ -36,7 +49,9 @@ class SourceTensor:
 
     def read(self) -> np.ndarray:
         """All of it."""
-        return self.file.read(self.key)
+        if self.rows is None:
+            return self.file.read(self.key)
+        return np.concatenate([self.file.read(self.key, (slice(*stretch),)) for stretch in self.rows])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +60,7 @@ class Source:
 
     Attributes:
         path: The file or folder that holds the weights.
-        layout: "diffusers" or "wan-original".
+        layout: "diffusers", or one of `LAYOUTS`.
         config: The fields of diffusers' config.json.
         config_from: Where they come from, in words.
         tensors: diffusers key -> tensor.
@@ -64,8 +79,8 @@ def open_source(path: str | os.PathLike) -> Source:
     """Find the weights and read headers and configuration; no weight is read yet.
 
     Accepted: a model folder of diffusers; a pipeline folder of diffusers, whose `transformer` is taken; a
-    .safetensors file, or a folder with one (or several and their index), with diffusers' or Wan's original
-    names.
+    .safetensors file, or a folder with one (or several and their index), with diffusers' names or the original ones of
+    Wan or HunyuanVideo.
 
     Raises:
         UserError: Nothing is there, or a PyTorch pickle, or several candidates; keys are unknown; the
@@ -76,13 +91,13 @@ def open_source(path: str | os.PathLike) -> Source:
         raise UserError(f"{path} does not exist", remedy="check the path")
     folder, files = (path.parent, _single_file(path)) if path.is_file() else _folder_files(path)
     raw = {key: SourceTensor(file, key) for key, file in files.items()}
-    original = wan_original.is_original(raw)
-    tensors = _renamed(raw, path) if original else raw
-    config, config_from = _config(folder, tensors, original)
+    layout = next((name for name, (_, module) in LAYOUTS.items() if module.is_original(raw)), "diffusers")
+    tensors = raw if layout == "diffusers" else _renamed(raw, path, layout)
+    config, config_from = _config(folder, tensors, layout)
     side_files = {name: folder / name for name in SIDE_FILES if (folder / name).is_file()}
     if scheduler := scheduler_file(folder):  # as a rule in a folder beside the weights, where the target has none
         side_files[SCHEDULER] = scheduler
-    return Source(path, "wan-original" if original else "diffusers", config, config_from, tensors, side_files)
+    return Source(path, layout, config, config_from, tensors, side_files)
 
 
 def refuse_pickles(names: list[str], where: Path):
@@ -128,26 +143,30 @@ def _folder_files(path: Path) -> tuple[Path, dict[str, SafetensorsFile]]:
     raise UserError(f"{path} {what}", remedy="name a diffusers folder or a .safetensors file")
 
 
-def _renamed(raw: Mapping[str, SourceTensor], path: Path) -> dict[str, SourceTensor]:
-    names = {key: wan_original.to_diffusers(key) for key in raw}
-    if unknown := [key for key, name in names.items() if name is None]:
+def _renamed(raw: Mapping[str, SourceTensor], path: Path, layout: str) -> dict[str, SourceTensor]:
+    whose, module = LAYOUTS[layout]
+    if unknown := [key for key in raw if module.to_diffusers(key) is None]:
         remedy = "remove them, or convert the transformer's weights alone"
-        what = "holds keys that Wan's original layout does not have"
+        what = f"holds keys that {whose}'s original layout does not have"
         raise UserError(f"{path} {what}", remedy=remedy, items=unknown)
-    renamed = {name: raw[key] for key, name in names.items()}
-    if len(renamed) < len(raw):  # the same key with and without the prefix
-        twice = [key for key, name in names.items() if renamed[name].key != key]
+    places = module.places({key: tensor.shape for key, tensor in raw.items()})
+    used = {place.key for place in places.values()}
+    if twice := [key for key in raw if key not in used]:  # the same key with and without the prefix
         what = "holds keys twice, with and without a prefix"
         raise UserError(f"{path} {what}", remedy="remove one copy", items=twice)
-    return renamed
+    return {name: dataclasses.replace(raw[place.key], rows=place.rows) for name, place in places.items()}
 
 
-def _config(folder: Path, tensors: Mapping[str, SourceTensor], original: bool) -> tuple[dict, str]:
+def _config(folder: Path, tensors: Mapping[str, SourceTensor], layout: str) -> tuple[dict, str]:
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    if config and not original:
+    if layout != "diffusers":
+        module = LAYOUTS[layout][1]
+    elif config:
         return config, CONFIG
-    if not original and not any(key.startswith("condition_embedder.time_proj.") for key in tensors):
+    else:
+        module = next((m for sign, m in _SIGNS.items() if any(key.startswith(sign) for key in tensors)), None)
+    if module is None:
         remedy = "put the checkpoint's config.json beside the weights"
         raise UserError(f"{folder} holds no {CONFIG}", remedy=remedy)
-    where = f"shapes and the original {CONFIG}" if config else "shapes; a head is taken to have 128 features"
-    return wan_original.infer_config(tensors, config), where
+    where = f"shapes and the original {CONFIG}" if config else f"shapes; {module.ASSUMED}"
+    return module.infer_config(tensors, config), where

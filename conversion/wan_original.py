@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from conversion.place import Place
 from qvdjax.errors import UserError
 
 # (original, diffusers): module names outside the blocks, then inside one. `.weight` and `.bias` follow.
@@ -54,6 +55,7 @@ _PARAMETERS = ("head.modulation", "img_emb.emb_pos", "modulation")  # tensors th
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 HEAD_DIM = 128
+ASSUMED = f"a head is taken to have {HEAD_DIM} features"
 
 
 def is_original(keys: Iterable[str]) -> bool:
@@ -69,6 +71,11 @@ def to_diffusers(key: str) -> str | None:
 def to_original(key: str) -> str | None:
     """The original name of a diffusers key; None for a key not Wan's."""
     return _rename(key, original=1, other=0)
+
+
+def places(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
+    """Diffusers' name -> where it lies, for all original tensors of these shapes (of known names)."""
+    return {to_diffusers(key): Place(key) for key in shapes}
 
 
 def _without_prefix(key: str) -> str:

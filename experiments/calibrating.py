@@ -11,7 +11,13 @@ import numpy as np
 
 import models
 from experiments.sampling.record import settings_record
-from experiments.sampling.request import Request, Settings, request_from_context, request_from_pipeline
+from experiments.sampling.request import (
+    Request,
+    Settings,
+    refuse_conditions,
+    request_from_context,
+    request_from_pipeline,
+)  # fmt: skip
 from models.pipeline import FILE
 from qvdjax.calibration import CalibrationSet, Trajectory, collect
 from qvdjax.checkpoint import CheckpointFolder
@@ -106,8 +112,10 @@ def _request(source, config, prompts, count, seeds, context_file, settings: Sett
                 f"{source} has no {FILE}, so it cannot encode prompts",
                 remedy="give a file of text embeddings with --context",
             )
-        channels = models.parse_config(config).in_channels
-        return request_from_context(source, context_file, channels, prompts, seeds or (FIRST_SEED,), settings)
+        parsed = models.parse_config(config)
+        request = request_from_context(source, context_file, parsed, prompts, seeds or (FIRST_SEED,), settings)
+        refuse_conditions(request, "calibrate")
+        return request
     if context_file is not None:
         raise UserError(f"{source} encodes prompts itself", remedy="give prompts instead of --context")
     if prompts is None:

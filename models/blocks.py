@@ -1,9 +1,13 @@
 """Parts of blocks that several families share, under diffusers' names."""
 
+from typing import Literal
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from qvdjax.nn import Linear
+from qvdjax.nn import Linear, Role
+from qvdjax.nn.embeddings import timestep_sinusoid
 
 
 def modulate(normalised: jax.Array, scale: jax.Array, shift: jax.Array, dtype) -> jax.Array:
@@ -12,14 +16,37 @@ def modulate(normalised: jax.Array, scale: jax.Array, shift: jax.Array, dtype) -
 
 
 class FeedForward(nnx.Module):
-    """Linear, tanh-approximated GELU, Linear."""
+    """Linear, tanh-approximated GELU (or SiLU), Linear."""
 
-    def __init__(self, width: int, hidden: int, *, key: jax.Array, dtype):
+    def __init__(
+        self, width: int, hidden: int, *, key: jax.Array, dtype,
+        activation: Literal["gelu-approximate", "linear-silu"] = "gelu-approximate",
+    ):  # fmt: skip
         up, down = jax.random.split(key)
         wide = Linear(width, hidden, role="feed_forward_in", axes=("mlp", "embed"), key=up, dtype=dtype)
         narrow = Linear(hidden, width, role="feed_forward_out", axes=("embed", "mlp"), key=down, dtype=dtype)
         self.net = nnx.Dict({"0": nnx.Dict({"proj": wide}), "2": narrow})
+        self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(batch, tokens, width) -> the same."""
-        return self.net["2"](jax.nn.gelu(self.net["0"]["proj"](x), approximate=True))
+        hidden = self.net["0"]["proj"](x)
+        if self.activation == "linear-silu":
+            return self.net["2"](jax.nn.silu(hidden))
+        return self.net["2"](jax.nn.gelu(hidden, approximate=True))
+
+
+class TimestepEmbedding(nnx.Module):
+    """Sinusoid of a number, Linear, SiLU, Linear; a float32 island."""
+
+    def __init__(self, frequencies: int, width: int, *, key: jax.Array, dtype, role: Role = "time"):
+        keys = jax.random.split(key)
+        island = {"role": role, "axes": ("embed", None), "dtype": dtype, "keep_float32": True}
+        self.linear_1 = Linear(frequencies, width, key=keys[0], **island)
+        self.linear_2 = Linear(width, width, key=keys[1], **island)
+        self.frequencies = frequencies
+
+    def __call__(self, timestep: jax.Array, dtype) -> jax.Array:
+        """(batch,) -> (batch, width), in `dtype` and at least float32."""
+        wide = jnp.promote_types(dtype, jnp.float32)
+        return self.linear_2(jax.nn.silu(self.linear_1(timestep_sinusoid(timestep, self.frequencies).astype(wide))))

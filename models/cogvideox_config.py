@@ -130,6 +130,11 @@ class CogVideoXConfig:
         return self.max_text_seq_length
 
     @property
+    def conditions(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one sample's part of the inputs beside latents, timestep and context, by diffusers' names."""
+        return {}
+
+    @property
     def patch(self) -> tuple[int, int, int]:
         """Frames, rows and columns of latents in a token."""
         return self.patch_size_t or 1, self.patch_size, self.patch_size

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from models.cogvideox import CogVideoXModel
 from models.cogvideox_config import CogVideoXConfig
+from models.hunyuanvideo import HunyuanVideoModel
+from models.hunyuanvideo_config import HunyuanVideoConfig
 from models.wan import WanConfig, WanModel
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
@@ -28,6 +30,7 @@ MOST_LAYERS, MOST = 1000, 2**20
 
 FAMILIES = {
     "CogVideoXTransformer3DModel": Family("cogvideox", CogVideoXConfig, CogVideoXModel),
+    "HunyuanVideoTransformer3DModel": Family("hunyuanvideo", HunyuanVideoConfig, HunyuanVideoModel),
     "WanTransformer3DModel": Family("wan", WanConfig, WanModel),
 }
 
@@ -65,7 +68,7 @@ def _check_field(name: str, value: Any, default: Any) -> None:
     """UserError unless a value is of the kind that the field's default is, and of a credible size."""
     if type(value) is type(default) and value == default:
         return  # also where the default is zero
-    most = MOST_LAYERS if name == "num_layers" else MOST
+    most = MOST_LAYERS if name.startswith("num_") and name.endswith("_layers") else MOST
 
     def whole(number: Any) -> bool:
         return isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= most

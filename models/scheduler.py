@@ -32,6 +32,8 @@ PUBLISHED = {
     "wan": SamplingDefaults(UniPCFlow(5.0), 50, 5.0),
     # CogVideoX-2B; diffusers:pipelines/cogvideo/pipeline_cogvideox.py.
     "cogvideox": SamplingDefaults(DDIM(), 50, 6.0),
+    # Tencent-Hunyuan/HunyuanVideo:hyvideo/config.py; the guidance is embedded, so that there is one pass.
+    "hunyuanvideo": SamplingDefaults(FlowMatchEuler(7.0), 50, 6.0),
 }
 
 # diffusers' class -> (what it is here, our field: (its field, its default), what must hold: field: only value).

@@ -82,6 +82,11 @@ class WanConfig:
         return 512
 
     @property
+    def conditions(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one sample's part of the inputs beside latents, timestep and context, by diffusers' names."""
+        return {}
+
+    @property
     def width(self) -> int:
         """Features of a token."""
         return self.num_attention_heads * self.attention_head_dim

@@ -22,15 +22,13 @@ from qvdjax.nn import (
 )  # fmt: skip
 from qvdjax.nn.variables import dotted, replace
 
-TIMESTEP_ROLES = ("time", "modulation", "temporal_feature")
-
 
 def tabulate(model: VideoModel, timesteps: Iterable[float], *, sampler: str = "") -> VideoModel:
     """A model whose layers that see the timestep alone are tables, for one sampler's timesteps.
 
     Their outputs depend on the step and on nothing else, so a row a step says all that they will ever say; DSAQuant
     (arXiv 2609.04031) does so after training, and TFMQ-DM (CVPR 2024) calls it a cache of temporal features. Every
-    layer of the roles time, modulation and temporal_feature becomes a table. Of layers one after the other only the
+    layer of the model's `timestep_roles` becomes a table. Of layers one after the other only the
     last is read then; the tables before it take steps x out numbers, which is little beside what they replace.
 
     Args:
@@ -97,8 +95,9 @@ def record(model: VideoModel, timesteps: tuple[float, ...]) -> dict[str, jax.Arr
         replace(recording, path, Recorder(layer))
     steps, config = len(timesteps), model.config
     latents = jnp.zeros((steps, *config.least_size, config.in_channels), jnp.float32)
-    context = jnp.zeros((steps, 1, config.text_dim), jnp.float32)
-    seen = _record(recording, latents, jnp.asarray(timesteps, jnp.float32), context)
+    context = jnp.zeros((steps, config.text_tokens, config.text_dim), jnp.float32)
+    conditions = {name: jnp.zeros((steps, *shape), jnp.float32) for name, shape in config.conditions.items()}
+    seen = _record(recording, latents, jnp.asarray(timesteps, jnp.float32), context, conditions)
     tables = {}
     for path, layer in layers:
         y, out = seen[dotted(path)], weight_shape(layer)[0]
@@ -112,10 +111,10 @@ def record(model: VideoModel, timesteps: tuple[float, ...]) -> dict[str, jax.Arr
 
 
 @jax.jit
-def _record(model: VideoModel, latents, timesteps, context) -> dict[str, jax.Array]:
+def _record(model: VideoModel, latents, timesteps, context, conditions) -> dict[str, jax.Array]:
     """One call of the model, of which only these layers and what leads to them is computed: the rest is dead code."""
     model = at_timestep(model, timesteps)
-    stream, conditioning = model.embed(latents, timesteps, context)
+    stream, conditioning = model.embed(latents, timesteps, context, **conditions)
     seen = {}
     for number, stack in enumerate(model.stacks):
         stream, state = stack(stream, conditioning, collect=Recorded)
@@ -129,4 +128,4 @@ def _record(model: VideoModel, latents, timesteps, context) -> dict[str, jax.Arr
 def _timestep_layers(model: VideoModel) -> list[tuple[tuple, nnx.Module]]:
     """Paths and layers of the roles that see the timestep alone."""
     layers = layers_of(model, (Linear, QuantizedLinear))
-    return [(path, layer) for _, path, layer in layers if layer.role in TIMESTEP_ROLES]
+    return [(path, layer) for _, path, layer in layers if layer.role in model.timestep_roles]

@@ -31,6 +31,12 @@ COGVIDEOX_VARIANTS = {
     "1.5-5b-i2v": {**_TEMPORAL, "in_channels": 10, "ofs_embed_dim": 20},
 }
 
+HUNYUANVIDEO = {
+    "_class_name": "HunyuanVideoTransformer3DModel", "num_attention_heads": 2, "attention_head_dim": 32,
+    "in_channels": 5, "out_channels": 5, "num_layers": 2, "num_single_layers": 2, "num_refiner_layers": 2,
+    "mlp_ratio": 3.0, "text_embed_dim": 24, "pooled_projection_dim": 12, "rope_axes_dim": [8, 10, 14],
+}  # fmt: skip
+
 
 def randomised(model, seed: int = 0):
     """Every parameter drawn anew, so that a zero or one of the initialisation cannot hide a mistake.
@@ -77,6 +83,24 @@ def cogvideox_inputs(variant: str = "5b", batch: int = 2, seed: int = 0, dtype=j
         "latents": jax.random.normal(keys[0], (batch, frames, 8, 6, channels), dtype),
         "timestep": jnp.linspace(317.0, 999.0, batch, dtype=dtype),
         "context": jax.random.normal(keys[1], (batch, 7, 24), dtype),
+    }
+
+
+def hunyuanvideo(seed: int = 0, dtype=jnp.float32, **fields):
+    """A HunyuanVideo model of two blocks of each kind with random parameters."""
+    return randomised(models.build({**HUNYUANVIDEO, **fields}, dtype=dtype), seed)
+
+
+def hunyuanvideo_inputs(batch: int = 2, seed: int = 0, dtype=jnp.float32) -> dict:
+    """Inputs of that model: three frames, not square, two timesteps, texts of different lengths."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return {
+        "latents": jax.random.normal(keys[0], (batch, 3, 8, 6, 5), dtype),
+        "timestep": jnp.linspace(317.0, 999.0, batch, dtype=dtype),
+        "context": jax.random.normal(keys[1], (batch, 7, 24), dtype),
+        "encoder_attention_mask": jnp.arange(7) < 4 + 3 * (jnp.arange(batch)[:, None] % 2),  # 4 tokens, 7, 4, ...
+        "pooled_projections": jax.random.normal(keys[2], (batch, 12), dtype),
+        "guidance": jnp.full((batch,), 6000.0, dtype),
     }
 
 

@@ -7,7 +7,7 @@ video tokens, T text tokens, width d and hidden width h, one Wan block takes
     QK products       2 S S d + 2 S T d
     PV products       the same
 
-and one CogVideoX block, where text and video are one stream of N = S + T tokens,
+and one CogVideoX or HunyuanVideo block, where text and video are one stream of N = S + T tokens,
 
     linear products   2 N d d x 4 + 2 N d h x 2
     QK products       2 N N d

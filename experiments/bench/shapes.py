@@ -1,7 +1,8 @@
 """Named models at named video sizes, and the work that one forward pass of them is.
 
 The numbers are those of the released checkpoints' config.json. Wan's 480p is 81 frames of 832 x 480 (latents 21 x 60 x
-104), its 720p is 81 frames of 1280 x 720; CogVideoX's 480p is 49 frames of 720 x 480 (latents 13 x 60 x 90).
+104), its 720p is 81 frames of 1280 x 720; CogVideoX's 480p is 49 frames of 720 x 480 (latents 13 x 60 x 90);
+HunyuanVideo's are 129 frames (33 of latents) of Wan's two sizes.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ CONFIGS = {
         "_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": 48, "num_layers": 42,
         "use_rotary_positional_embeddings": True,
     },
+    "hunyuanvideo": {"_class_name": "HunyuanVideoTransformer3DModel"},
     # The size of the shipped bench models: for machines without an accelerator.
     "wan-tiny": {
         "_class_name": "WanTransformer3DModel", "num_attention_heads": 4, "attention_head_dim": 32,
@@ -28,6 +30,7 @@ CONFIGS = {
 LATENT_SIZES = {
     "wan": {"480p": (21, 60, 104), "720p": (21, 90, 160), "tiny": (9, 16, 16)},
     "cogvideox": {"480p": (13, 60, 90), "tiny": (9, 16, 16)},
+    "hunyuanvideo": {"480p": (33, 60, 104), "720p": (33, 90, 160), "tiny": (9, 16, 16)},
 }
 """By the model's family: frames, height and width of latents. Tiny ones are for machines without an accelerator."""
 
@@ -56,7 +59,7 @@ class Shape:
     @property
     def joint(self) -> bool:
         """Whether text and video are one stream, and attention has no second, crossed one."""
-        return models.family_of(self.config).name == "cogvideox"
+        return models.family_of(self.config).name in ("cogvideox", "hunyuanvideo")
 
     @property
     def tokens(self) -> int:
@@ -85,8 +88,8 @@ class Shape:
 
     @property
     def layers(self) -> int:
-        """Blocks."""
-        return self.parsed.num_layers
+        """Blocks; a dual-stream and a single-stream one of HunyuanVideo are the same work."""
+        return self.parsed.num_layers + getattr(self.parsed, "num_single_layers", 0)
 
 
 def shape(name: str) -> Shape:

@@ -252,7 +252,8 @@ class Plan(Common):
     """Compile a step for a TPU slice without having one: does it fit, and what does it communicate."""
 
     model: Annotated[str, arg(metavar="NAME")]
-    """Named configuration (wan2.1-t2v-1.3b, wan2.1-t2v-14b, cogvideox-2b, cogvideox-5b) or a model folder."""
+    """Named configuration (wan2.1-t2v-1.3b, wan2.1-t2v-14b, cogvideox-2b, cogvideox-5b, hunyuanvideo) or a
+    model folder."""
     recipe: Annotated[str, arg(metavar="NAME", aliases=["-r"])]
     """Recipe, or `none` for bfloat16."""
     topology: Annotated[str, arg(metavar="NAME")]
@@ -264,7 +265,7 @@ class Plan(Common):
     step: Literal["sample", "train"] = "sample"
     """One forward pass of the model, or one step of `qvdjax train`, teacher included."""
     size: Literal["480p", "720p"] = "480p"
-    """Size of the videos: of 81 frames, CogVideoX's of 49."""
+    """Size of the videos: of 81 frames, CogVideoX's of 49, HunyuanVideo's of 129."""
     accumulate: Whole = 1
     """Micro-batches that a training step's batch is cut into."""
     set: Annotated[Names, arg(metavar="KEY=VALUE")] = ()
@@ -284,7 +285,8 @@ class Export(Common):
     out: Out
     """New folder; must not exist yet."""
     format: Annotated[str, arg(metavar="NAME")]
-    """diffusers or wan-original (quantized weights dequantized), or compressed-tensors (codes kept)."""
+    """diffusers, wan-original or hunyuanvideo-original (quantized weights dequantized), or compressed-tensors (codes
+    kept)."""
     dtype: hinted(Dtype, "{float64,float32,bfloat16,float16}", "the folder's types") = None
     """Cast floating-point tensors to this type."""
     overwrite: bool = False

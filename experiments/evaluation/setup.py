@@ -10,7 +10,7 @@ import numpy as np
 import models
 from experiments.evaluation.options import Options
 from experiments.moving_shapes import captions
-from experiments.sampling.request import request_from_context, sampler_of
+from experiments.sampling.request import refuse_conditions, request_from_context, sampler_of
 from models.pipeline import FILE, Pipeline
 from qvdjax.diffusion import Solver, guidance_scales, guided_steps, initial_noise, solver_name
 from qvdjax.errors import UserError
@@ -140,9 +140,10 @@ def _from_pipeline(folder: Path, options: Options) -> Setup:
 
 
 def _from_context(folder: Path, options: Options) -> Setup:
-    channels = models.skeleton(folder).config.in_channels
+    config = models.skeleton(folder).config
     file = Path(options.context_file)
-    texts = request_from_context(folder, file, channels, options.prompts, [0], options.settings)
+    texts = request_from_context(folder, file, config, options.prompts, [0], options.settings)
+    refuse_conditions(texts, "evaluate")
     prompt_of_sample, seeds = _pairs(len(texts.context), options.seeds)
     rows = list(prompt_of_sample)
     return Setup(

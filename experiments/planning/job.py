@@ -15,6 +15,7 @@ import qvdjax
 from experiments.bench.ceilings import step_work
 from experiments.bench.shapes import CONFIGS, LATENT_SIZES, Shape
 from experiments.planning.bounds import bound
+from experiments.training.checks import check_trainable
 from experiments.training.planned import planned_step
 from experiments.training.settings import check_micro_batches
 from experiments.training.teacher import teacher_recipe
@@ -56,7 +57,7 @@ def plan(
         size: Video size, see `experiments.bench.shapes.LATENT_SIZES`.
         accumulate: Micro-batches that a training step's batch is cut into.
         overrides: Options of the recipe's method by name.
-        layers: Compile a model of so many blocks in the place of all.
+        layers: Compile a model of so many blocks (HunyuanVideo: of each kind) in the place of all.
         teacher: Recipe by which a training step's teacher is quantized; None leaves it in bfloat16.
         teacher_cache: Whether the teacher's predictions come with the batch, as from `qvdjax train --teacher-cache`.
 
@@ -74,12 +75,15 @@ def plan(
     if layers is not None:
         if layers < 1:
             raise UserError(f"a model of {layers} layers", remedy="give at least 1")
-        config = {**config, "num_layers": layers}
+        kinds = [name for name in ("num_layers", "num_single_layers") if hasattr(models.parse_config(config), name)]
+        config = {**config, **dict.fromkeys(kinds, layers)}
     sizes = LATENT_SIZES[models.family_of(config).name]
     if size not in sizes:
         raise UserError(f"unknown size {size!r}", remedy=f"choose from {', '.join(sizes)}")
     if step not in ("sample", "train"):
         raise UserError(f"unknown step {step!r}", remedy="choose sample or train")
+    if step == "train":
+        check_trainable(models.parse_config(config), model)
     if batch < 1:
         raise UserError(f"a batch of {batch}", remedy="give at least 1")
     check_micro_batches(batch, accumulate)
@@ -89,11 +93,11 @@ def plan(
     if step == "sample" and (taught_by is not None or teacher_cache):
         raise UserError("a sampling step has no teacher", remedy="plan --step train, or leave the teacher out")
     described = _mesh(topology, parallel.parse_mesh(mesh) if isinstance(mesh, str) else mesh, config)
-    latents, timestep, context = _inputs(config, sizes[size], batch, described)
+    latents, timestep, context, conditions = _inputs(config, sizes[size], batch, described)
     if step == "sample":
         weights = jax.eval_shape(lambda: _build(config, chosen))
         arguments = parallel.abstract(weights, described)
-        report = parallel.plan(_sample_step, arguments, latents, timestep, context, mesh=described)
+        report = parallel.plan(_sample_step, arguments, latents, timestep, context, conditions, mesh=described)
     else:
         data = {"latents": latents, "context": context}
         training = planned_step(
@@ -141,8 +145,9 @@ def _build(config: dict, recipe: Recipe | None) -> VideoModel:
     return model if recipe is None else qvdjax.quantize(model, recipe, execution="integer")
 
 
-def _inputs(config: dict, size: tuple[int, ...], batch: int, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Latents (batch, frames, height, width, channels), timestep (batch,), context (batch, tokens, dim)."""
+def _inputs(config: dict, size: tuple[int, ...], batch: int, mesh: Mesh) -> tuple:
+    """Latents (batch, frames, height, width, channels), timestep (batch,), context (batch, tokens, dim), and further
+    inputs (batch, ...) by name."""
 
     def rows(shape, dtype):
         spec, _ = parallel.partition_spec(shape[:1], ("batch",), mesh)
@@ -151,8 +156,9 @@ def _inputs(config: dict, size: tuple[int, ...], batch: int, mesh: Mesh) -> tupl
     parsed = models.parse_config(config)
     latents = rows((batch, *size, parsed.in_channels), jnp.float32)
     context = rows((batch, parsed.text_tokens, parsed.text_dim), jnp.float32)
-    return latents, rows((batch,), jnp.float32), context
+    conditions = {name: rows((batch, *shape), jnp.float32) for name, shape in parsed.conditions.items()}
+    return latents, rows((batch,), jnp.float32), context, conditions
 
 
-def _sample_step(model, latents, timestep, context):
-    return model(latents, timestep, context)
+def _sample_step(model, latents, timestep, context, conditions):
+    return model(latents, timestep, context, **conditions)

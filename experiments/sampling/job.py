@@ -138,7 +138,7 @@ def _request(folder, skeleton, prompts, seeds, context_file, settings: Settings)
             f"{folder} has no {FILE}, so it cannot encode prompts",
             remedy="give a context file: safetensors with `context` and `negative_context` (tokens, dim)",
         )
-    return request_from_context(folder, Path(context_file), skeleton.config.in_channels, prompts, seeds, settings)
+    return request_from_context(folder, Path(context_file), skeleton.config, prompts, seeds, settings)
 
 
 def _sample(
@@ -186,6 +186,7 @@ def _inputs(request: Request, rows: np.ndarray, mesh: Mesh | None) -> dict:
         "negative_context": negative,
         "noise": _placed(np.asarray(noise), mesh),
         "seeds": seeds,
+        **{name: _placed(array[rows], mesh) for name, array in request.conditions.items()},
     }
 
 

@@ -2,9 +2,11 @@
 
 import collections
 import dataclasses
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +15,8 @@ from models.pipeline import FILE, Pipeline
 from qvdjax.checkpoint import SafetensorsFile
 from qvdjax.diffusion import Solver, related_solver
 from qvdjax.errors import UserError
+
+GUIDANCE, MASK = "guidance", "encoder_attention_mask"  # diffusers' names of two conditions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,8 +30,10 @@ class Request:
         context, negative_context: float32 (videos, tokens, dim); the latter None without guidance.
         latents_shape: (frames, height, width, channels) of one video.
         negative_prompt: None where the negative context came from a file.
-        solver, steps, guidance_scale, dynamic_guidance, guidance_until: See `qvdjax.diffusion.sample`.
+        solver, steps, guidance_scale, dynamic_guidance, guidance_until: See `qvdjax.diffusion.sample`. Where the model
+            is given its guidance scale as a condition, it makes one pass.
         pipeline: What decodes the latents; None if nothing does.
+        conditions: Further inputs of the model by name, float32 (videos, ...).
     """
 
     prompts: tuple[str | None, ...]
@@ -43,12 +49,14 @@ class Request:
     pipeline: Pipeline | None
     dynamic_guidance: str | None = None
     guidance_until: float = 0.0
+    conditions: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def sampling(self) -> dict:
         """The arguments of `qvdjax.diffusion.sample` that all videos share."""
         names = ("solver", "steps", "guidance_scale", "dynamic_guidance", "guidance_until")
-        return {name: getattr(self, name) for name in names}
+        options = {name: getattr(self, name) for name in names}
+        return {**options, "guidance_scale": 1.0} if GUIDANCE in self.conditions else options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,15 +147,17 @@ def request_from_pipeline(
 
 
 def request_from_context(
-    folder: Path, file: Path, channels: int, prompts: Sequence[str] | None, seeds: Sequence[int], settings: Settings
+    folder: Path, file: Path, config: Any, prompts: Sequence[str] | None, seeds: Sequence[int], settings: Settings
 ) -> Request:
     """Every text embedding of a file at every seed, for a model without a pipeline; the result stays latents.
 
     Args:
         folder: The model's, whose scheduler or family says how it is sampled, see `models.scheduler`.
         file: Safetensors with `context` (tokens, dim) or (texts, tokens, dim), made by the model's own text
-            encoder, and with `negative_context` (tokens, dim) unless guidance is off. Any floating type.
-        channels: Of the model's latents.
+            encoder, and with `negative_context` (tokens, dim) unless guidance is off or a condition. Of the model's
+            further conditions it holds those of texts, (...) or (texts, ...); `encoder_attention_mask`, ones before
+            zeros, may be left out where no text is padded. Any floating type.
+        config: The model's parsed configuration.
         prompts: Must be None: nothing here could encode them.
 
     Raises:
@@ -163,7 +173,12 @@ def request_from_context(
     guidance_scale = _choose(settings.guidance_scale, defaults.guidance_scale)
     embeddings = SafetensorsFile(file)
     context = _read_context(embeddings, "context")
-    negative = None if guidance_scale == 1 else _read_context(embeddings, "negative_context")
+    conditions = _read_conditions(embeddings, config, context.shape[:2])
+    embedded = GUIDANCE in config.conditions
+    if conditions and (embedded or guidance_scale != 1):
+        _check_guidance(settings, embedded=embedded)
+    unguided = embedded or guidance_scale == 1
+    negative = None if unguided else _read_context(embeddings, "negative_context")
     if negative is not None and negative.shape != (1, *context.shape[1:]):
         raise UserError(
             f"{file}: negative_context is {negative.shape[1:]} beside a context of {context.shape[1:]}",
@@ -171,13 +186,16 @@ def request_from_context(
         )
     texts = len(context)
     rows = np.repeat(np.arange(texts), len(seeds))  # texts -> videos, seeds varying fastest
+    conditions = {name: array[rows] for name, array in conditions.items()}
+    if embedded:
+        conditions[GUIDANCE] = np.full(len(rows), 1000 * guidance_scale, np.float32)  # as diffusers' pipeline has it
     return Request(
         prompts=(None,) * len(rows),
         names=tuple(f"text{row}" for row in rows),
         seeds=tuple(int(seed) for seed in seeds) * texts,
         context=context[rows],
         negative_context=None if negative is None else np.repeat(negative, len(rows), axis=0),
-        latents_shape=(*settings.sizes((None, None, None)), channels),
+        latents_shape=(*settings.sizes((None, None, None)), config.in_channels),
         negative_prompt=None,
         solver=related_solver(defaults.solver, **settings.solver_options()),
         steps=_choose(settings.steps, defaults.steps),
@@ -185,7 +203,58 @@ def request_from_context(
         pipeline=None,
         dynamic_guidance=settings.dynamic_guidance,
         guidance_until=settings.guidance_until,
+        conditions=conditions,
     )
+
+
+def refuse_conditions(request: Request, what: str) -> None:
+    """UserError for a request with conditions, which `what` (a verb) does not know."""
+    if request.conditions:
+        raise UserError(
+            f"`qvdjax {what}` does not take models with further inputs yet",
+            remedy="sample it, or quantize it by a recipe that needs no calibration", items=list(request.conditions),
+        )  # fmt: skip
+
+
+def _check_guidance(settings: Settings, *, embedded: bool) -> None:
+    """UserError for guidance that a model with conditions cannot be given."""
+    if not math.isfinite(1.0 if settings.guidance_scale is None else settings.guidance_scale):
+        raise UserError(f"the guidance scale is {settings.guidance_scale}", remedy="give a finite number")
+    if not embedded:
+        raise UserError(
+            "guidance between two texts is not done for models with a pooled embedding of the text",
+            remedy="set the guidance scale to 1",
+        )
+    if settings.dynamic_guidance is not None or settings.guidance_until:
+        raise UserError(
+            "this model is given its guidance scale as an input, the same at every step",
+            remedy="leave out --dynamic-guidance and --guidance-until",
+        )
+
+
+def _read_conditions(file: SafetensorsFile, config: Any, texts: tuple[int, int]) -> dict[str, np.ndarray]:
+    """float32 (texts, ...) of what the file says about its texts beside their tokens; `texts` is (texts, tokens)."""
+    conditions = {}
+    for name, shape in config.conditions.items():
+        if name == GUIDANCE or (name == MASK and MASK not in file.tensors):
+            continue
+        if name not in file.tensors:
+            raise UserError(
+                f"{file.path} holds no tensor {name!r}", remedy=f"store it beside `context`, {shape} for each text"
+            )
+        shape = texts[1:] if name == MASK else shape
+        values = file.read(name).astype(np.float32)
+        values = values[None] if values.ndim == len(shape) else values  # (...) -> (1, ...)
+        if values.shape != (texts[0], *shape) or not np.isfinite(values).all():
+            raise UserError(
+                f"{file.path}: {name} of shape {values.shape} is no finite {(texts[0], *shape)} array",
+                remedy="make the file again",
+            )
+        conditions[name] = values
+    mask = conditions.get(MASK)
+    if mask is not None and not (np.isin(mask, (0, 1)).all() and (np.diff(mask, axis=1) <= 0).all()):
+        raise UserError(f"{file.path}: {MASK} is not ones before zeros", remedy="pad texts at their end")
+    return conditions
 
 
 def _read_context(file: SafetensorsFile, name: str) -> np.ndarray:

@@ -44,6 +44,16 @@ def check_division(batch: int, accumulate: int, mesh: Mesh | None) -> None:
         )
 
 
+def check_trainable(config: Any, name: str) -> None:
+    """Raise UserError for a model, by its parsed configuration, with inputs that training data do not hold."""
+    if config.conditions:
+        raise UserError(
+            f"{name} cannot be trained here: a folder of latents does not hold all of its inputs",
+            remedy="quantize it without training, or train a model of another family",
+            items=list(config.conditions),
+        )
+
+
 def check_fit(model: VideoModel, student: Student, shapes: Mapping[str, tuple], batch: int) -> None:
     """Trace the rounded model on the data's shapes.
 

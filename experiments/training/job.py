@@ -14,7 +14,7 @@ import models
 from experiments.bench.ceilings import step_work, training_work
 from experiments.bench.shapes import Shape
 from experiments.quantizing import check_new, save_quantized, weights_report
-from experiments.training.checks import check_division, check_fit, check_numbers
+from experiments.training.checks import check_division, check_fit, check_numbers, check_trainable
 from experiments.training.latents import DataFolder, stream
 from experiments.training.log import Log
 from experiments.training.loop import Progress, run
@@ -134,6 +134,7 @@ def train_folder(
         raise UserError("there is nothing to resume from", remedy="name the folder of checkpoints too")
     chosen, taught_by = recipes.get(recipe, **(overrides or {})), teacher_recipe(teacher)
     abstract = together(models.skeleton, source)
+    check_trainable(abstract.config, str(source))
     if any(True for _ in layers_of(abstract, QUANTIZED_LAYERS)):
         raise UserError(f"{source} is quantized already", remedy="train the full-precision model")
     refuse_tables(abstract, str(source), "train the folder it was made from, then tabulate")

@@ -21,9 +21,10 @@ def splash_suits(query: jax.Array, key: jax.Array) -> bool:
 
 
 def splash_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, block: int = BLOCK, interpret: bool = False
-) -> jax.Array:
-    """softmax(q k^T / sqrt(head_dim)) v without mask; scores are never written to memory.
+    query: jax.Array, key: jax.Array, value: jax.Array, key_lengths: jax.Array | None = None, *, block: int = BLOCK,
+    interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """softmax(q k^T / sqrt(head_dim)) v over the keys that count; scores are never written to memory.
 
     Tokens are padded to whole blocks and the padding is kept apart by segment numbers. Under a mesh
     (`jax.set_mesh`) heads are split as the rule `attention_heads` says, so that every device holds all tokens
@@ -33,6 +34,7 @@ def splash_attention(
     Args:
         query: [batch, queries, heads, head_dim]; head_dim a multiple of 128.
         key, value: [batch, keys, heads, head_dim].
+        key_lengths: [batch] whole numbers: so many keys of each sample count, from the first. None: all.
         block: Multiple of 128.
         interpret: Run the kernel's arithmetic on any device, slowly (for tests).
 
@@ -46,16 +48,18 @@ def splash_attention(
         raise ValueError(f"splash takes multiples of 128: head_dim {query.shape[-1]}, block {block}")
     mesh = jax.sharding.get_abstract_mesh()
     attend = functools.partial(_attend, block=block, interpret=interpret)
+    arrays = (query, key, value) if key_lengths is None else (query, key, value, key_lengths)
     if AxisType.Auto not in mesh.axis_types:
-        return attend(query, key, value)
+        return attend(*arrays)
     axes = ("batch", None, "attention_heads", None)
     spec: PartitionSpec = partition_spec(query.shape, axes, mesh)[0]
+    specs = (spec, spec, spec, PartitionSpec(spec[0]))[: len(arrays)]
     # The kernel says nothing about which outputs vary over which axes, so that check is off.
-    return jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(query, key, value)
+    return jax.shard_map(attend, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)
 
 
-def _attend(query, key, value, *, block: int, interpret: bool):
-    """On one device. All [batch, tokens, heads, head_dim]."""
+def _attend(query, key, value, key_lengths=None, *, block: int, interpret: bool):
+    """On one device. All [batch, tokens, heads, head_dim], but for `key_lengths` [batch]."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -72,8 +76,13 @@ def _attend(query, key, value, *, block: int, interpret: bool):
         q_seq_shards=1,
         interpret=interpret,
     )
-    segments = kernels.SegmentIds(_is_padding(query.shape[2], queries), _is_padding(key.shape[2], keys))
-    out = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(query, key, value)
+
+    def one_sample(query, key, value, length):
+        segments = kernels.SegmentIds(_is_padding(query.shape[1], queries), _is_padding(key.shape[1], length))
+        return kernel(query, key, value, segment_ids=segments)
+
+    lengths, along = (keys, None) if key_lengths is None else (key_lengths, 0)
+    out = jax.vmap(one_sample, in_axes=(0, 0, 0, along))(query, key, value, lengths)
     return out.transpose(0, 2, 1, 3)[:, :queries].astype(query.dtype)  # [batch, tokens, heads, head_dim]
 
 
@@ -82,6 +91,6 @@ def _blocks(x, block):
     return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
 
 
-def _is_padding(length: int, tokens: int) -> jax.Array:
+def _is_padding(length: int, tokens: int | jax.Array) -> jax.Array:
     """Segment numbers [length]: 0 for tokens, 1 for padding, which attends to itself alone."""
     return (jnp.arange(length) >= tokens).astype(jnp.int32)

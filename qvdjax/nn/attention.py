@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, repeat
 from flax import nnx
 
 from qvdjax.kernels.attention_splash import splash_attention, splash_suits
@@ -21,20 +21,33 @@ MAXIMUM_SCORES = 2**28
 
 
 class Attention(nnx.Module):
-    """softmax(q k^T / sqrt(head_dim)) v without mask; holds no parameters, only how the products are computed."""
+    """softmax(q k^T / sqrt(head_dim)) v over all keys, or over the first of them; holds no parameters, only how the
+    products are computed."""
 
     def __init__(self):
         self.role = "attention"
         self.scheme, self.execution, self.implementation = AttentionScheme(), "simulate", None
 
-    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        """query [batch, queries, heads, head_dim], key and value [batch, keys, heads, head_dim] -> like query."""
+    def __call__(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, key_lengths: jax.Array | None = None
+    ) -> jax.Array:
+        """Every query looks at the keys of its sample that count.
+
+        Args:
+            query: [batch, queries, heads, head_dim].
+            key, value: [batch, keys, heads, head_dim].
+            key_lengths: [batch] whole numbers of at least 1: so many keys of each sample count, from the first, and
+                those after them (padding) are as if they were not there. None: all.
+
+        Returns:
+            Like query.
+        """
         scheme = self.scheme
         query, key, value = (self._heads_apart(a) for a in (query, key, value))
         if scheme.qk_bits is None and scheme.pv_bits is None:
-            out = dot_product_attention(query, key, value, implementation=self.implementation)
+            out = dot_product_attention(query, key, value, key_lengths, implementation=self.implementation)
         else:
-            out = quantized_attention(query, key, value, scheme=scheme, execution=self.execution)
+            out = quantized_attention(query, key, value, key_lengths, scheme=scheme, execution=self.execution)
         out = constrain(out, "batch", None, "attention_heads", None)
         return constrain(out, "batch", "tokens", None, None)
 
@@ -47,7 +60,9 @@ class Attention(nnx.Module):
         return constrain(x, "batch", None, "attention_heads", None)
 
 
-def dot_product_attention(query, key, value, *, implementation: Implementation | None = None) -> jax.Array:
+def dot_product_attention(
+    query, key, value, key_lengths=None, *, implementation: Implementation | None = None
+) -> jax.Array:
     """Float attention; shapes as in `Attention`. Scores and softmax are at least float32.
 
     `implementation`:
@@ -63,16 +78,18 @@ def dot_product_attention(query, key, value, *, implementation: Implementation |
     if implementation is None:
         implementation = _best_implementation(query, key)
     if implementation == "cudnn":
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        lengths = None if key_lengths is None else key_lengths.astype(jnp.int32)
+        return jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, implementation="cudnn")
     if implementation == "splash":
-        return splash_attention(query, key, value)
+        return splash_attention(query, key, value, key_lengths)
     if implementation == "mapped":
-        return _mapped(query, key, value)
+        return _mapped(query, key, value, key_lengths)
     if implementation != "xla":
         raise ValueError(f"unknown implementation {implementation!r}: use one of {', '.join(get_args(Implementation))}")
 
     def attend(query):
-        scores = _scores(query, key, jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=_wide(query)))
+        product = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=_wide(query))
+        scores = _counted(_scores(query, product), key_lengths)
         probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         return jnp.einsum("bhqk,bkhd->bqhd", probabilities, value).astype(query.dtype)
 
@@ -96,15 +113,18 @@ def _is_for_tpu(mesh) -> bool:
     return mesh.abstract_device.device_kind.startswith("TPU")
 
 
-def _mapped(query, key, value):
+def _mapped(query, key, value, key_lengths):
     @jax.checkpoint
-    def one_head(arrays):  # [queries, head_dim], [keys, head_dim] twice
-        q, k, v = arrays
+    def one_head(arrays):  # [queries, head_dim], [keys, head_dim] twice, [1] or None
+        q, k, v, length = arrays
         product = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=_wide(q))
-        return jax.nn.softmax(_scores(q, k, product), axis=-1).astype(v.dtype) @ v
+        scores = _counted(_scores(q, product), length)
+        return jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
 
-    batch = query.shape[0]
-    heads = jax.lax.map(one_head, tuple(rearrange(a, "b t h d -> (b h) t d") for a in (query, key, value)))
+    batch, _, heads, _ = query.shape
+    arrays = (rearrange(a, "b t h d -> (b h) t d") for a in (query, key, value))
+    lengths = None if key_lengths is None else repeat(key_lengths, "b -> (b h) 1", h=heads)
+    heads = jax.lax.map(one_head, (*arrays, lengths))
     return rearrange(heads, "(b h) t d -> b t h d", b=batch).astype(query.dtype)
 
 
@@ -112,8 +132,16 @@ def _wide(x):
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _scores(query, key, product):
+def _scores(query, product):
     return product * (1 / math.sqrt(query.shape[-1]))
+
+
+def _counted(scores, key_lengths):
+    """Scores [batch, ..., keys] whose keys beyond `key_lengths` [batch] are so low that they get no probability."""
+    if key_lengths is None:
+        return scores
+    lengths = key_lengths.reshape(-1, *(1,) * (scores.ndim - 1))  # [batch] -> [batch, 1, ..., 1]
+    return jnp.where(jnp.arange(scores.shape[-1]) < lengths, scores, jnp.finfo(scores.dtype).min)
 
 
 def _by_query_blocks(attend, query, keys: int):
@@ -129,15 +157,22 @@ def _by_query_blocks(attend, query, keys: int):
     return rearrange(out, "blocks b q h d -> b (blocks q) h d")[:, :queries]
 
 
-def quantized_attention(query, key, value, *, scheme: AttentionScheme, execution: Execution) -> jax.Array:
+def quantized_attention(
+    query, key, value, key_lengths=None, *, scheme: AttentionScheme, execution: Execution
+) -> jax.Array:
     """Attention whose products are quantized as `scheme` says; shapes as in `Attention`.
 
-    Integer and simulated execution use the same codes: the first multiplies int8 into int32.
+    Integer and simulated execution use the same codes: the first multiplies int8 into int32. Keys and values that do
+    not count take no part in the mean of the keys nor in the ranges of the values.
     """
     dtype = query.dtype
     query, key, value = (rearrange(at_least_float32(a), "b t h d -> b h t d") for a in (query, key, value))
-    if scheme.smooth_key:
-        key = key - key.mean(axis=-2, keepdims=True)  # adds one constant to all scores of a query
+    if key_lengths is not None:
+        counts = jnp.arange(key.shape[-2]) < key_lengths[:, None]  # [batch, keys]
+        key, value = (jnp.where(counts[:, None, :, None], a, 0) for a in (key, value))  # [batch, heads, keys, head_dim]
+    if scheme.smooth_key:  # adds one constant to all scores of a query
+        number = key.shape[-2] if key_lengths is None else key_lengths.astype(key.dtype)[:, None, None, None]
+        key = key - key.sum(axis=-2, keepdims=True) / number
     if scheme.qk_bits is not None:
         tokens = Quantizer(scheme.qk_bits, granularity="token")
         key = quantize(key, tokens, jnp.int8)
@@ -151,7 +186,7 @@ def quantized_attention(query, key, value, *, scheme: AttentionScheme, execution
             product = _batched(quantize(q, tokens, jnp.int8), key, execution)
         else:
             product = _einsum_transposed(q, key)
-        scores = _scores(q, key, product)
+        scores = _counted(_scores(q, product), key_lengths)
         unnormalised = jnp.exp(scores - scores.max(axis=-1, keepdims=True))  # [b, h, q, k] in (0, 1]
         out, total = _weigh(unnormalised, value, scheme.pv_bits, execution)
         return rearrange(out / total, "b h t d -> b t h d").astype(dtype)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qvdjax.nn.scheme import Role
 from qvdjax.nn.timestep import PerCall, TimestepReader
 from qvdjax.nn.variables import at, dotted, iterate
 
@@ -54,6 +55,7 @@ class VideoModel(nnx.Module):
         config: Frozen dataclass with `to_dict()`, the fields of diffusers' `config.json`.
         stacks: The blocks, in order.
         recipe_name: The recipe that quantized the model; empty for a float model.
+        timestep_roles: Roles whose layers see the timestep and nothing else of a sample.
 
     The attribute path of every Variable is its name in diffusers, the stack's `names` standing for
     `stacks.<number>.block`. Subclasses write `embed` and `head`.
@@ -62,6 +64,7 @@ class VideoModel(nnx.Module):
     config: Any
     stacks: nnx.List
     recipe_name: str = ""
+    timestep_roles: tuple[Role, ...] = ("time", "modulation", "temporal_feature")
 
     def embed(self, latents, timestep, context, **conditions):
         """Latents and conditions -> (stream, conditioning): what the blocks change, and what they only read."""

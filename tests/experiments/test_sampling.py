@@ -12,9 +12,14 @@ from two_hosts import ended, two_hosts
 
 import models
 import qvdjax
+from experiments.calibrating import calibrate_folder
+from experiments.evaluation.options import Options
+from experiments.evaluation.setup import make_setup
 from experiments.sampling import sample_folder
+from experiments.sampling.request import Settings
+from experiments.training.job import train_folder
 from models.pipeline import side_files
-from qvdjax.diffusion import DDIM, UniPCFlow, initial_noise, sample
+from qvdjax.diffusion import DDIM, FlowMatchEuler, UniPCFlow, initial_noise, sample
 from qvdjax.errors import UserError
 from qvdjax.video import read_mp4
 
@@ -236,7 +241,12 @@ def test_the_same_quantized_video_on_one_device_and_on_eight(folder, tmp_path, r
 
 ONE_HOST = """
 import sys
+from experiments.calibrating import calibrate_folder
+from experiments.evaluation.options import Options
+from experiments.evaluation.setup import make_setup
 from experiments.sampling import sample_folder
+from experiments.sampling.request import Settings
+from experiments.training.job import train_folder
 from qvdjax.parallel import initialize_distributed
 rank, address, folder, output = sys.argv[1:]
 initialize_distributed(coordinator_address=address, num_processes=2, process_id=int(rank))
@@ -311,6 +321,77 @@ def test_the_scheduler_beside_a_published_model_counts(published, tmp_path):
     with pytest.raises(UserError, match="asks for 'LCMScheduler'"):
         run()
     assert run(solver="euler")["shift"] == 5.0
+
+
+@pytest.fixture(scope="module")
+def hunyuanvideo(tmp_path_factory):
+    """A folder of a HunyuanVideo, what two texts are to it, and how small videos of it are asked for."""
+    path = tmp_path_factory.mktemp("models") / "hunyuanvideo"
+    models.save(small_models.hunyuanvideo(), path)
+    inputs = small_models.hunyuanvideo_inputs()
+    names = ("context", "pooled_projections", "encoder_attention_mask")
+    texts = {name: np.asarray(inputs[name], np.float32) for name in names}
+    return path, texts, {"seeds": [4], "steps": 2, "frames": 3, "height": 8, "width": 6}
+
+
+def test_a_published_hunyuanvideo_is_given_its_guidance_in_one_pass(hunyuanvideo, tmp_path):
+    folder, texts, settings = hunyuanvideo
+    file = tmp_path / "texts.safetensors"
+    save_file(texts, file)
+    report = sample_folder(folder, tmp_path / "out.safetensors", context_file=file, **settings)
+    expected = {"solver": "euler", "shift": 7.0, "guidance_scale": 6.0}
+    assert {name: report[name] for name in expected} == expected
+    want = sample(
+        models.load(folder),
+        texts["context"],
+        noise=initial_noise([4, 4], (3, 8, 6, 5)),
+        solver=FlowMatchEuler(7.0),
+        steps=2,
+        pooled_projections=texts["pooled_projections"],
+        encoder_attention_mask=texts["encoder_attention_mask"],
+        guidance=np.full(2, 6000.0, np.float32),
+    )
+    for row, out in enumerate(report["files"]):
+        np.testing.assert_allclose(load_file(out)["latents"], want.latents[row], atol=ROUNDING)
+    other = sample_folder(folder, tmp_path / "2.safetensors", context_file=file, guidance_scale=1.0, **settings)
+    assert other["guidance_scale"] == 1
+    assert np.abs(load_file(other["files"][1])["latents"] - want.latents[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "named"),
+    [
+        ({"pooled_projections": None}, {}, "holds no tensor 'pooled_projections'"),
+        ({"pooled_projections": np.ones((2, 5), np.float32)}, {}, "pooled_projections of shape .2, 5."),
+        ({"encoder_attention_mask": np.ones((2, 6), np.float32)}, {}, "encoder_attention_mask of shape .2, 6."),
+        ({"encoder_attention_mask": np.tile(np.arange(7.0) > 2, (2, 1))}, {}, "is not ones before zeros"),
+        ({}, {"dynamic_guidance": "step"}, "given its guidance scale as an input"),
+        ({}, {"guidance_scale": float("nan")}, "guidance scale is nan"),
+    ],
+)
+def test_texts_that_hunyuanvideo_cannot_take(hunyuanvideo, tmp_path, change, options, named):
+    folder, texts, settings = hunyuanvideo
+    texts = {name: array for name, array in {**texts, **change}.items() if array is not None}
+    save_file(texts, tmp_path / "texts.safetensors")
+    with pytest.raises(UserError, match=named):
+        sample_folder(
+            folder, tmp_path / "out.safetensors", context_file=tmp_path / "texts.safetensors", **settings, **options
+        )
+    assert [file.name for file in tmp_path.iterdir()] == ["texts.safetensors"]
+
+
+def test_verbs_that_know_no_conditions_say_so(hunyuanvideo, tmp_path):
+    folder, texts, settings = hunyuanvideo
+    file = tmp_path / "texts.safetensors"
+    save_file(texts, file)
+    asked = Settings(**{name: settings[name] for name in ("steps", "frames", "height", "width")})
+    with pytest.raises(UserError, match="`qvdjax calibrate` does not take"):
+        calibrate_folder(folder, tmp_path / "set", context_file=file, settings=asked)
+    with pytest.raises(UserError, match="`qvdjax evaluate` does not take"):
+        make_setup(folder, Options(context_file=file, **dataclasses.asdict(asked)))
+    with pytest.raises(UserError, match="cannot be trained here"):
+        train_folder(folder, tmp_path / "trained", recipe="lsq-w4a4", data=tmp_path)
+    assert [left.name for left in tmp_path.iterdir()] == ["texts.safetensors"]
 
 
 def test_a_published_cogvideox_is_sampled_as_its_scripts_do(tmp_path):

@@ -109,6 +109,20 @@ def test_cogvideox_is_planned(tmp_path):
 
 @pytest.mark.tpu_compile
 @pytest.mark.slow
+def test_hunyuanvideo_is_planned(tmp_path):
+    config = {
+        "_class_name": "HunyuanVideoTransformer3DModel", "num_attention_heads": 8, "attention_head_dim": 128,
+        "num_refiner_layers": 1, "text_embed_dim": 64, "pooled_projection_dim": 32,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = plan(str(tmp_path), "rtn-w8a8", "v5e:2x4", size="tiny", layers=1)
+    assert report["fits"]
+    # Twelve of the dual-stream block, of which some may become one, six of the single-stream one, six of the refiner's.
+    assert integer_products(report) >= 18
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.slow
 def test_wan_14b_in_w8a8_compiles_for_eight_chips_with_integer_products(capsys):
     report = plan("wan2.1-t2v-14b", "rtn-w8a8", "v5e:2x4")
     with capsys.disabled():
@@ -145,6 +159,7 @@ def test_wan_14b_fits_one_chip_in_w4a8_and_not_in_bfloat16():
         (("wan2.1-1.3b", "none", "v5e:2x4"), {"step": "train", "teacher_cache": True}, "leave out --teacher-cache"),
         (("wan2.1-1.3b", "lsq-w4a4", "v5e:2x4"), {"step": "train", "teacher": "minmax-w8a8"}, "needs calibration"),
         (("cogvideox-2b", "none", "v5e:2x4"), {"size": "720p"}, "480p"),
+        (("hunyuanvideo", "lsq-w4a4", "v5e:2x4"), {"step": "train"}, "hunyuanvideo cannot be trained here"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_before_compiling(arguments, options, words):

@@ -26,6 +26,13 @@ def test_splash_equals_plain_attention(queries, keys):
     np.testing.assert_allclose(got, dot_product_attention(*arrays, implementation="xla"), atol=5e-6)
 
 
+def test_keys_beyond_the_length_are_left_out():
+    arrays, lengths = inputs(200, 300), jnp.asarray([37, 300])
+    got = splash_attention(*arrays, lengths, block=128, interpret=True)
+    plain = dot_product_attention(*arrays, lengths, implementation="xla")
+    np.testing.assert_allclose(got, plain, atol=5e-6)  # as above
+
+
 def test_gradients_equal_those_of_plain_attention():
     arrays = inputs(128, 128, heads=1, batch=1)
     loss = lambda f: jax.grad(lambda *a: (f(*a) ** 2).sum(), argnums=(0, 1, 2))(*arrays)  # noqa: E731
@@ -37,9 +44,13 @@ def test_gradients_equal_those_of_plain_attention():
 def test_heads_split_over_a_mesh_give_the_same():
     arrays = inputs(128, 128, heads=4)
     alone = splash_attention(*arrays, block=128, interpret=True)
+    lengths = jnp.asarray([100, 31])
+    padded = splash_attention(*arrays, lengths, block=128, interpret=True)
     with jax.set_mesh(make_mesh({"fsdp": 2, "context": 4})):
-        split = jax.jit(lambda *a: splash_attention(*a, block=128, interpret=True))(*arrays)
-    np.testing.assert_array_equal(split, alone)  # every head is computed whole, on one device
+        split = jax.jit(lambda *a: splash_attention(*a, block=128, interpret=True))
+        # Every head is computed whole, on one device.
+        np.testing.assert_array_equal(split(*arrays), alone)
+        np.testing.assert_array_equal(split(*arrays, lengths), padded)
 
 
 def test_inside_a_shard_map_each_device_attends_to_its_own():

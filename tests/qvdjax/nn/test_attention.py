@@ -81,6 +81,60 @@ def test_smoothing_keys_saves_a_large_offset():
     assert error(AttentionScheme(8)) < 0.2 * error(AttentionScheme(8, smooth_key=False))
 
 
+LENGTHS = jnp.asarray([5, 13])  # of 13 keys
+
+
+def without_padding(attend, query, key, value, lengths):
+    """Each sample alone, with so many keys."""
+    return jnp.concatenate([
+        attend(query[i : i + 1], key[i : i + 1, :length], value[i : i + 1, :length])
+        for i, length in enumerate(lengths.tolist())
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", ["xla", "mapped"])
+def test_keys_beyond_the_length_are_as_if_not_there(implementation):
+    query, key, value = qkv()
+    attend = lambda *a: dot_product_attention(*a, implementation=implementation)  # noqa: E731
+    out = attend(query, key, value, LENGTHS)
+    # Probabilities of 0 add nothing; sums of 13 instead of 5 numbers may be taken in another order.
+    chex.assert_trees_all_close(out, without_padding(attend, query, key, value, LENGTHS), atol=1e-6)
+    spoilt = key.at[0, 5:].set(100.0), value.at[0, 5:].set(-1e4)
+    assert (attend(query, *spoilt, LENGTHS) == out).all()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "mapped"])
+def test_keys_beyond_the_length_get_no_gradient(implementation):
+    query, key, value = qkv()
+    loss = lambda k, v: (dot_product_attention(query, k, v, LENGTHS, implementation=implementation) ** 2).sum()  # noqa: E731
+    for gradient in jax.grad(loss, (0, 1))(key, value):
+        assert (gradient[0, 5:] == 0).all()
+        assert bool(jnp.isfinite(gradient).all())
+        assert float(jnp.abs(gradient[0, :5]).min()) > 0
+
+
+def test_lengths_and_blocks_of_queries(monkeypatch):
+    arrays = qkv(queries=300, keys=13)
+    whole = dot_product_attention(*arrays, LENGTHS, implementation="xla")
+    monkeypatch.setattr("qvdjax.nn.attention.MAXIMUM_SCORES", 2 * 3 * 13 * 130)  # 300 queries in 3 blocks of 128
+    chex.assert_trees_all_close(dot_product_attention(*arrays, LENGTHS, implementation="xla"), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", [AttentionScheme(8, 8), AttentionScheme(None, 6), AttentionScheme(4, 6)])
+@pytest.mark.parametrize("execution", ["integer", "simulate"])
+def test_ranges_and_means_leave_padding_out(scheme, execution):
+    query, key, value = qkv()
+    attend = lambda *a: quantized_attention(*a, scheme=scheme, execution=execution)  # noqa: E731
+    spoilt = key.at[0, 5:].set(100.0), value.at[0, 5:].set(-1e4)
+    out = attend(query, *spoilt, LENGTHS)
+    # The same codes, unless the last bit of a mean or score flips one: one code of 255 (or 63) of one value, or of 15
+    # (4 bits) of a query or key.
+    allowed = 3 / (2**scheme.pv_bits - 1) if scheme.qk_bits != 4 else 0.2
+    plain = without_padding(attend, query, key, value, LENGTHS)
+    chex.assert_trees_all_close(out, plain, atol=allowed)
+    assert float(jnp.abs(out - plain).mean()) < 1e-3
+
+
 def test_unknown_implementation():
     with pytest.raises(ValueError, match="unknown"):
         dot_product_attention(*qkv(), implementation="magic")
