@@ -8,8 +8,7 @@ from einops import rearrange
 from flax import nnx
 
 from qvdjax.errors import UserError
-from qvdjax.nn import Conv, Execution, LayerScheme, Linear, QuantizedConv, QuantizedLinear
-from qvdjax.nn.transforms import TRANSFORMS
+from qvdjax.nn import Conv, Execution, InputTransform, LayerScheme, Linear, QuantizedConv, QuantizedLinear
 from qvdjax.nn.variables import shape_of
 from qvdjax.numerics import encode, sqnr_db
 
@@ -29,7 +28,8 @@ def quantize_layer(
             that are to be loaded later.
 
     Raises:
-        UserError: A group size that does not divide the layer's width, or a transform or input clip on a convolution.
+        UserError: A group size that does not divide the layer's width, a transform or input clip on a convolution, or a
+            static input range behind a rotation.
     """
     convolution = isinstance(layer, Conv)
     if convolution and scheme.transforms:
@@ -38,6 +38,12 @@ def quantize_layer(
         )
     if convolution and scheme.input_clip is not None:
         raise UserError("a convolution cannot clip its input's range", remedy="give its role a rule without input clip")
+    static = scheme.activation is not None and not scheme.activation.dynamic
+    if scheme.rotation is not None and static:
+        raise UserError(
+            "the range of a rotated input does not follow from its channels' ranges",
+            remedy="quantize rotated inputs with a dynamic range",
+        )
     stacked = len(shape_of(layer.weight)) > (2 + len(layer.kernel) if convolution else 2)
     weight = layer.weight[...]
     if convolution:
@@ -51,7 +57,9 @@ def quantize_layer(
         zeros = jnp.zeros((*weight.shape[:stacked], width), jnp.float32)
         input_range = (zeros, zeros)
     parts = _quantize_stack(weight, *input_range, stacked=stacked, scheme=scheme, fit=fit)
-    transform = TRANSFORMS[scheme.transforms[0]](parts.pop("transform")) if scheme.transforms else None
+    transform = None
+    if scheme.transforms:
+        transform = InputTransform(**parts.pop("transform"), rotation=scheme.rotation)
     common = {"role": layer.role, "axes": layer.axes, "scheme": scheme, "execution": execution}
     bias = None if layer.bias is None else layer.bias[...]
     if convolution:
@@ -72,12 +80,14 @@ def _quantize_arrays(weight, low, high, *, scheme: LayerScheme, fit) -> dict:
     parts, dtype = {}, jnp.promote_types(weight.dtype, jnp.float32)
     quantized_from = weight.astype(dtype)
     if scheme.transforms:
-        kind = TRANSFORMS[scheme.transforms[0]]
-        transform = kind.identity(weight.shape[-1]) if fit is None else fit.fit(quantized_from, low, high)
+        if fit is None:
+            transform = InputTransform.blank(scheme.transforms, scheme.rotation, weight.shape[-1])
+        else:
+            transform = fit.fit(quantized_from, low, high)
         quantized_from = transform.on_weight(quantized_from)
-        # A channel's range passes through the transform as any input does.
+        # A channel's range passes through a scale as any input does; static ranges behind rotations are refused.
         low, high = transform(low), transform(high)
-        parts["transform"] = transform.smooth_scale[...]
+        parts["transform"] = transform.arrays()
     if scheme.activation is not None and not scheme.activation.dynamic:
         low, high = (rearrange(edge, "-> 1 1") for edge in (low.min(), high.max()))
         parts["input_scale"], parts["input_zero_point"] = scheme.activation.grid.from_range(low, high)

@@ -77,7 +77,7 @@ class Method:
     def recipe(self) -> Recipe:
         """The rules in order; the first that matches a layer decides."""
         weight, activation, transform = self.weight(), self.activation(), self.transform()
-        transforms = () if transform is None else (transform.name,)
+        transforms, rotation = ((), None) if transform is None else (transform.names, transform.rotation)
         tensor = None if activation is None else dataclasses.replace(activation, granularity="tensor", group_size=None)
         channel = dataclasses.replace(weight, granularity="channel", group_size=None)
         rules = []
@@ -90,7 +90,7 @@ class Method:
                  roles=("head",)),
             Rule(LayerScheme(weight, reason="weights only: its input is one vector a step"),
                  roles=("modulation", "temporal_feature")),
-            Rule(LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip()),
+            Rule(LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation),
                  roles=PRODUCTS),
             Rule(LayerScheme(channel, tensor, (), "a product over all positions: one range for the input"),
                  roles=("convolution",)),

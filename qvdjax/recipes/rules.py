@@ -56,7 +56,7 @@ class Recipe:
             rule for rule in self.rules
             if isinstance(rule.scheme, LayerScheme) and rule.scheme.activation and not rule.scheme.activation.dynamic
         ]  # fmt: skip
-        return self.transform is not None or bool(static)
+        return (self.transform is not None and self.transform.needs_calibration) or bool(static)
 
 
 @dataclasses.dataclass(frozen=True)
