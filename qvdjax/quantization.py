@@ -7,7 +7,7 @@ import jax
 from qvdjax.calibration.ranges import input_ranges
 from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, Execution, VideoModel, layers_of, refuse_tables
-from qvdjax.ptq import FitRotation, absorb_rotations, apply_schemes
+from qvdjax.ptq import FitRotation, absorb_rotations, apply_schemes, rounded_layers
 from qvdjax.recipes import Recipe, decide, get
 
 
@@ -54,12 +54,17 @@ def quantize(
     schemes = decide(model, recipe).schemes
     if isinstance(recipe.transform, FitRotation) and recipe.transform.absorb:
         model, schemes = absorb_rotations(model, schemes, recipe.transform)
-    ranges = None
+    ranges = rounded = None
     if recipe.needs_calibration:
         if calibration is None:
             raise UserError(f"recipe {recipe.name} needs a calibration set", remedy="make one with `qvdjax calibrate`")
-        ranges = input_ranges(model, calibration)
+        fit = recipe.transform
+        calibration = list(calibration) if iter(calibration) is calibration else calibration
+        if recipe.needs_ranges:
+            ranges = input_ranges(model, calibration)
+        if recipe.rounding is not None:
+            rounded = rounded_layers(model, schemes, calibration, recipe.rounding, fit=fit, ranges=ranges)
     execution = execution or best_execution()[0]
-    quantized = apply_schemes(model, schemes, execution=execution, fit=recipe.transform, ranges=ranges)
+    quantized = apply_schemes(model, schemes, execution=execution, fit=recipe.transform, ranges=ranges, rounded=rounded)
     quantized.recipe_name = recipe.name
     return quantized

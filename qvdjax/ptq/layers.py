@@ -1,6 +1,8 @@
 """One layer (or a stack of them) becomes its quantized form."""
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,14 @@ from qvdjax.errors import UserError
 from qvdjax.nn import Conv, Execution, InputTransform, LayerScheme, Linear, QuantizedConv, QuantizedLinear
 from qvdjax.nn.variables import shape_of
 from qvdjax.numerics import encode, sqnr_db
+from qvdjax.ptq.gptq import ErrorCompensation
 
 
 def quantize_layer(
-    layer: Linear | Conv, scheme: LayerScheme, *, execution: Execution, fit=None, input_range=None
-) -> nnx.Module:
+    layer: Linear | Conv, scheme: LayerScheme, *, execution: Execution, fit=None, input_range=None,
+    rounding: ErrorCompensation | None = None, moment: jax.Array | None = None,
+    arrays: Mapping[str, Any] | None = None,
+) -> nnx.Module:  # fmt: skip
     """The quantized layer that a scheme asks for.
 
     Args:
@@ -26,6 +31,9 @@ def quantize_layer(
         fit: Fits the scheme's transform (`qvdjax.ptq.transforms`). None leaves it the identity.
         input_range: Smallest and largest input of each channel, [in] each (or [layers, in]). None stands for ranges
             that are to be loaded later.
+        rounding: How the weight of a linear layer is rounded; None to the nearest code.
+        moment: Second moments of the input, [in, in] (or [layers, in, in]), which `rounding` needs.
+        arrays: What `quantized_arrays` made of the layer, or a stack of it, instead of the last four.
 
     Raises:
         UserError: A group size that does not divide the layer's width, a transform or input clip on a convolution, or a
@@ -53,10 +61,14 @@ def quantize_layer(
     group = scheme.weight.group_size if scheme.weight else None
     if group and weight.shape[-1] % group:
         raise UserError(f"group_size {group} does not divide a width of {weight.shape[-1]}", remedy="choose a divisor")
-    if input_range is None:
-        zeros = jnp.zeros((*weight.shape[:stacked], width), jnp.float32)
-        input_range = (zeros, zeros)
-    parts = _quantize_stack(weight, *input_range, stacked=stacked, scheme=scheme, fit=fit)
+    if arrays is None:
+        if input_range is None:
+            zeros = jnp.zeros((*weight.shape[:stacked], width), jnp.float32)
+            input_range = (zeros, zeros)
+        arrays = _quantize_stack(
+            weight, *input_range, moment, stacked=stacked, scheme=scheme, fit=fit, rounding=rounding
+        )
+    parts = _checked(arrays, layer.role)
     transform = None
     if scheme.transforms:
         transform = InputTransform(**parts.pop("transform"), rotation=scheme.rotation)
@@ -69,14 +81,47 @@ def quantize_layer(
     return QuantizedLinear(bias=bias, transform=transform, **common, **parts)
 
 
-@functools.partial(jax.jit, static_argnames=("stacked", "scheme", "fit"))
-def _quantize_stack(weight, low, high, *, stacked: bool, scheme: LayerScheme, fit) -> dict:
-    one = functools.partial(_quantize_arrays, scheme=scheme, fit=fit)
-    return jax.lax.map(lambda rows: one(*rows), (weight, low, high)) if stacked else one(weight, low, high)
+def quantized_arrays(
+    weight: jax.Array, scheme: LayerScheme, *, name: str, fit=None, input_range=None,
+    rounding: ErrorCompensation | None = None, moment: jax.Array | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The arrays of one quantized linear layer, for `quantize_layer`, which says the arguments.
+
+    Args:
+        weight: [out, in].
+        name: For messages.
+
+    Raises:
+        UserError: A group size that does not divide the width, or second moments that cannot be factored.
+    """
+    size = scheme.weight.group_size if scheme.weight else None
+    if size and weight.shape[-1] % size:
+        raise UserError(f"group_size {size} does not divide a width of {weight.shape[-1]}", remedy="choose a divisor")
+    zeros = jnp.zeros(weight.shape[-1:], jnp.float32)
+    low, high = (zeros, zeros) if input_range is None else input_range
+    parts = _quantize_stack(weight, low, high, moment, stacked=False, scheme=scheme, fit=fit, rounding=rounding)
+    return _checked(parts, name)
 
 
-def _quantize_arrays(weight, low, high, *, scheme: LayerScheme, fit) -> dict:
-    """weight [out, in], low and high [channels] -> the arrays of a quantized layer."""
+def _checked(parts: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The arrays without the flag that says whether they are right."""
+    parts = dict(parts)
+    if "factored" in parts and not parts.pop("factored").all():
+        raise UserError(
+            f"{name}: the second moments of its inputs cannot be factored",
+            remedy="raise `damping`, or calibrate with more samples",
+        )
+    return parts
+
+
+@functools.partial(jax.jit, static_argnames=("stacked", "scheme", "fit", "rounding"))
+def _quantize_stack(weight, low, high, moment, *, stacked: bool, scheme: LayerScheme, fit, rounding) -> dict:
+    one = functools.partial(_quantize_arrays, scheme=scheme, fit=fit, rounding=rounding)
+    return jax.lax.map(lambda a: one(*a), (weight, low, high, moment)) if stacked else one(weight, low, high, moment)
+
+
+def _quantize_arrays(weight, low, high, moment, *, scheme: LayerScheme, fit, rounding) -> dict:
+    """weight [out, in], low and high [channels], moment [in, in] or None -> the arrays of a quantized layer."""
     parts, dtype = {}, jnp.promote_types(weight.dtype, jnp.float32)
     quantized_from = weight.astype(dtype)
     if scheme.transforms:
@@ -87,6 +132,7 @@ def _quantize_arrays(weight, low, high, *, scheme: LayerScheme, fit) -> dict:
         quantized_from = transform.on_weight(quantized_from)
         # A channel's range passes through a scale as any input does; static ranges behind rotations are refused.
         low, high = transform(low), transform(high)
+        moment = None if moment is None else transform(transform(moment).T)
         parts["transform"] = transform.arrays()
     if scheme.activation is not None and not scheme.activation.dynamic:
         low, high = (rearrange(edge, "-> 1 1") for edge in (low.min(), high.max()))
@@ -95,6 +141,9 @@ def _quantize_arrays(weight, low, high, *, scheme: LayerScheme, fit) -> dict:
         parts["input_clip"] = scheme.input_clip.start_table(scheme.activation.symmetric)
     if scheme.weight is None:
         return {**parts, "weight": quantized_from.astype(weight.dtype)}
-    quantized = encode(quantized_from, scheme.weight.grid, *scheme.weight.scale_of(quantized_from))
+    if rounding is None:
+        quantized = encode(quantized_from, scheme.weight.grid, *scheme.weight.scale_of(quantized_from))
+    else:
+        quantized, parts["factored"] = rounding.round(quantized_from, moment, scheme.weight)
     parts["weight_sqnr_db"] = sqnr_db(quantized_from, quantized.dequantize())
     return {**parts, "weight": quantized}

@@ -66,6 +66,10 @@ class Method:
         """What fits the transform of a product's input; None for none."""
         return
 
+    def rounding(self):
+        """How the weights of linear layers are rounded (`qvdjax.ptq.gptq`); None for the nearest code."""
+        return
+
     def input_clip(self) -> InputClip | None:
         """How the dynamic input ranges of products are narrowed; None for not at all."""
         return
@@ -100,4 +104,4 @@ class Method:
                 self.attention_qk_bits, self.attention_pv_bits, reason="the option attention_*_bits"
             )
             rules.append(Rule(products, roles=("attention",)))
-        return Recipe(self.recipe_name, tuple(rules), transform, self.training())
+        return Recipe(self.recipe_name, tuple(rules), transform, self.training(), self.rounding())

@@ -9,6 +9,7 @@ from qvdjax.errors import UserError
 from qvdjax.numerics import BITS
 from qvdjax.recipes.dsaquant import DSAQuant
 from qvdjax.recipes.efficientdm import EfficientDM
+from qvdjax.recipes.gptq import GPTQ
 from qvdjax.recipes.lsq import LearnedStepSize
 from qvdjax.recipes.method import FLOAT_ACTIVATION_BITS, Method
 from qvdjax.recipes.minmax import MinMax
@@ -19,7 +20,7 @@ from qvdjax.recipes.rtn import RoundToNearest
 from qvdjax.recipes.rules import Recipe
 from qvdjax.recipes.smoothquant import SmoothQuant
 
-POST_TRAINING = (RoundToNearest, MinMax, SmoothQuant, QuaRot)
+POST_TRAINING = (RoundToNearest, MinMax, SmoothQuant, QuaRot, GPTQ)
 TRAINED = (LearnedStepSize, QDM, EfficientDM, QVGen, QVGenPaper, QVGenCode, DSAQuant)
 METHODS = {method.name: method for method in (*POST_TRAINING, *TRAINED)}
 PRESET_BITS = ((8, 8), (6, 6), (4, 8), (4, 6), (4, 4), (3, 3))
