@@ -7,9 +7,9 @@ import numpy as np
 
 import models
 from qvdjax.checkpoint import CheckpointFolder, expected_tensors
-from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, LayerScheme, layers_of
 from qvdjax.nn.conv import QuantizedConv
+from qvdjax.numerics import hadamard
 from qvdjax.numerics.packing import unpack_bits
 
 
@@ -51,9 +51,6 @@ class StoredLayer:
     def weight(self) -> np.ndarray:
         """The float weight [out, in, *kernel] that its codes stand for, with transforms undone; float32 or
         wider.
-
-        Raises:
-            UserError: It has a transform whose effect on the weight is not known here.
         """
         if not self.has_codes:
             return self._untransformed(self.tensor("weight"))
@@ -69,14 +66,12 @@ class StoredLayer:
 
     def _untransformed(self, weight: np.ndarray) -> np.ndarray:
         """The weight [out, in] that meets the layer's own input instead of the transformed one."""
-        for transform in reversed(self.scheme.transforms):
-            if transform != "smooth_scale":
-                raise UserError(
-                    f"{self.name} has the transform {transform}, which cannot be undone here",
-                    remedy="quantize the model with a recipe without it",
-                )
-            weight = weight / self.tensor("transform.smooth_scale")  # quantizing multiplied its columns by it
-        return weight
+        rotation, scale = self.scheme.rotation, self.tensor("transform.smooth_scale")
+        if rotation is not None:
+            weight = np.asarray(hadamard.rotate(weight, rotation.block_of(weight.shape[-1]), inverse=True))
+            if rotation.signs:
+                weight = weight * self.tensor("transform.signs")
+        return weight if scale is None else weight / scale  # quantizing multiplied its columns by it
 
 
 def stored_layers(folder: CheckpointFolder) -> dict[str, StoredLayer]:

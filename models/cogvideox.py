@@ -18,6 +18,7 @@ from models.cogvideox_positions import rotary_tables, sine_table
 from qvdjax.errors import UserError
 from qvdjax.nn import (
     Attention,
+    CarriesValues,
     Conv,
     LayerNorm,
     Linear,
@@ -62,7 +63,7 @@ class CogVideoXConditioning:
         return jnp.where(is_text, pair[1], pair[0])
 
 
-class CogVideoXAttention(nnx.Module):
+class CogVideoXAttention(CarriesValues):
     """Attention of all tokens, text and video, to all; queries and keys are normalised within each head."""
 
     def __init__(self, config: CogVideoXConfig, *, key: jax.Array, dtype):

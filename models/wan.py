@@ -15,6 +15,7 @@ from models.blocks import FeedForward, modulate
 from qvdjax.errors import UserError
 from qvdjax.nn import (
     Attention,
+    CarriesValues,
     Conv,
     LayerNorm,
     Linear,
@@ -127,7 +128,7 @@ class WanConditioning:
     grid: tuple[int, int, int]
 
 
-class WanAttention(nnx.Module):
+class WanAttention(CarriesValues):
     """Self-attention over video tokens, or cross-attention to the text."""
 
     def __init__(self, config: WanConfig, *, key: jax.Array, dtype):

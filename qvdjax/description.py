@@ -31,8 +31,10 @@ def describe(model: VideoModel) -> list[dict[str, Any]]:
         Rows of `path` (name in diffusers), `role`, `shape` (of the weight, in PyTorch's orientation), `weight_bits`,
         `activation_bits` (16 or 32 and so on for floats), `bytes` (codes at their logical bits, scales, bias),
         `float_bytes` (the same layer in bfloat16), `sqnr_db` (signal-to-quantization-noise ratio of the weight in
-        decibels, None for float weights or where the model is abstract), `execution` and `reason`. The products of
-        attention have rows only where they are quantized; they hold no bytes. A table over timesteps has `execution`
+        decibels, None for float weights or where the model is abstract), `execution`, `reason` and `online`: what is
+        computed beside the product (names of transforms, channels of a rotated block, multiply-adds a token and their
+        share of the product's), None for nothing. The products of attention have rows only where they are quantized;
+        they hold no bytes. A table over timesteps has `execution`
         "table", `shape` (steps, out), its own type as `weight_bits`, no `activation_bits`, and `replaced_bytes`: those
         of the layer in whose place it stands.
     """
@@ -64,6 +66,20 @@ def _row(layer) -> dict[str, Any]:
         "activation_bits": activation,
         "bytes": layer_bytes(layer), "float_bytes": 2 * (math.prod(shape) + bias),
         "execution": layer.execution if quantized else "float", "reason": scheme.reason,
+        "online": _online(layer, shape),
+    }  # fmt: skip
+
+
+def _online(layer, shape: tuple[int, ...]) -> dict[str, Any] | None:
+    """What a layer computes beside its product, None for nothing; multiply-adds are those of one token."""
+    transform = getattr(layer, "transform", None)
+    if transform is None:
+        return None
+    block = None if transform.rotation is None else transform.rotation.block_of(shape[-1])
+    multiply_adds = transform.multiply_adds(shape[-1])
+    return {
+        "transforms": list(layer.scheme.transforms), "rotation_block": block,
+        "multiply_adds": multiply_adds, "share": multiply_adds / math.prod(shape),
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import jax
 from qvdjax.calibration.ranges import input_ranges
 from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, Execution, VideoModel, layers_of, refuse_tables
-from qvdjax.ptq import apply_schemes
+from qvdjax.ptq import FitRotation, absorb_rotations, apply_schemes, rounded_layers
 from qvdjax.recipes import Recipe, decide, get
 
 
@@ -51,13 +51,20 @@ def quantize(
     if any(True for _ in layers_of(model, QUANTIZED_LAYERS)):
         raise UserError("the model is quantized already", remedy="start from the full-precision model")
     refuse_tables(model, "the model", "quantize the model it was made from, and tabulate the result")
-    decision = decide(model, recipe)
-    ranges = None
+    schemes = decide(model, recipe).schemes
+    if isinstance(recipe.transform, FitRotation) and recipe.transform.absorb:
+        model, schemes = absorb_rotations(model, schemes, recipe.transform)
+    ranges = rounded = None
     if recipe.needs_calibration:
         if calibration is None:
             raise UserError(f"recipe {recipe.name} needs a calibration set", remedy="make one with `qvdjax calibrate`")
-        ranges = input_ranges(model, calibration)
+        fit = recipe.transform
+        calibration = list(calibration) if iter(calibration) is calibration else calibration
+        if recipe.needs_ranges:
+            ranges = input_ranges(model, calibration)
+        if recipe.rounding is not None:
+            rounded = rounded_layers(model, schemes, calibration, recipe.rounding, fit=fit, ranges=ranges)
     execution = execution or best_execution()[0]
-    quantized = apply_schemes(model, decision.schemes, execution=execution, fit=recipe.transform, ranges=ranges)
+    quantized = apply_schemes(model, schemes, execution=execution, fit=recipe.transform, ranges=ranges, rounded=rounded)
     quantized.recipe_name = recipe.name
     return quantized

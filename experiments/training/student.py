@@ -139,10 +139,16 @@ def student_of(model: VideoModel, recipe: Recipe | None, steps: int) -> Student:
         steps: Training steps in all, which phases divide.
 
     Raises:
-        UserError: Phases that do not fit the steps; a path of the recipe that matches nothing.
+        UserError: Phases that do not fit the steps; a path of the recipe that matches nothing; a recipe whose rounding
+            needs calibration.
     """
     if recipe is None:
         return Student()
+    if recipe.rounding is not None:
+        raise UserError(
+            f"{recipe.name} rounds weights with regard to calibrated inputs, which training does not",
+            remedy="train with a recipe such as rtn-w4a4, or quantize the model by it instead",
+        )
     schemes = recipes.decide(model, recipe).schemes
     if recipe.training is None:
         return StraightThrough(recipe, schemes)

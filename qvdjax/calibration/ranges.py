@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from qvdjax.calibration.watching import Watcher
 from qvdjax.errors import UserError
 from qvdjax.nn import Conv, Linear, Statistic, VideoModel, layers_of
 from qvdjax.nn.variables import replace, shape_of
 
 
-class Watched(nnx.Module):
+class Watched(Watcher):
     """A layer that keeps the range of each input channel of its last call.
 
     Attributes:
@@ -20,26 +21,15 @@ class Watched(nnx.Module):
     """
 
     def __init__(self, layer: Linear | Conv, leading: tuple[int, ...], width: int):
-        self.layer = layer
+        super().__init__(layer)
         self.low = Statistic(jnp.full((*leading, width), jnp.inf, jnp.float32), axes=(None,))
         self.high = Statistic(jnp.full((*leading, width), -jnp.inf, jnp.float32), axes=(None,))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """As the layer."""
+    def observe(self, x: jax.Array) -> None:
+        """x [..., in]."""
         others = tuple(range(x.ndim - 1))
         self.low[...] = jnp.minimum(self.low[...], x.min(axis=others).astype(jnp.float32))
         self.high[...] = jnp.maximum(self.high[...], x.max(axis=others).astype(jnp.float32))
-        return self.layer(x)
-
-    @property
-    def weight(self):
-        """The layer's weight, which some models read for its dtype."""
-        return self.layer.weight
-
-    @property
-    def bias(self):
-        """The layer's bias, likewise: quantized layers have one too."""
-        return self.layer.bias
 
 
 def watch(model: VideoModel) -> VideoModel:

@@ -11,6 +11,8 @@ from qvdjax.nn.scheme import EXECUTIONS, AttentionScheme, Execution, LayerScheme
 from qvdjax.nn.swap import swap_layers
 from qvdjax.nn.timestep import PerCall, TimestepReader
 from qvdjax.nn.timestep_table import TimestepTable, check_timesteps, refuse_tables, tables_of
+from qvdjax.nn.transforms import InputTransform, Rotation
+from qvdjax.nn.values import CarriesValues
 from qvdjax.nn.variables import Codes, Param, Scale, Statistic, Table
 
 __all__ = [
@@ -20,10 +22,12 @@ __all__ = [
     "TABLE_LAYERS",
     "Attention",
     "AttentionScheme",
+    "CarriesValues",
     "Codes",
     "Conv",
     "Execution",
     "InputClip",
+    "InputTransform",
     "LayerNorm",
     "LayerScheme",
     "Linear",
@@ -33,6 +37,7 @@ __all__ = [
     "QuantizedLinear",
     "RMSNorm",
     "Role",
+    "Rotation",
     "Scale",
     "Stack",
     "Statistic",

@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 from qvdjax.nn.input_clip import InputClip
+from qvdjax.nn.transforms import Rotation, check_transforms
 from qvdjax.numerics import Quantizer
 
 Execution = Literal["simulate", "integer"]
@@ -27,6 +28,7 @@ class LayerScheme:
             weight has been changed to make up for it.
         reason: Why, in words, for the table that users read.
         input_clip: How the dynamic range of the input is narrowed, None for not at all.
+        rotation: How the transform "rotation" rotates, None without it.
     """
 
     weight: Quantizer | None = None
@@ -34,8 +36,10 @@ class LayerScheme:
     transforms: tuple[str, ...] = ()
     reason: str = ""
     input_clip: InputClip | None = None
+    rotation: Rotation | None = None
 
     def __post_init__(self):
+        check_transforms(self.transforms, self.rotation)
         if self.input_clip is not None and not (self.activation is not None and self.activation.dynamic):
             raise ValueError("an input clip belongs to a dynamic activation quantizer")
 
@@ -47,8 +51,9 @@ class LayerScheme:
     def to_dict(self) -> dict:
         """Plain fields, for a config file."""
         fields = dataclasses.asdict(self)
-        if self.input_clip is None:
-            del fields["input_clip"]  # folders without one stay readable by programs that do not know it
+        for name in ("input_clip", "rotation"):
+            if fields[name] is None:
+                del fields[name]  # folders without one stay readable by programs that do not know it
         return fields
 
     @classmethod
@@ -58,7 +63,8 @@ class LayerScheme:
             name: None if fields.get(name) is None else Quantizer(**fields[name]) for name in ("weight", "activation")
         }
         clip = None if fields.get("input_clip") is None else InputClip(**fields["input_clip"])
-        rest = {"transforms": tuple(fields.get("transforms", ())), "input_clip": clip}
+        rotation = None if fields.get("rotation") is None else Rotation(**fields["rotation"])
+        rest = {"transforms": tuple(fields.get("transforms", ())), "input_clip": clip, "rotation": rotation}
         return cls(**{**fields, **quantizers, **rest})
 
 

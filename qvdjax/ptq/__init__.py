@@ -1,7 +1,19 @@
 """Post-training quantization: transforms, ranges and rounding, applied to a model."""
 
+from qvdjax.ptq.absorb import absorb_rotations
 from qvdjax.ptq.apply import apply_schemes, set_execution
+from qvdjax.ptq.gptq import ErrorCompensation
 from qvdjax.ptq.layers import quantize_layer
-from qvdjax.ptq.transforms import FitChannelScale
+from qvdjax.ptq.rounding import rounded_layers
+from qvdjax.ptq.transforms import FitChannelScale, FitRotation
 
-__all__ = ["FitChannelScale", "apply_schemes", "quantize_layer", "set_execution"]
+__all__ = [
+    "ErrorCompensation",
+    "FitChannelScale",
+    "FitRotation",
+    "absorb_rotations",
+    "apply_schemes",
+    "quantize_layer",
+    "rounded_layers",
+    "set_execution",
+]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -24,7 +25,7 @@ Ranges = Mapping[str, tuple]  # name in diffusers -> smallest and largest input 
 
 def apply_schemes(
     model: VideoModel, schemes: Mapping[str, LayerScheme | AttentionScheme | TableScheme], *, execution: Execution,
-    fit=None, ranges: Ranges | None = None,
+    fit=None, ranges: Ranges | None = None, rounded: Mapping[str, dict] | None = None,
 ) -> VideoModel:  # fmt: skip
     """A model whose layers are what `schemes` (by name in diffusers) says; the given model is left as it is.
 
@@ -35,6 +36,7 @@ def apply_schemes(
         execution: How the products of quantized layers are computed.
         fit: Fits the transforms that schemes name.
         ranges: Smallest and largest input of each channel of the layers that need them, by name.
+        rounded: What linear layers became already (`qvdjax.ptq.rounding`), by name.
     """
 
     def make(layer, scheme, names):
@@ -46,6 +48,11 @@ def apply_schemes(
         if not scheme.quantizes:
             layer.scheme = scheme
             return layer
+        if rounded is not None and names[0] in rounded:
+            rows = [rounded[name] for name in names]
+            # one dictionary of arrays a block -> [layers, ...]
+            arrays = jax.tree.map(lambda *a: jnp.stack(a), *rows) if _stacked(layer) else rows[0]
+            return quantize_layer(layer, scheme, execution=execution, arrays=arrays)
         input_range = None if ranges is None or names[0] not in ranges else _rows(layer, [ranges[n] for n in names])
         return quantize_layer(layer, scheme, execution=execution, fit=fit, input_range=input_range)
 
@@ -54,8 +61,11 @@ def apply_schemes(
 
 def _rows(layer: nnx.Module, pairs: list[tuple]) -> tuple:
     """Ranges in the layout of a layer's arrays: [in] each, or [layers, in] for one of a stack."""
-    stacked = len(shape_of(layer.weight)) > len(layer.weight.get_metadata("axes"))
-    return tuple(jnp.stack(edges) if stacked else edges[0] for edges in zip(*pairs, strict=True))
+    return tuple(jnp.stack(edges) if _stacked(layer) else edges[0] for edges in zip(*pairs, strict=True))
+
+
+def _stacked(layer: nnx.Module) -> bool:
+    return len(shape_of(layer.weight)) > len(layer.weight.get_metadata("axes"))
 
 
 def set_execution(model: VideoModel, execution: Execution) -> VideoModel:

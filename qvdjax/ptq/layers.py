@@ -1,6 +1,8 @@
 """One layer (or a stack of them) becomes its quantized form."""
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +10,17 @@ from einops import rearrange
 from flax import nnx
 
 from qvdjax.errors import UserError
-from qvdjax.nn import Conv, Execution, LayerScheme, Linear, QuantizedConv, QuantizedLinear
-from qvdjax.nn.transforms import TRANSFORMS
+from qvdjax.nn import Conv, Execution, InputTransform, LayerScheme, Linear, QuantizedConv, QuantizedLinear
 from qvdjax.nn.variables import shape_of
 from qvdjax.numerics import encode, sqnr_db
+from qvdjax.ptq.gptq import ErrorCompensation
 
 
 def quantize_layer(
-    layer: Linear | Conv, scheme: LayerScheme, *, execution: Execution, fit=None, input_range=None
-) -> nnx.Module:
+    layer: Linear | Conv, scheme: LayerScheme, *, execution: Execution, fit=None, input_range=None,
+    rounding: ErrorCompensation | None = None, moment: jax.Array | None = None,
+    arrays: Mapping[str, Any] | None = None,
+) -> nnx.Module:  # fmt: skip
     """The quantized layer that a scheme asks for.
 
     Args:
@@ -27,9 +31,13 @@ def quantize_layer(
         fit: Fits the scheme's transform (`qvdjax.ptq.transforms`). None leaves it the identity.
         input_range: Smallest and largest input of each channel, [in] each (or [layers, in]). None stands for ranges
             that are to be loaded later.
+        rounding: How the weight of a linear layer is rounded; None to the nearest code.
+        moment: Second moments of the input, [in, in] (or [layers, in, in]), which `rounding` needs.
+        arrays: What `quantized_arrays` made of the layer, or a stack of it, instead of the last four.
 
     Raises:
-        UserError: A group size that does not divide the layer's width, or a transform or input clip on a convolution.
+        UserError: A group size that does not divide the layer's width, a transform or input clip on a convolution, or a
+            static input range behind a rotation.
     """
     convolution = isinstance(layer, Conv)
     if convolution and scheme.transforms:
@@ -38,6 +46,12 @@ def quantize_layer(
         )
     if convolution and scheme.input_clip is not None:
         raise UserError("a convolution cannot clip its input's range", remedy="give its role a rule without input clip")
+    static = scheme.activation is not None and not scheme.activation.dynamic
+    if scheme.rotation is not None and static:
+        raise UserError(
+            "the range of a rotated input does not follow from its channels' ranges",
+            remedy="quantize rotated inputs with a dynamic range",
+        )
     stacked = len(shape_of(layer.weight)) > (2 + len(layer.kernel) if convolution else 2)
     weight = layer.weight[...]
     if convolution:
@@ -47,11 +61,17 @@ def quantize_layer(
     group = scheme.weight.group_size if scheme.weight else None
     if group and weight.shape[-1] % group:
         raise UserError(f"group_size {group} does not divide a width of {weight.shape[-1]}", remedy="choose a divisor")
-    if input_range is None:
-        zeros = jnp.zeros((*weight.shape[:stacked], width), jnp.float32)
-        input_range = (zeros, zeros)
-    parts = _quantize_stack(weight, *input_range, stacked=stacked, scheme=scheme, fit=fit)
-    transform = TRANSFORMS[scheme.transforms[0]](parts.pop("transform")) if scheme.transforms else None
+    if arrays is None:
+        if input_range is None:
+            zeros = jnp.zeros((*weight.shape[:stacked], width), jnp.float32)
+            input_range = (zeros, zeros)
+        arrays = _quantize_stack(
+            weight, *input_range, moment, stacked=stacked, scheme=scheme, fit=fit, rounding=rounding
+        )
+    parts = _checked(arrays, layer.role)
+    transform = None
+    if scheme.transforms:
+        transform = InputTransform(**parts.pop("transform"), rotation=scheme.rotation)
     common = {"role": layer.role, "axes": layer.axes, "scheme": scheme, "execution": execution}
     bias = None if layer.bias is None else layer.bias[...]
     if convolution:
@@ -61,23 +81,59 @@ def quantize_layer(
     return QuantizedLinear(bias=bias, transform=transform, **common, **parts)
 
 
-@functools.partial(jax.jit, static_argnames=("stacked", "scheme", "fit"))
-def _quantize_stack(weight, low, high, *, stacked: bool, scheme: LayerScheme, fit) -> dict:
-    one = functools.partial(_quantize_arrays, scheme=scheme, fit=fit)
-    return jax.lax.map(lambda rows: one(*rows), (weight, low, high)) if stacked else one(weight, low, high)
+def quantized_arrays(
+    weight: jax.Array, scheme: LayerScheme, *, name: str, fit=None, input_range=None,
+    rounding: ErrorCompensation | None = None, moment: jax.Array | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The arrays of one quantized linear layer, for `quantize_layer`, which says the arguments.
+
+    Args:
+        weight: [out, in].
+        name: For messages.
+
+    Raises:
+        UserError: A group size that does not divide the width, or second moments that cannot be factored.
+    """
+    size = scheme.weight.group_size if scheme.weight else None
+    if size and weight.shape[-1] % size:
+        raise UserError(f"group_size {size} does not divide a width of {weight.shape[-1]}", remedy="choose a divisor")
+    zeros = jnp.zeros(weight.shape[-1:], jnp.float32)
+    low, high = (zeros, zeros) if input_range is None else input_range
+    parts = _quantize_stack(weight, low, high, moment, stacked=False, scheme=scheme, fit=fit, rounding=rounding)
+    return _checked(parts, name)
 
 
-def _quantize_arrays(weight, low, high, *, scheme: LayerScheme, fit) -> dict:
-    """weight [out, in], low and high [channels] -> the arrays of a quantized layer."""
+def _checked(parts: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The arrays without the flag that says whether they are right."""
+    parts = dict(parts)
+    if "factored" in parts and not parts.pop("factored").all():
+        raise UserError(
+            f"{name}: the second moments of its inputs cannot be factored",
+            remedy="raise `damping`, or calibrate with more samples",
+        )
+    return parts
+
+
+@functools.partial(jax.jit, static_argnames=("stacked", "scheme", "fit", "rounding"))
+def _quantize_stack(weight, low, high, moment, *, stacked: bool, scheme: LayerScheme, fit, rounding) -> dict:
+    one = functools.partial(_quantize_arrays, scheme=scheme, fit=fit, rounding=rounding)
+    return jax.lax.map(lambda a: one(*a), (weight, low, high, moment)) if stacked else one(weight, low, high, moment)
+
+
+def _quantize_arrays(weight, low, high, moment, *, scheme: LayerScheme, fit, rounding) -> dict:
+    """weight [out, in], low and high [channels], moment [in, in] or None -> the arrays of a quantized layer."""
     parts, dtype = {}, jnp.promote_types(weight.dtype, jnp.float32)
     quantized_from = weight.astype(dtype)
     if scheme.transforms:
-        kind = TRANSFORMS[scheme.transforms[0]]
-        transform = kind.identity(weight.shape[-1]) if fit is None else fit.fit(quantized_from, low, high)
+        if fit is None:
+            transform = InputTransform.blank(scheme.transforms, scheme.rotation, weight.shape[-1])
+        else:
+            transform = fit.fit(quantized_from, low, high)
         quantized_from = transform.on_weight(quantized_from)
-        # A channel's range passes through the transform as any input does.
+        # A channel's range passes through a scale as any input does; static ranges behind rotations are refused.
         low, high = transform(low), transform(high)
-        parts["transform"] = transform.smooth_scale[...]
+        moment = None if moment is None else transform(transform(moment).T)
+        parts["transform"] = transform.arrays()
     if scheme.activation is not None and not scheme.activation.dynamic:
         low, high = (rearrange(edge, "-> 1 1") for edge in (low.min(), high.max()))
         parts["input_scale"], parts["input_zero_point"] = scheme.activation.grid.from_range(low, high)
@@ -85,6 +141,9 @@ def _quantize_arrays(weight, low, high, *, scheme: LayerScheme, fit) -> dict:
         parts["input_clip"] = scheme.input_clip.start_table(scheme.activation.symmetric)
     if scheme.weight is None:
         return {**parts, "weight": quantized_from.astype(weight.dtype)}
-    quantized = encode(quantized_from, scheme.weight.grid, *scheme.weight.scale_of(quantized_from))
+    if rounding is None:
+        quantized = encode(quantized_from, scheme.weight.grid, *scheme.weight.scale_of(quantized_from))
+    else:
+        quantized, parts["factored"] = rounding.round(quantized_from, moment, scheme.weight)
     parts["weight_sqnr_db"] = sqnr_db(quantized_from, quantized.dequantize())
     return {**parts, "weight": quantized}

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from qvdjax.nn.transforms import ChannelScale
+from qvdjax.nn.transforms import InputTransform, Rotation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +20,43 @@ class FitChannelScale:
     alpha: float
     floor: float = 1e-5
 
-    name = ChannelScale.name
+    names = ("smooth_scale",)
+    rotation = None
+    needs_calibration = True
 
     def __post_init__(self):
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must lie in 0 to 1, not {self.alpha}")
 
-    def fit(self, weight: jax.Array, low: jax.Array, high: jax.Array) -> ChannelScale:
+    def fit(self, weight: jax.Array, low: jax.Array, high: jax.Array) -> InputTransform:
         """weight [out, in] and the smallest and largest input of each channel [in] -> the transform."""
         inputs = jnp.maximum(jnp.maximum(-low, high), self.floor)
         weights = jnp.maximum(jnp.abs(weight).max(axis=0), self.floor)  # [in]
-        return ChannelScale((inputs**self.alpha / weights ** (1 - self.alpha)).astype(jnp.float32))
+        return InputTransform(smooth_scale=(inputs**self.alpha / weights ** (1 - self.alpha)).astype(jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class FitRotation:
+    """A Hadamard matrix behind random signs, the same for all layers of one width (QuaRot, Ashkboos et al. 2024).
+
+    Attributes:
+        rotation: Blocks, and whether there are signs.
+        seed: Of the signs.
+        absorb: Whether rotations are put into weights where that is exact (`qvdjax.ptq.absorb`).
+    """
+
+    rotation: Rotation = Rotation()
+    seed: int = 0
+    absorb: bool = True
+
+    names = ("rotation",)
+    needs_calibration = False
+
+    def signs(self, width: int) -> jax.Array:
+        """float32 [width] of +1 and -1."""
+        return jax.random.rademacher(jax.random.key(self.seed), (width,), jnp.float32)
+
+    def fit(self, weight: jax.Array, low: jax.Array, high: jax.Array) -> InputTransform:
+        """weight [out, in] says the width; nothing is read from its values, nor from the ranges [in]."""
+        signs = self.signs(weight.shape[-1]) if self.rotation.signs else None
+        return InputTransform(signs=signs, rotation=self.rotation)

@@ -55,6 +55,6 @@ def check_trainable(layer: nnx.Module, scheme: LayerScheme, name: str) -> None:
     static = scheme.activation is not None and not scheme.activation.dynamic
     if static or scheme.transforms or not isinstance(layer, Linear):
         raise UserError(
-            f"{name}: its recipe needs calibration, or it is no linear layer; neither can be trained yet",
+            f"{name}: its recipe transforms inputs or needs calibration, or it is no linear layer; none is trained yet",
             remedy="train with a dynamic recipe such as rtn-w4a4, and leave convolutions float",
         )

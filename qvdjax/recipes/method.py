@@ -66,6 +66,10 @@ class Method:
         """What fits the transform of a product's input; None for none."""
         return
 
+    def rounding(self):
+        """How the weights of linear layers are rounded (`qvdjax.ptq.gptq`); None for the nearest code."""
+        return
+
     def input_clip(self) -> InputClip | None:
         """How the dynamic input ranges of products are narrowed; None for not at all."""
         return
@@ -77,7 +81,7 @@ class Method:
     def recipe(self) -> Recipe:
         """The rules in order; the first that matches a layer decides."""
         weight, activation, transform = self.weight(), self.activation(), self.transform()
-        transforms = () if transform is None else (transform.name,)
+        transforms, rotation = ((), None) if transform is None else (transform.names, transform.rotation)
         tensor = None if activation is None else dataclasses.replace(activation, granularity="tensor", group_size=None)
         channel = dataclasses.replace(weight, granularity="channel", group_size=None)
         rules = []
@@ -90,7 +94,7 @@ class Method:
                  roles=("head",)),
             Rule(LayerScheme(weight, reason="weights only: its input is one vector a step"),
                  roles=("modulation", "temporal_feature")),
-            Rule(LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip()),
+            Rule(LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation),
                  roles=PRODUCTS),
             Rule(LayerScheme(channel, tensor, (), "a product over all positions: one range for the input"),
                  roles=("convolution",)),
@@ -100,4 +104,4 @@ class Method:
                 self.attention_qk_bits, self.attention_pv_bits, reason="the option attention_*_bits"
             )
             rules.append(Rule(products, roles=("attention",)))
-        return Recipe(self.recipe_name, tuple(rules), transform, self.training())
+        return Recipe(self.recipe_name, tuple(rules), transform, self.training(), self.rounding())

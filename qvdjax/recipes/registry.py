@@ -9,16 +9,18 @@ from qvdjax.errors import UserError
 from qvdjax.numerics import BITS
 from qvdjax.recipes.dsaquant import DSAQuant
 from qvdjax.recipes.efficientdm import EfficientDM
+from qvdjax.recipes.gptq import GPTQ
 from qvdjax.recipes.lsq import LearnedStepSize
 from qvdjax.recipes.method import FLOAT_ACTIVATION_BITS, Method
 from qvdjax.recipes.minmax import MinMax
 from qvdjax.recipes.q_dm import QDM
+from qvdjax.recipes.quarot import QuaRot
 from qvdjax.recipes.qvgen import QVGen, QVGenCode, QVGenPaper
 from qvdjax.recipes.rtn import RoundToNearest
 from qvdjax.recipes.rules import Recipe
 from qvdjax.recipes.smoothquant import SmoothQuant
 
-POST_TRAINING = (RoundToNearest, MinMax, SmoothQuant)
+POST_TRAINING = (RoundToNearest, MinMax, SmoothQuant, QuaRot, GPTQ)
 TRAINED = (LearnedStepSize, QDM, EfficientDM, QVGen, QVGenPaper, QVGenCode, DSAQuant)
 METHODS = {method.name: method for method in (*POST_TRAINING, *TRAINED)}
 PRESET_BITS = ((8, 8), (6, 6), (4, 8), (4, 6), (4, 4), (3, 3))

@@ -42,21 +42,29 @@ class Recipe:
         transform: Fits what the inputs of quantized products pass through (see `qvdjax.ptq.transforms`), or None.
         training: How its models are trained; None where quantizing makes them, and training may follow by the
             straight-through estimator.
+        rounding: How the weights of linear layers are rounded (see `qvdjax.ptq.gptq`), None for the nearest code.
     """
 
     name: str
     rules: tuple[Rule, ...]
     transform: Any = None
     training: Training | None = None
+    rounding: Any = None
 
     @property
     def needs_calibration(self) -> bool:
         """Whether quantizing needs to see the inputs of layers."""
+        return self.needs_ranges or self.rounding is not None
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether quantizing needs the smallest and largest value of each input channel."""
         static = [
             rule for rule in self.rules
             if isinstance(rule.scheme, LayerScheme) and rule.scheme.activation and not rule.scheme.activation.dynamic
         ]  # fmt: skip
-        return self.transform is not None or bool(static)
+        fitted = self.transform is not None and self.transform.needs_calibration
+        return fitted or bool(static)
 
 
 @dataclasses.dataclass(frozen=True)

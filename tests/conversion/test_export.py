@@ -50,12 +50,13 @@ RECIPES = {
     "w3a8, groups with zero points": get("rtn-w3a8", **ASYMMETRIC),
     "w6a6, static inputs with zero points": get("minmax-w6a6", activation_symmetric=False),
     "w4a4, smoothed": get("smoothquant-w4a4"),
+    "w4a16, rotated": get("quarot-w4a16"),
     "mixed": MIXED,
     "strategies": STRATEGIES,
 }
 CONFIG = models.parse_config(WAN).to_dict()
 FLOAT = expected_tensors(models.abstract(WAN))
-WITHOUT_TRANSFORMS = [name for name in RECIPES if "smoothed" not in name]
+WITHOUT_TRANSFORMS = [name for name in RECIPES if "smoothed" not in name and "rotated" not in name]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def equal(one, other):
 # --- floats
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*WITHOUT_TRANSFORMS, "w4a4, smoothed"])
 def test_dequantized_weights_are_what_the_codes_stand_for_bit_for_bit(tmp_path, quantized, name):
     folder, layers = quantized(name)
     report = conversion.export(folder, tmp_path / "plain", "diffusers")
@@ -139,8 +140,9 @@ def test_dequantized_weights_are_what_the_codes_stand_for_bit_for_bit(tmp_path, 
     json.dumps(report)
 
 
-def test_the_dequantized_model_computes_what_the_quantized_weights_do(tmp_path, quantized):
-    folder, _ = quantized("w4a16")  # inputs stay float, so the weights are all that was quantized
+@pytest.mark.parametrize("name", ["w4a16", "w4a16, rotated"])
+def test_the_dequantized_model_computes_what_the_quantized_weights_do(tmp_path, quantized, name):
+    folder, _ = quantized(name)  # inputs stay float, so the weights are all that was quantized
     conversion.export(folder, tmp_path / "plain", "diffusers")
     plain = models.load(tmp_path / "plain")
     assert not list(layers_of(plain, QUANTIZED_LAYERS))

@@ -103,9 +103,15 @@ def info(arguments: Info, progress: Progress | None) -> Outcome:
 
 
 def _why(row: dict[str, Any]) -> str:
-    """The reason of a row, and for a table what it stands in for."""
-    replaced = row.get("replaced_bytes")
-    return row["reason"] if replaced is None else f"{row['reason']}, in the place of {replaced:,} bytes"
+    """The reason of a row, what is computed beside the product, and for a table what it stands in for."""
+    replaced, online = row.get("replaced_bytes"), row.get("online")
+    if replaced is not None:
+        return f"{row['reason']}, in the place of {replaced:,} bytes"
+    if online is None:
+        return row["reason"]
+    block = online["rotation_block"]
+    names = [f"rotation of {block} channels" if name == "rotation" else name for name in online["transforms"]]
+    return f"{row['reason']}; online {', '.join(names)}: {online['share']:.1%} of its multiply-adds"
 
 
 def _add_recorded_ratios(layers: list[dict[str, Any]], folder) -> None:

@@ -1,0 +1,83 @@
+"""Rotations that cost nothing: those of values, put into the layers that make values and read their averages."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qvdjax.nn import AttentionScheme, CarriesValues, InputTransform, LayerScheme, Linear, Rotation, VideoModel
+from qvdjax.nn.layers import layers_of
+from qvdjax.nn.variables import at, iterate, shape_of
+from qvdjax.numerics.hadamard import largest_order
+from qvdjax.ptq.transforms import FitRotation
+
+Schemes = Mapping[str, LayerScheme | AttentionScheme]
+
+
+def absorb_rotations(model: VideoModel, schemes: Schemes, fit: FitRotation) -> tuple[VideoModel, dict]:
+    """A float model of the same function whose values are rotated, and the schemes without what that makes needless.
+
+    Attention averages each head's features over tokens, so a rotation of them passes through it, as in QuaRot. Other
+    products read norms that are modulated anew at each step, or come behind a nonlinearity: their rotation stays
+    online. So does that of the text in cross-attention, although its embedder could take it where nothing lies between.
+
+    Args:
+        model: Left as it is.
+        schemes: One a layer and block, by name in diffusers.
+        fit: How inputs are rotated.
+
+    Returns:
+        The model, and the schemes: output layers behind rotated values have no transform of their own.
+    """
+    model, schemes = nnx.clone(model), dict(schemes)
+    names = {path: found for found, path, _ in layers_of(model, (Linear,))}
+    for path, module in iterate(model, CarriesValues):
+        makers, readers = ([(*path, *rest) for rest in paths] for paths in (module.value_layers, module.output_layers))
+        blocks = range(len(names[readers[0]]))
+        rotated = np.array([all(schemes[names[reader][i]].rotation is not None for reader in readers) for i in blocks])
+        features = shape_of(at(model, makers[0]).weight)[-2] // module.heads
+        rotation = dataclasses.replace(fit.rotation, block=largest_order(features, fit.rotation.block))
+        if not rotated.any() or rotation.block == 1:
+            continue
+        for maker in makers:
+            _rotate_outputs(at(model, maker), _of_heads(fit, rotation, features, module.heads), rotated)
+        for reader in readers:
+            _rotate_inputs(at(model, reader), _of_heads(fit, rotation, features, module.heads), rotated)
+            for i in np.flatnonzero(rotated):
+                schemes[names[reader][i]] = _without_rotation(schemes[names[reader][i]])
+    return model, schemes
+
+
+def _of_heads(fit: FitRotation, rotation: Rotation, features: int, heads: int) -> InputTransform:
+    """One rotation for all heads."""
+    signs = jnp.tile(fit.signs(features), heads) if rotation.signs else None  # features -> (heads features)
+    return InputTransform(signs=signs, rotation=rotation)
+
+
+def _rotate_outputs(layer: Linear, transform: InputTransform, rotated: np.ndarray) -> None:
+    """y = W x + b becomes T y, in the blocks that `rotated` names."""
+    turned = jnp.swapaxes(transform(jnp.swapaxes(layer.weight[...], -1, -2)), -1, -2)  # [..., out, in]
+    layer.weight[...] = _where(rotated, turned, layer.weight[...])
+    if layer.bias is not None:
+        layer.bias[...] = _where(rotated, transform(layer.bias[...]), layer.bias[...])
+
+
+def _rotate_inputs(layer: Linear, transform: InputTransform, rotated: np.ndarray) -> None:
+    """The layer that does to T x what it did to x."""
+    layer.weight[...] = _where(rotated, transform(layer.weight[...]), layer.weight[...])
+
+
+def _where(rotated: np.ndarray, new: jax.Array, old: jax.Array) -> jax.Array:
+    """New rows of a stack [layers, ...] where they are wanted, or all of an array outside stacks; in the old type."""
+    if rotated.all():
+        return new.astype(old.dtype)
+    return jnp.where(rotated.reshape(-1, *(1,) * (old.ndim - 1)), new.astype(old.dtype), old)  # layers -> layers 1 ...
+
+
+def _without_rotation(scheme: LayerScheme) -> LayerScheme:
+    kept = tuple(name for name in scheme.transforms if name != "rotation")
+    reason = f"{scheme.reason}; its input is rotated by the weights that make values"
+    return dataclasses.replace(scheme, transforms=kept, rotation=None, reason=reason)

@@ -1,0 +1,53 @@
+"""Weights rounded with regard to the inputs of their layers, a few layers at a time."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from qvdjax.calibration.moments import passes, second_moments
+from qvdjax.nn import LayerScheme, Linear, VideoModel, layers_of
+from qvdjax.ptq.apply import Ranges
+from qvdjax.ptq.gptq import ErrorCompensation
+from qvdjax.ptq.layers import quantized_arrays
+
+
+def rounded_layers(
+    model: VideoModel, schemes: Mapping[str, Any], batches: Iterable[Mapping[str, jax.Array]],
+    rounding: ErrorCompensation, *, fit=None, ranges: Ranges | None = None,
+) -> dict[str, dict]:  # fmt: skip
+    """The arrays of every linear layer whose weight is quantized, by name, for `apply_schemes`.
+
+    Inputs are those that the full-precision model gives its layers. Second moments are collected in several passes over
+    the calibration set where those of all layers would take more than `rounding.memory`, and let go of layer by layer.
+
+    Args:
+        model: A float model, left as it is.
+        schemes: One a layer and block, by name in diffusers.
+        batches: Keyword arguments of the model's call. Gone over several times; what can be gone over only once is
+            held in memory.
+        rounding: How weights are rounded.
+        fit, ranges: As `apply_schemes` takes them.
+
+    Raises:
+        UserError: See `second_moments` and `quantized_arrays`.
+    """
+    if iter(batches) is batches:
+        batches = list(batches)
+    quantized = {
+        name for name, scheme in schemes.items() if isinstance(scheme, LayerScheme) and scheme.weight is not None
+    }
+    rows = {
+        name: (layer, i if path[0] == "stacks" and layer.weight.get_value().ndim > 2 else ...)
+        for names, path, layer in layers_of(model, (Linear,))
+        for i, name in enumerate(names)
+    }
+    arrays = {}
+    for names in passes(model, quantized, rounding.memory):
+        for name, moment in second_moments(model, batches, names):
+            layer, row = rows[name]
+            arrays[name] = quantized_arrays(
+                layer.weight[...][row], schemes[name], name=name, fit=fit, rounding=rounding, moment=moment,
+                input_range=None if ranges is None else ranges[name],
+            )  # fmt: skip
+    return arrays
