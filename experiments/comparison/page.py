@@ -60,7 +60,7 @@ def page(folder: Path, results: dict[str, list[dict]]) -> str:
         INTRODUCTION.format(model=model, bits=bits.upper(), seeds=seeds, **facts),
         f"| {' | '.join(COLUMNS)} |", f"| {' | '.join('---' for _ in COLUMNS)} |",
         _full_precision(every[0]["full_precision"]), *(_row(name, many) for name, many in results.items()),
-        "", "![gradient norms](gradient-norms.png)", "",
+        "", *_missing(results), "![gradient norms](gradient-norms.png)", "",
     ]  # fmt: skip
     if any("small_share" in one["curve"][0] for one in every):
         lines += ["![share of small singular values of Phi](small-shares.png)", ""]
@@ -83,6 +83,13 @@ def _row(name: str, many: list[dict]) -> str:
         *(f"{mean('result', score):.2f}" for score in SCORES),
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def _missing(results: dict[str, list[dict]]) -> list[str]:
+    """Rows that were not run, and those with fewer seeds than others."""
+    most = max(len(many) for many in results.values())
+    short = [f"{name} ({len(results.get(name, ()))} of {most})" for name in ROWS if len(results.get(name, ())) < most]
+    return [f"Seeds that are still to be run: {', '.join(short)}.", ""] if short else []
 
 
 def _full_precision(scores: dict[str, float]) -> str:

@@ -110,6 +110,7 @@ def test_the_page_says_what_held_and_what_did_not(tmp_path):
     assert "- QVGen before Q-DM: **does not hold**, +9.1 % of validation error, better in 1 of 1 seeds." in text
     assert "less than 1 % against keeping Phi: holds, +0.1 %." in text
     assert "EfficientDM" not in text.split("## What was expected")[1]
+    assert "still to be run: straight-through (0 of 2), Q-DM (1 of 2), EfficientDM (0 of 2), QVGen, Phi kept" in text
 
 
 def test_results_that_do_not_compare_are_refused(tmp_path):
