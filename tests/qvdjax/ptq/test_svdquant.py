@@ -11,6 +11,7 @@ from flax import nnx
 from small_models import wan, wan_inputs
 
 import qvdjax
+from qvdjax.checkpoint.variables import parameter_count
 from qvdjax.errors import UserError
 from qvdjax.nn import Conv, LayerScheme, Linear, LowRank
 from qvdjax.numerics import Quantizer
@@ -111,6 +112,7 @@ def test_whole_models():
     quantized = qvdjax.quantize(model, get("svdquant-w3a8", rank=16, **options), [inputs], execution="integer")
     smooth = qvdjax.quantize(model, get("smoothquant-w3a8", **options), [inputs])
     assert relative_error(run(quantized, inputs), exact) < 0.9 * relative_error(run(smooth, inputs), exact)
+    assert parameter_count(quantized) == parameter_count(model)
     simulated = set_execution(nnx.clone(quantized), "simulate")
     # Flipped codes of inputs: below (2**-8)**2.
     assert relative_error(run(simulated, inputs), run(quantized, inputs)) < 1e-5
