@@ -37,14 +37,16 @@ class RoundedZeroPoints:
 
 
 def refuse_transforms(layers: Iterable[StoredLayer]):
-    """UserError for layers whose input is transformed, or its range clipped, which the layout cannot say."""
+    """UserError for layers whose input is transformed, or its range clipped, or that have a branch, which the layout
+    cannot say."""
+    parts = ("input_clip", "low_rank")
     changes = {
-        layer.name: [*layer.scheme.transforms, *["input_clip"] * (layer.scheme.input_clip is not None)]
+        layer.name: [*layer.scheme.transforms, *(part for part in parts if getattr(layer.scheme, part) is not None)]
         for layer in layers
     }
     if names := [f"{name} ({', '.join(what)})" for name, what in changes.items() if what]:
         raise UserError(
-            "layers that transform their input or clip its range have no form in compressed-tensors",
+            "layers that transform their input, clip its range or have a branch have no form in compressed-tensors",
             remedy="export to diffusers, or quantize with a recipe without transforms",
             items=names,
         )

@@ -49,8 +49,8 @@ class StoredLayer:
         return unpack_bits(packed, self.scheme.weight.bits, math.prod(self.shape[1:]))
 
     def weight(self) -> np.ndarray:
-        """The float weight [out, in, *kernel] that its codes stand for, with transforms undone; float32 or
-        wider.
+        """The float weight [out, in, *kernel] that its codes stand for, with its branch added and
+        transforms undone; float32 or wider.
         """
         if not self.has_codes:
             return self._untransformed(self.tensor("weight"))
@@ -62,7 +62,11 @@ class StoredLayer:
             if zero_point is not None:
                 real -= zero_point[..., None]
             real *= scale[..., None]
-            return self._untransformed(real.reshape(len(codes), -1)).reshape(self.shape)  # -> [out, in, ...]
+            real = real.reshape(len(codes), -1)  # [out, groups, size] -> [out, in]
+            if self.scheme.low_rank is not None:
+                up, down = (self.tensor(f"low_rank.{side}").astype(real.dtype) for side in ("up", "down"))
+                real += up @ down
+            return self._untransformed(real).reshape(self.shape)  # -> [out, in, ...]
 
     def _untransformed(self, weight: np.ndarray) -> np.ndarray:
         """The weight [out, in] that meets the layer's own input instead of the transformed one."""

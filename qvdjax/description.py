@@ -32,9 +32,9 @@ def describe(model: VideoModel) -> list[dict[str, Any]]:
         `activation_bits` (16 or 32 and so on for floats), `bytes` (codes at their logical bits, scales, bias),
         `float_bytes` (the same layer in bfloat16), `sqnr_db` (signal-to-quantization-noise ratio of the weight in
         decibels, None for float weights or where the model is abstract), `execution`, `reason` and `online`: what is
-        computed beside the product (names of transforms, channels of a rotated block, multiply-adds a token and their
-        share of the product's), None for nothing. The products of attention have rows only where they are quantized;
-        they hold no bytes. A table over timesteps has `execution`
+        computed beside the product (names of transforms, channels of a rotated block, rank and bytes of a low-rank
+        branch, multiply-adds a token and their share of the product's), None for nothing. The products of attention
+        have rows only where they are quantized; they hold no bytes. A table over timesteps has `execution`
         "table", `shape` (steps, out), its own type as `weight_bits`, no `activation_bits`, and `replaced_bytes`: those
         of the layer in whose place it stands.
     """
@@ -72,13 +72,17 @@ def _row(layer) -> dict[str, Any]:
 
 def _online(layer, shape: tuple[int, ...]) -> dict[str, Any] | None:
     """What a layer computes beside its product, None for nothing; multiply-adds are those of one token."""
-    transform = getattr(layer, "transform", None)
-    if transform is None:
+    transform, branch = getattr(layer, "transform", None), getattr(layer, "low_rank", None)
+    if transform is None and branch is None:
         return None
-    block = None if transform.rotation is None else transform.rotation.block_of(shape[-1])
-    multiply_adds = transform.multiply_adds(shape[-1])
+    rotation = layer.scheme.rotation
+    multiply_adds = 0 if transform is None else transform.multiply_adds(shape[-1])
+    multiply_adds += 0 if branch is None else branch.rank * sum(shape)
     return {
-        "transforms": list(layer.scheme.transforms), "rotation_block": block,
+        "transforms": list(layer.scheme.transforms),
+        "rotation_block": None if rotation is None else rotation.block_of(shape[-1]),
+        "rank": None if branch is None else branch.rank,
+        "branch_bytes": 0 if branch is None else layer_bytes(branch),
         "multiply_adds": multiply_adds, "share": multiply_adds / math.prod(shape),
     }  # fmt: skip
 

@@ -32,7 +32,8 @@ def quantize(
         model: Left as it is.
         recipe: A recipe, or its name (`qvdjax.recipes.names()` lists presets).
         calibration: Batches of the model's keyword arguments (latents, timestep, context), for instance of a
-            `qvdjax.calibration.CalibrationSet`; needed by recipes with static ranges or fitted transforms.
+            `qvdjax.calibration.CalibrationSet`; needed by recipes with static ranges, fitted transforms or
+            compensated rounding.
         execution: "integer", "simulate", or None for the device's best.
 
     Returns:

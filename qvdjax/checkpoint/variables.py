@@ -179,9 +179,10 @@ def _mismatch(expected: Expected, found: Any) -> str | None:
 
 
 def parameter_count(model: nnx.Module) -> int:
-    """Number of weights of a model, codes counted as weights, quantization parameters not."""
+    """Number of weights of a model, codes counted as weights, quantization parameters and low-rank branches not: the
+    same for a model in full precision and for what any recipe makes of it."""
     return sum(
         math.prod(one.value.shape)
         for one in stored_variables(model)
-        if one.codes or isinstance(one.variable, nnx.Param)
+        if one.codes or (isinstance(one.variable, nnx.Param) and "low_rank" not in one.path)
     )

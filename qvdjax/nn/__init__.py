@@ -5,6 +5,7 @@ from qvdjax.nn.conv import Conv, QuantizedConv
 from qvdjax.nn.input_clip import InputClip
 from qvdjax.nn.layers import FLOAT_LAYERS, QUANTIZED_LAYERS, TABLE_LAYERS, layers_of
 from qvdjax.nn.linear import Linear, QuantizedLinear
+from qvdjax.nn.low_rank import LowRank, LowRankBranch
 from qvdjax.nn.norm import LayerNorm, RMSNorm, at_least_float32
 from qvdjax.nn.protocol import Stack, VideoModel, at_timestep, for_one_call, stacked
 from qvdjax.nn.scheme import EXECUTIONS, AttentionScheme, Execution, LayerScheme, Role, TableScheme
@@ -31,6 +32,8 @@ __all__ = [
     "LayerNorm",
     "LayerScheme",
     "Linear",
+    "LowRank",
+    "LowRankBranch",
     "Param",
     "PerCall",
     "QuantizedConv",

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qvdjax.kernels import quantized_matmul
+from qvdjax.nn.low_rank import LowRankBranch
 from qvdjax.nn.quantized_layer import QuantizedLayer
 from qvdjax.nn.scheme import LayerScheme, Role
 from qvdjax.nn.timestep import TimestepReader
@@ -53,18 +54,19 @@ class QuantizedLinear(QuantizedLayer, TimestepReader):
         weight: [out, in] where it stays float, else None.
         input_clip: [count, sides] float32 factors of the dynamic range (`qvdjax.nn.input_clip`), or None.
         transform: What the input passes through first, or None.
+        low_rank: A branch in full precision, whose product of the transformed input is added, or None.
     """
 
     def __init__(
         self, *, weight: QTensor | jax.Array, axes: tuple, input_clip=None, transform: nnx.Module | None = None,
-        **shared,
+        low_rank: LowRankBranch | None = None, **shared,
     ):  # fmt: skip
         """`weight` as codes or as floats [out, in]; `shared` as `QuantizedLayer` takes it."""
         quantized = isinstance(weight, QTensor)
         super().__init__(weight=weight if quantized else None, axes=axes, **shared)
         self.weight = None if quantized else Param(weight, axes=axes)
         self.input_clip = None if input_clip is None else Scale(input_clip, axes=(None, None))
-        self.transform = transform
+        self.transform, self.low_rank = transform, low_rank
 
     def _clip(self, x):
         if self.input_clip is None:
@@ -87,6 +89,8 @@ class QuantizedLinear(QuantizedLayer, TimestepReader):
             y = self._simulated(x)
         else:
             y = quantized_matmul(encode(x, activation.grid, *self._input_range(x), jnp.int8), self.qweight)
+        if self.low_rank is not None:
+            y = y + self.low_rank(x.astype(dtype)).astype(y.dtype)
         return y.astype(dtype) if self.bias is None else (y + self.bias[...].astype(y.dtype)).astype(dtype)
 
     def _simulated(self, x: jax.Array) -> jax.Array:

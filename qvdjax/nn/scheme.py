@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 from qvdjax.nn.input_clip import InputClip
+from qvdjax.nn.low_rank import LowRank
 from qvdjax.nn.transforms import Rotation, check_transforms
 from qvdjax.numerics import Quantizer
 
@@ -29,6 +30,7 @@ class LayerScheme:
         reason: Why, in words, for the table that users read.
         input_clip: How the dynamic range of the input is narrowed, None for not at all.
         rotation: How the transform "rotation" rotates, None without it.
+        low_rank: The branch in full precision beside the product, None for none. What it leaves is quantized.
     """
 
     weight: Quantizer | None = None
@@ -37,11 +39,14 @@ class LayerScheme:
     reason: str = ""
     input_clip: InputClip | None = None
     rotation: Rotation | None = None
+    low_rank: LowRank | None = None
 
     def __post_init__(self):
         check_transforms(self.transforms, self.rotation)
         if self.input_clip is not None and not (self.activation is not None and self.activation.dynamic):
             raise ValueError("an input clip belongs to a dynamic activation quantizer")
+        if self.low_rank is not None and self.weight is None:
+            raise ValueError("a low-rank branch belongs to a quantized weight")
 
     @property
     def quantizes(self) -> bool:
@@ -51,7 +56,7 @@ class LayerScheme:
     def to_dict(self) -> dict:
         """Plain fields, for a config file."""
         fields = dataclasses.asdict(self)
-        for name in ("input_clip", "rotation"):
+        for name in ("input_clip", "rotation", "low_rank"):
             if fields[name] is None:
                 del fields[name]  # folders without one stay readable by programs that do not know it
         return fields
@@ -64,7 +69,11 @@ class LayerScheme:
         }
         clip = None if fields.get("input_clip") is None else InputClip(**fields["input_clip"])
         rotation = None if fields.get("rotation") is None else Rotation(**fields["rotation"])
-        rest = {"transforms": tuple(fields.get("transforms", ())), "input_clip": clip, "rotation": rotation}
+        low_rank = None if fields.get("low_rank") is None else LowRank(**fields["low_rank"])
+        rest = {
+            "transforms": tuple(fields.get("transforms", ())), "input_clip": clip, "rotation": rotation,
+            "low_rank": low_rank,
+        }  # fmt: skip
         return cls(**{**fields, **quantizers, **rest})
 
 

@@ -1,6 +1,7 @@
 """Rotations that cost nothing: those of values, put into the layers that make values and read their averages."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -59,15 +60,25 @@ def _of_heads(fit: FitRotation, rotation: Rotation, features: int, heads: int) -
 
 def _rotate_outputs(layer: Linear, transform: InputTransform, rotated: np.ndarray) -> None:
     """y = W x + b becomes T y, in the blocks that `rotated` names."""
-    turned = jnp.swapaxes(transform(jnp.swapaxes(layer.weight[...], -1, -2)), -1, -2)  # [..., out, in]
-    layer.weight[...] = _where(rotated, turned, layer.weight[...])
+    layer.weight[...] = _where(rotated, _turned(layer.weight[...], transform, outputs=True), layer.weight[...])
     if layer.bias is not None:
         layer.bias[...] = _where(rotated, transform(layer.bias[...]), layer.bias[...])
 
 
 def _rotate_inputs(layer: Linear, transform: InputTransform, rotated: np.ndarray) -> None:
     """The layer that does to T x what it did to x."""
-    layer.weight[...] = _where(rotated, transform(layer.weight[...]), layer.weight[...])
+    layer.weight[...] = _where(rotated, _turned(layer.weight[...], transform, outputs=False), layer.weight[...])
+
+
+@functools.partial(jax.jit, static_argnames="outputs")
+def _turned(weight: jax.Array, transform: InputTransform, *, outputs: bool) -> jax.Array:
+    """A weight [[layers,] out, in] whose columns (or rows) are transformed, layer by layer, so that the float32
+    temporaries are one layer's."""
+
+    def one(matrix):
+        return (transform(matrix.T).T if outputs else transform(matrix)).astype(matrix.dtype)
+
+    return jax.lax.map(one, weight) if weight.ndim == 3 else one(weight)
 
 
 def _where(rotated: np.ndarray, new: jax.Array, old: jax.Array) -> jax.Array:

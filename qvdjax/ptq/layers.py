@@ -10,10 +10,20 @@ from einops import rearrange
 from flax import nnx
 
 from qvdjax.errors import UserError
-from qvdjax.nn import Conv, Execution, InputTransform, LayerScheme, Linear, QuantizedConv, QuantizedLinear
+from qvdjax.nn import (
+    Conv,
+    Execution,
+    InputTransform,
+    LayerScheme,
+    Linear,
+    LowRankBranch,
+    QuantizedConv,
+    QuantizedLinear,
+)  # fmt: skip
 from qvdjax.nn.variables import shape_of
 from qvdjax.numerics import encode, sqnr_db
 from qvdjax.ptq.gptq import ErrorCompensation
+from qvdjax.ptq.low_rank import leading_directions
 
 
 def quantize_layer(
@@ -36,8 +46,8 @@ def quantize_layer(
         arrays: What `quantized_arrays` made of the layer, or a stack of it, instead of the last four.
 
     Raises:
-        UserError: A group size that does not divide the layer's width, a transform or input clip on a convolution, or a
-            static input range behind a rotation.
+        UserError: A group size that does not divide the layer's width; a transform, input clip or branch on a
+            convolution; a static input range behind a rotation; second moments that cannot be factored.
     """
     convolution = isinstance(layer, Conv)
     if convolution and scheme.transforms:
@@ -46,6 +56,8 @@ def quantize_layer(
         )
     if convolution and scheme.input_clip is not None:
         raise UserError("a convolution cannot clip its input's range", remedy="give its role a rule without input clip")
+    if convolution and scheme.low_rank is not None:
+        raise UserError("a convolution has no low-rank branch", remedy="give its role a rule without one")
     static = scheme.activation is not None and not scheme.activation.dynamic
     if scheme.rotation is not None and static:
         raise UserError(
@@ -78,7 +90,10 @@ def quantize_layer(
         return QuantizedConv(
             bias=bias, kernel=layer.kernel, stride=layer.stride, padding=layer.padding, **common, **parts
         )
-    return QuantizedLinear(bias=bias, transform=transform, **common, **parts)
+    low_rank = None
+    if scheme.low_rank is not None:
+        low_rank = LowRankBranch(*parts.pop("low_rank"), axes=layer.axes)
+    return QuantizedLinear(bias=bias, transform=transform, low_rank=low_rank, **common, **parts)
 
 
 def quantized_arrays(
@@ -141,9 +156,16 @@ def _quantize_arrays(weight, low, high, moment, *, scheme: LayerScheme, fit, rou
         parts["input_clip"] = scheme.input_clip.start_table(scheme.activation.symmetric)
     if scheme.weight is None:
         return {**parts, "weight": quantized_from.astype(weight.dtype)}
+    whole, taken = quantized_from, 0
+    if scheme.low_rank is not None:
+        factors = leading_directions(whole, scheme.low_rank.rank_of(whole.shape))
+        # What is rounded is what the branch leaves as it is held, in the type of the weights.
+        down, up = parts["low_rank"] = tuple(factor.astype(weight.dtype) for factor in factors)
+        taken = jnp.matmul(up.astype(dtype), down.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+        quantized_from = whole - taken
     if rounding is None:
         quantized = encode(quantized_from, scheme.weight.grid, *scheme.weight.scale_of(quantized_from))
     else:
         quantized, parts["factored"] = rounding.round(quantized_from, moment, scheme.weight)
-    parts["weight_sqnr_db"] = sqnr_db(quantized_from, quantized.dequantize())
+    parts["weight_sqnr_db"] = sqnr_db(whole, taken + quantized.dequantize())
     return {**parts, "weight": quantized}

@@ -47,7 +47,7 @@ class FitRotation:
 
     rotation: Rotation = Rotation()
     seed: int = 0
-    absorb: bool = True
+    absorb: bool = False
 
     names = ("rotation",)
     needs_calibration = False

@@ -53,7 +53,7 @@ def fake_quantized(model: VideoModel, schemes: Mapping[str, LayerScheme | Attent
 def check_trainable(layer: nnx.Module, scheme: LayerScheme, name: str) -> None:
     """Raise UserError for what no trained layer takes the place of."""
     static = scheme.activation is not None and not scheme.activation.dynamic
-    if static or scheme.transforms or not isinstance(layer, Linear):
+    if static or scheme.transforms or scheme.low_rank or not isinstance(layer, Linear):
         raise UserError(
             f"{name}: its recipe transforms inputs or needs calibration, or it is no linear layer; none is trained yet",
             remedy="train with a dynamic recipe such as rtn-w4a4, and leave convolutions float",

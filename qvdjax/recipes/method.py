@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from qvdjax.nn import AttentionScheme, InputClip, LayerScheme
+from qvdjax.nn import AttentionScheme, InputClip, LayerScheme, LowRank
 from qvdjax.numerics import Quantizer
 from qvdjax.recipes.rules import Recipe, Rule
 from qvdjax.recipes.training import Training
@@ -74,6 +74,10 @@ class Method:
         """How the dynamic input ranges of products are narrowed; None for not at all."""
         return
 
+    def low_rank(self) -> LowRank | None:
+        """The branch in full precision beside every product; None for none."""
+        return
+
     def training(self) -> Training | None:
         """How `qvdjax train` makes this recipe's models; None for the straight-through estimator towards a teacher."""
         return
@@ -94,7 +98,8 @@ class Method:
                  roles=("head",)),
             Rule(LayerScheme(weight, reason="weights only: its input is one vector a step"),
                  roles=("modulation", "temporal_feature")),
-            Rule(LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation),
+            Rule(LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation,
+                             self.low_rank()),
                  roles=PRODUCTS),
             Rule(LayerScheme(channel, tensor, (), "a product over all positions: one range for the input"),
                  roles=("convolution",)),

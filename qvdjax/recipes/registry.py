@@ -19,8 +19,9 @@ from qvdjax.recipes.qvgen import QVGen, QVGenCode, QVGenPaper
 from qvdjax.recipes.rtn import RoundToNearest
 from qvdjax.recipes.rules import Recipe
 from qvdjax.recipes.smoothquant import SmoothQuant
+from qvdjax.recipes.svdquant import SVDQuant
 
-POST_TRAINING = (RoundToNearest, MinMax, SmoothQuant, QuaRot, GPTQ)
+POST_TRAINING = (RoundToNearest, MinMax, SmoothQuant, QuaRot, GPTQ, SVDQuant)
 TRAINED = (LearnedStepSize, QDM, EfficientDM, QVGen, QVGenPaper, QVGenCode, DSAQuant)
 METHODS = {method.name: method for method in (*POST_TRAINING, *TRAINED)}
 PRESET_BITS = ((8, 8), (6, 6), (4, 8), (4, 6), (4, 4), (3, 3))

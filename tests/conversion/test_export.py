@@ -51,12 +51,13 @@ RECIPES = {
     "w6a6, static inputs with zero points": get("minmax-w6a6", activation_symmetric=False),
     "w4a4, smoothed": get("smoothquant-w4a4"),
     "w4a16, rotated": get("quarot-w4a16"),
+    "w4a16, with branches": get("svdquant-w4a16", rank=4),
     "mixed": MIXED,
     "strategies": STRATEGIES,
 }
 CONFIG = models.parse_config(WAN).to_dict()
 FLOAT = expected_tensors(models.abstract(WAN))
-WITHOUT_TRANSFORMS = [name for name in RECIPES if "smoothed" not in name and "rotated" not in name]
+WITHOUT_TRANSFORMS = [name for name in RECIPES if not name.endswith(("smoothed", "rotated", "branches"))]
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def test_dequantized_weights_are_what_the_codes_stand_for_bit_for_bit(tmp_path, 
     json.dumps(report)
 
 
-@pytest.mark.parametrize("name", ["w4a16", "w4a16, rotated"])
+@pytest.mark.parametrize("name", ["w4a16", "w4a16, rotated", "w4a16, with branches"])
 def test_the_dequantized_model_computes_what_the_quantized_weights_do(tmp_path, quantized, name):
     folder, _ = quantized(name)  # inputs stay float, so the weights are all that was quantized
     conversion.export(folder, tmp_path / "plain", "diffusers")
@@ -400,6 +401,15 @@ def test_smoothed_inputs_have_no_form_in_compressed_tensors(tmp_path, quantized)
     assert len(error.items) == 3 * 10
     assert "blocks.0.attn1.to_q (smooth_scale)" in error.items
     assert error.remedy == "export to diffusers, or quantize with a recipe without transforms"
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("w4a16, rotated", "rotation"), ("w4a16, with branches", "smooth_scale, low_rank")]
+)
+def test_rotations_and_branches_have_no_form_in_compressed_tensors(tmp_path, quantized, name, what):
+    folder, _ = quantized(name)
+    error = refused(folder, tmp_path, "have a branch", "compressed-tensors")
+    assert f"blocks.0.ffn.net.2 ({what})" in error.items
 
 
 def test_clipped_ranges_have_no_form_in_compressed_tensors(tmp_path):

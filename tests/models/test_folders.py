@@ -20,7 +20,7 @@ MIXED = {"skip": r"blocks\.(0|2)\..*", "group_size": "16", "weight_symmetric": "
 RECIPES = {
     "plain": None, "w8a8": get("rtn-w8a8"), "w3a8": get("rtn-w3a8"), "static": get("minmax-w8a8"),
     "smoothed": get("smoothquant-w4a4"), "mixed": get("rtn-w4a4", **MIXED), "w5a16": get("rtn-w5a16"),
-    "rotated": get("quarot-w4a4", block="32"),
+    "rotated": get("quarot-w4a4", block="32"), "branches": get("svdquant-w4a4", rank=4),
 }  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def test_execution_is_chosen_when_loading(tmp_path):
         models.load(tmp_path / "model", execution="magic")
 
 
-@pytest.mark.parametrize("recipe", ["plain", "mixed", "rotated"])
+@pytest.mark.parametrize("recipe", ["plain", "mixed", "rotated", "branches"])
 def test_sharded_loading_gives_the_same_arrays(tmp_path, recipe):
     models.save(make(RECIPES[recipe]), tmp_path / "model")
     mesh = make_mesh({"fsdp": 4, "tensor": 2})

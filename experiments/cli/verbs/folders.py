@@ -111,6 +111,7 @@ def _why(row: dict[str, Any]) -> str:
         return row["reason"]
     block = online["rotation_block"]
     names = [f"rotation of {block} channels" if name == "rotation" else name for name in online["transforms"]]
+    names += [] if online["rank"] is None else [f"branch of rank {online['rank']}, {size(online['branch_bytes'])}"]
     return f"{row['reason']}; online {', '.join(names)}: {online['share']:.1%} of its multiply-adds"
 
 

@@ -368,3 +368,14 @@ def test_targets_that_cannot_be_written(qvdjax, model_folder, tmp_path, place):
     target = tmp_path / place  # an absolute place replaces tmp_path
     assert refused(qvdjax("convert", model_folder, target), target)
     assert refused(qvdjax("quantize", model_folder, target, "-r", "rtn-w4a4"), target)
+
+
+def test_the_last_column_says_what_is_computed_online():
+    from experiments.cli.verbs.folders import _why
+
+    online = {"transforms": ["smooth_scale", "rotation"], "rotation_block": 64, "rank": 8, "branch_bytes": 2048,
+              "multiply_adds": 20, "share": 0.05}  # fmt: skip
+    assert _why({"reason": "a product", "online": online}) == (
+        "a product; online smooth_scale, rotation of 64 channels, branch of rank 8, 2 KiB: 5.0% of its multiply-adds"
+    )
+    assert _why({"reason": "a product", "online": None}) == "a product"

@@ -204,3 +204,9 @@ def test_what_cannot_be_trained_or_stored_is_refused(model):
         recipes.get("efficientdm-w4a4", rank=0)
     with pytest.raises(UserError, match="qvdjax train"):
         qvdjax.quantize(model, "qvgen-w4a4")
+
+
+@pytest.mark.parametrize("name", ["gptq-w4a4", "svdquant-w4a4", "quarot-w4a4"])
+def test_what_is_calibrated_or_transforms_inputs_is_not_trained(model, name):
+    with pytest.raises(UserError, match="calibrat"):
+        student_of(model, recipes.get(name), STEPS).at(model, jnp.zeros(()))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import wan, wan_inputs
+from small_models import cogvideox, cogvideox_inputs, wan, wan_inputs
 
 import qvdjax
 from qvdjax.calibration.moments import passes, second_moments
@@ -170,6 +170,17 @@ def test_models_round_better_than_to_the_nearest_code():
     rotated = qvdjax.quantize(model, get("gptq-w4a4", rotation=True, act_order=True, group_size=16), [inputs])
     assert rotated.stacks[0].block.ffn.net["2"].transform.signs is not None
     assert error(rotated) < error(qvdjax.quantize(model, get("quarot-w4a4", group_size=16)))
+
+
+@pytest.mark.slow
+def test_another_family_gains_too():
+    model, inputs = cogvideox(), cogvideox_inputs()
+    run = jax.jit(lambda model: model(**inputs))
+    exact = run(model)
+    error = lambda recipe: float(jnp.square(run(qvdjax.quantize(model, recipe, [inputs])) - exact).mean())  # noqa: E731
+    nearest = error("rtn-w3a8")
+    assert error(get("gptq-w3a8", rotation=True)) < nearest
+    assert error(get("svdquant-w3a8", rank=16, gptq=True)) < nearest
 
 
 def test_what_the_recipe_says():

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from small_models import cogvideox, cogvideox_inputs, wan, wan_inputs
 
+import models
 import qvdjax
 from qvdjax.errors import UserError
 from qvdjax.nn import InputTransform, LayerScheme, Linear, Rotation
@@ -102,7 +103,7 @@ def test_a_rotated_model_beats_rounding_where_channels_are_heavy():
 
 
 def test_integer_and_simulated_execution_agree():
-    quantized = qvdjax.quantize(wan(), "quarot-w8a8", execution="integer")
+    quantized = qvdjax.quantize(wan(), get("quarot-w8a8", absorb=True), execution="integer")
     simulated = set_execution(nnx.clone(quantized), "simulate")
     # Flipped codes: below (2**-8)**2, as without rotation.
     assert relative_error(run(simulated, wan_inputs()), run(quantized, wan_inputs())) < 1e-5
@@ -126,21 +127,37 @@ def test_the_description_says_what_is_online():
     rows = {row["path"]: row for row in qvdjax.describe(qvdjax.quantize(wan(), "quarot-w4a4"))}
     row = rows["blocks.1.ffn.net.2"]
     assert row["online"] == {
-        "transforms": ["rotation"], "rotation_block": 96, "multiply_adds": 96 * (3 * 4 + 8), "share": 20 / 64,
+        "transforms": ["rotation"], "rotation_block": 96, "rank": None, "branch_bytes": 0,
+        "multiply_adds": 96 * (3 * 4 + 8), "share": 20 / 64,
     }  # fmt: skip
     assert row["bytes"] == 64 * 96 // 2 + 64 * 4 + 64 * 4 + 96 * 4  # codes, scales, bias, signs
-    assert rows["blocks.1.attn1.to_out.0"]["online"] is None
+    assert rows["blocks.1.attn1.to_out.0"]["online"]["rotation_block"] == 64
     assert rows["proj_out"]["online"] is None
+
+
+def test_large_models_are_rotated_without_memory():
+    config = {"_class_name": "WanTransformer3DModel"}  # 14 billion parameters
+    quantized = jax.eval_shape(lambda: qvdjax.quantize(models.build(config, dtype=jnp.bfloat16), "quarot-w4a8"))
+    rows = {row["path"]: row for row in qvdjax.describe(quantized)}
+    # 5120 = 40 * 128 and 13824 = 108 * 128 channels, as a share of the products' 5120 and of another 5120 outputs.
+    assert rows["blocks.7.attn1.to_q"]["online"]["share"] == 168 / 5120
+    assert rows["blocks.7.ffn.net.2"]["online"]["share"] == 236 / 5120
+    assert rows["blocks.7.attn1.to_out.0"]["online"]["rotation_block"] == 5120
+    absorbed = jax.eval_shape(
+        lambda: qvdjax.quantize(models.build(config, dtype=jnp.bfloat16), get("quarot-w4a8", absorb=True))
+    )
+    rows = {row["path"]: row for row in qvdjax.describe(absorbed)}
+    assert rows["blocks.7.attn1.to_out.0"]["online"] is None
+    assert rows["blocks.7.attn1.to_q"]["online"]["rotation_block"] == 5120
 
 
 def test_options_of_the_recipe():
     plain = decide(wan(), get("quarot-w4a4", signs="false", block="16")).schemes["blocks.0.attn1.to_q"]
     assert plain.rotation == Rotation(16, signs=False)
     assert not get("quarot-w4a4").needs_calibration
-    online = qvdjax.quantize(wan(), get("quarot-w4a4", absorb="false", signs="false"))
-    layer = online.stacks[0].block.attn1.to_out["0"]
-    assert layer.transform.rotation.block_of(64) == 64
-    assert layer.transform.signs is None
+    assert (get("quarot-w4a4").transform.absorb, get("quarot-w4a4", absorb="true").transform.absorb) == (False, True)
+    online = qvdjax.quantize(wan(), get("quarot-w4a4", signs="false"))
+    assert online.stacks[0].block.attn1.to_out["0"].transform.signs is None
     with pytest.raises(UserError, match="at least 2"):
         get("quarot-w4a4", block="1")
 

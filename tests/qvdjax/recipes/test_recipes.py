@@ -14,9 +14,19 @@ from qvdjax.recipes import METHODS, PRESET_BITS, Recipe, Rule, decide, get, name
 
 def test_every_preset_is_there():
     assert {(8, 8), (6, 6), (4, 8), (4, 6), (4, 4), (3, 3)} == set(PRESET_BITS)
-    assert {"rtn", "minmax", "smoothquant", "quarot", "gptq", "lsq", "q-dm", "efficientdm", "qvgen", "dsaquant"} <= set(
-        METHODS
-    )
+    assert {
+        "rtn",
+        "minmax",
+        "smoothquant",
+        "quarot",
+        "gptq",
+        "svdquant",
+        "lsq",
+        "q-dm",
+        "efficientdm",
+        "qvgen",
+        "dsaquant",
+    } <= set(METHODS)
     for name in names():
         assert get(name).name == name
 
