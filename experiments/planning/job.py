@@ -136,7 +136,7 @@ def _config(model: str) -> dict:
 def _mesh(topology: str, sizes: Mapping[str, int] | None, config: dict) -> Mesh:
     if sizes is None:
         devices = parallel.topology_mesh(topology).devices.size
-        sizes = {"context": math.gcd(devices, config["num_attention_heads"]), "fsdp": -1}
+        sizes = {"context": math.gcd(devices, models.parse_config(config).num_attention_heads), "fsdp": -1}
     return parallel.topology_mesh(topology, sizes)
 
 

@@ -105,9 +105,9 @@ def errors(tmp_path_factory) -> dict[str, float]:
 @pytest.mark.parametrize("name", CASES)
 def test_parity_with_diffusers(errors, name):
     # diffusers computes sinusoids, rotary tables and the mean squares of RMSNorm in float32 even for float64 models. At
-    # timestep and guidance 0 the sinusoids are exact, and the rest is float32 rounding; at ordinary ones the float32
-    # sinusoid of an argument of up to 6000 is off by up to 2e-4, of which these weights pass on a part.
-    assert errors[f"{name}: zero"] <= 1e-6, errors
+    # timestep and guidance 0 the sinusoids are exact, and the rest makes 4e-9; at ordinary ones the float32 sinusoid of
+    # an argument of up to 6000 is off by up to 4e-4, of which 2e-5 gets through.
+    assert errors[f"{name}: zero"] <= 1e-7, errors
     assert errors[f"{name}: ordinary"] <= 2e-4, errors
     # The same weights in the same program; torch sums in an order that depends on where arrays lie (float64 rounding).
     assert errors[f"{name}: saved by us"] <= 1e-14, errors
