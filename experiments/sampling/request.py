@@ -212,7 +212,7 @@ def refuse_conditions(request: Request, what: str) -> None:
     if request.conditions:
         raise UserError(
             f"`qvdjax {what}` does not take models with further inputs yet",
-            remedy="sample it, or quantize it by a recipe that needs no calibration", items=list(request.conditions),
+            remedy="sample it with `qvdjax sample`", items=list(request.conditions),
         )  # fmt: skip
 
 
