@@ -11,13 +11,7 @@ import numpy as np
 
 import models
 from experiments.sampling.record import settings_record
-from experiments.sampling.request import (
-    Request,
-    Settings,
-    refuse_conditions,
-    request_from_context,
-    request_from_pipeline,
-)  # fmt: skip
+from experiments.sampling.request import Request, Settings, request_from_context, request_from_pipeline
 from models.pipeline import FILE
 from qvdjax.calibration import CalibrationSet, Trajectory, collect
 from qvdjax.checkpoint import CheckpointFolder
@@ -113,9 +107,7 @@ def _request(source, config, prompts, count, seeds, context_file, settings: Sett
                 remedy="give a file of text embeddings with --context",
             )
         parsed = models.parse_config(config)
-        request = request_from_context(source, context_file, parsed, prompts, seeds or (FIRST_SEED,), settings)
-        refuse_conditions(request, "calibrate")
-        return request
+        return request_from_context(source, context_file, parsed, prompts, seeds or (FIRST_SEED,), settings)
     if context_file is not None:
         raise UserError(f"{source} encodes prompts itself", remedy="give prompts instead of --context")
     if prompts is None:
@@ -137,6 +129,9 @@ def _recorder(model, request: Request) -> Callable[[int], Trajectory]:
     Compiles now, so that settings that the model cannot take are refused before anything is written.
     """
 
+    def conditions(number: int) -> dict[str, np.ndarray]:
+        return {name: array[number, None] for name, array in request.conditions.items()}  # ... -> 1 ...
+
     def inputs(number: int) -> dict[str, Any]:
         negative = request.negative_context
         return {
@@ -144,6 +139,7 @@ def _recorder(model, request: Request) -> Callable[[int], Trajectory]:
             "negative_context": None if negative is None else negative[number, None],
             "noise": initial_noise([request.seeds[number]], request.latents_shape),
             "seeds": [request.seeds[number]],
+            **conditions(number),
             "trajectory": True,
             **request.sampling,
         }
@@ -159,6 +155,7 @@ def _recorder(model, request: Request) -> Callable[[int], Trajectory]:
             raise UserError("the model sampled latents that are not finite", remedy="try a lower guidance scale")
         context, negative = given["context"][0], given["negative_context"]
         # Without guidance the model never meets the negative prompt: its own context stands in.
-        return Trajectory(latents, timestep, context, context if negative is None else negative[0])
+        own = {name: array[0] for name, array in conditions(number).items()}
+        return Trajectory(latents, timestep, context, context if negative is None else negative[0], own)
 
     return record

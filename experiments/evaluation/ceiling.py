@@ -16,10 +16,14 @@ def speed_ceiling_of_folder(folder: Path, setup: Setup) -> dict:
     """`speed_ceiling` of a model folder's architecture, at the size and prompt length of `setup`."""
     model = models.abstract(CheckpointFolder.open(folder).config)
     shapes = ((1, *setup.latents_shape), (1,), (1, *setup.context.shape[1:]))
-    return speed_ceiling(count_operations(model, *(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)))
+    inputs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    conditions = {
+        name: jax.ShapeDtypeStruct((1, *array.shape[1:]), np.float32) for name, array in setup.conditions.items()
+    }
+    return speed_ceiling(count_operations(model, *inputs, **conditions))
 
 
-def count_operations(model, latents, timestep, context) -> Counter:
+def count_operations(model, latents, timestep, context, **conditions) -> Counter:
     """Floating-point operations of one forward pass, by kind.
 
     Counted in the traced program, so it holds for any model and any way to compute attention: a product of
@@ -34,7 +38,8 @@ def count_operations(model, latents, timestep, context) -> Counter:
         {"linear": n, "attention": n, "convolution": n}, a multiplication and an addition counted as two.
     """
     parameters = jax.tree.leaves(model)
-    program = jax.make_jaxpr(lambda model, *inputs: model(*inputs))(model, latents, timestep, context)
+    call = lambda model, inputs, conditions: model(*inputs, **conditions)  # noqa: E731
+    program = jax.make_jaxpr(call)(model, (latents, timestep, context), conditions)
     inputs = len(program.jaxpr.invars) - len(parameters)
     return _count(program.jaxpr, [False] * len(parameters) + [True] * inputs)[0]
 

@@ -44,6 +44,7 @@ def run_freely(model, setup: Setup, *, batch: int, place: Place, progress: Calla
             noise=place(setup.noise(rows)),
             seeds=[setup.seeds[row] for row in rows],
             trajectory=True,
+            **{name: place(array[rows]) for name, array in setup.conditions.items()},
             **setup.sampling,
         )
         inputs.append(np.asarray(result.trajectory, np.float32)[:, :wanted])
@@ -73,6 +74,7 @@ def predict_along(
     velocities = []
     for rows, wanted in _chunks(len(setup.seeds), batch):
         context = place(setup.context[rows])
+        conditions = {name: place(array[rows]) for name, array in setup.conditions.items()}
         chunk = [
             _along(
                 unguided,
@@ -82,6 +84,7 @@ def predict_along(
                 context,
                 None if unguided else place(setup.negative_context[rows]),
                 scales[steps],
+                conditions,
             )
             for steps, unguided in parts
             if steps.start < steps.stop
@@ -91,11 +94,12 @@ def predict_along(
     return np.concatenate(velocities, axis=1)
 
 
-def _scan_along(unguided: bool, model, inputs, timesteps, context, negative_context, scales) -> jax.Array:
+def _scan_along(unguided: bool, model, inputs, timesteps, context, negative, scales, conditions) -> jax.Array:
     def body(_, row):
         latents, timestep, scale = row
         timestep = jnp.full(latents.shape[:1], timestep, jnp.float32)  # () -> (batch,)
-        return None, guided(model, 1 if unguided else scale)(latents, timestep, context, negative_context)
+        predict = guided(model, 1 if unguided else scale)
+        return None, predict(latents, timestep, context, negative, **conditions)
 
     by_step = jnp.swapaxes(inputs, 0, 1)  # batch steps ... -> steps batch ...
     return jax.lax.scan(body, None, (by_step, timesteps, scales))[1]

@@ -1,7 +1,7 @@
 """What is sampled: the same prompts, noise and solver for every model that is compared."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 import models
 from experiments.evaluation.options import Options
 from experiments.moving_shapes import captions
-from experiments.sampling.request import refuse_conditions, request_from_context, sampler_of
+from experiments.sampling.request import GUIDANCE, request_from_context, sampler_of
 from models.pipeline import FILE, Pipeline
 from qvdjax.diffusion import Solver, guidance_scales, guided_steps, initial_noise, solver_name
 from qvdjax.errors import UserError
@@ -32,6 +32,7 @@ class Setup:
         solver, steps, guidance_scale, dynamic_guidance, guidance_until: See `qvdjax.diffusion.sample`.
         pipeline: What decodes the latents; None where nothing does.
         negative_prompt: None where the negative context came from a file.
+        conditions: Further inputs of the model by name, float32 (samples, ...); its guidance may be one of them.
     """
 
     prompts: tuple[str, ...]
@@ -47,12 +48,23 @@ class Setup:
     dynamic_guidance: str | None = None
     guidance_until: float = 0.0
     negative_prompt: str | None = None
+    conditions: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def sampling(self) -> dict:
         """The arguments of `qvdjax.diffusion.sample` that all samples share."""
-        names = ("solver", "steps", "guidance_scale", "dynamic_guidance", "guidance_until")
-        return {name: getattr(self, name) for name in names}
+        names = ("solver", "steps", "dynamic_guidance", "guidance_until")
+        return {**{name: getattr(self, name) for name in names}, "guidance_scale": self.scale_between_passes}
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the model is given its guidance scale as an input."""
+        return GUIDANCE in self.conditions
+
+    @property
+    def scale_between_passes(self) -> float:
+        """The guidance scale of the sampler, which is 1, one pass, where guidance is an input of the model."""
+        return 1.0 if self.embedded else self.guidance_scale
 
     @property
     def timesteps(self) -> np.ndarray:
@@ -62,17 +74,17 @@ class Setup:
     @property
     def scales(self) -> np.ndarray:
         """The guidance scale of every step, (steps,)."""
-        return guidance_scales(self.guidance_scale, self.timesteps, self.dynamic_guidance)
+        return guidance_scales(self.scale_between_passes, self.timesteps, self.dynamic_guidance)
 
     @property
     def guided_count(self) -> int:
-        """How many steps are guided, from the first."""
-        return guided_steps(self.guidance_scale, self.timesteps, self.guidance_until)
+        """How many steps are guided by a second pass, from the first."""
+        return guided_steps(self.scale_between_passes, self.timesteps, self.guidance_until)
 
     @property
     def unguided(self) -> bool:
         """Whether one pass without the negative context is all there is."""
-        return self.guidance_scale == 1
+        return self.scale_between_passes == 1
 
     @property
     def solver_fields(self) -> dict:
@@ -143,7 +155,6 @@ def _from_context(folder: Path, options: Options) -> Setup:
     config = models.skeleton(folder).config
     file = Path(options.context_file)
     texts = request_from_context(folder, file, config, options.prompts, [0], options.settings)
-    refuse_conditions(texts, "evaluate")
     prompt_of_sample, seeds = _pairs(len(texts.context), options.seeds)
     rows = list(prompt_of_sample)
     return Setup(
@@ -159,6 +170,7 @@ def _from_context(folder: Path, options: Options) -> Setup:
         pipeline=None,
         dynamic_guidance=texts.dynamic_guidance,
         guidance_until=texts.guidance_until,
+        conditions={name: array[rows] for name, array in texts.conditions.items()},
     )
 
 

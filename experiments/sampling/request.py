@@ -207,15 +207,6 @@ def request_from_context(
     )
 
 
-def refuse_conditions(request: Request, what: str) -> None:
-    """UserError for a request with conditions, which `what` (a verb) does not know."""
-    if request.conditions:
-        raise UserError(
-            f"`qvdjax {what}` does not take models with further inputs yet",
-            remedy="sample it, or quantize it by a recipe that needs no calibration", items=list(request.conditions),
-        )  # fmt: skip
-
-
 def _check_guidance(settings: Settings, *, embedded: bool) -> None:
     """UserError for guidance that a model with conditions cannot be given."""
     if not math.isfinite(1.0 if settings.guidance_scale is None else settings.guidance_scale):

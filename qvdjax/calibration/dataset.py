@@ -2,7 +2,8 @@
 
     manifest.json            {"format": "qvdjax-calibration", "version": 1, "samples": [...], and how it was made}
     sample-0000.safetensors  latents (steps, frames, height, width, channels), timestep (steps,),
-                             context (tokens, dim), negative_context (tokens, dim)
+                             context (tokens, dim), negative_context (tokens, dim), and of a model with further inputs
+                             condition.<name> (...), the same at every step
 
 One file holds one prompt's whole trajectory; both guidance branches see the same latents, so these are stored once.
 Each entry of "samples" names a file, its prompt and its seed. A file appears under its name when it is complete, so an
@@ -25,6 +26,7 @@ from qvdjax.errors import UserError
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "qvdjax-calibration", 1
 TENSORS = ("latents", "timestep", "context", "negative_context")
+CONDITION = "condition."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +37,21 @@ class Trajectory:
         latents: float32 (steps, frames, height, width, channels), before each step.
         timestep: float32 (steps,).
         context, negative_context: float32 (tokens, dim) each.
+        conditions: Further inputs of the model by name, float32, without a batch axis.
     """
 
     latents: np.ndarray
     timestep: np.ndarray
     context: np.ndarray
     negative_context: np.ndarray
+    conditions: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All tensors by their names in a file, float32."""
+        named = {name: getattr(self, name) for name in TENSORS}
+        named |= {CONDITION + name: array for name, array in self.conditions.items()}
+        return {name: np.asarray(array, np.float32, order="C") for name, array in named.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +106,9 @@ class CalibrationSet:
                 for start in range(0, len(sample.timestep), batch):
                     rows = slice(start, start + batch)
                     latents = sample.latents[rows]
-                    spread = np.broadcast_to(context, (len(latents), *context.shape))  # batch tokens dim
-                    yield {"latents": latents, "timestep": sample.timestep[rows], "context": spread}
+                    same = {"context": context, **sample.conditions}
+                    spread = {name: np.broadcast_to(a, (len(latents), *a.shape)) for name, a in same.items()}
+                    yield {"latents": latents, "timestep": sample.timestep[rows], **spread}
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self.batches()
@@ -111,7 +123,9 @@ def read_trajectory(path: Path) -> Trajectory:
     file = SafetensorsFile(path)
     if missing := [name for name in TENSORS if name not in file.tensors]:
         raise UserError(f"{path} lacks tensors", remedy="delete it and calibrate again", items=missing)
-    sample = Trajectory(**{name: np.asarray(file.read(name), np.float32) for name in TENSORS})
+    arrays = {name: np.asarray(file.read(name), np.float32) for name in file.tensors}
+    conditions = {name.removeprefix(CONDITION): array for name, array in arrays.items() if name.startswith(CONDITION)}
+    sample = Trajectory(**{name: arrays[name] for name in TENSORS}, conditions=conditions)
     steps = len(sample.timestep)
     fits = sample.latents.ndim == 5 and len(sample.latents) == steps and sample.context.ndim == 2
     if not fits or sample.context.shape != sample.negative_context.shape:
@@ -151,8 +165,7 @@ def collect(
     for number, entry in enumerate(entries):
         if not (path / entry["file"]).exists():
             sample = make(number)
-            arrays = {name: np.ascontiguousarray(getattr(sample, name), np.float32) for name in TENSORS}
-            sources = [TensorSource(name, a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()]
+            sources = [TensorSource(name, a.shape, a.dtype, lambda a=a: a) for name, a in sample.arrays.items()]
             write_file(path / entry["file"], sources)
         if progress:
             progress("calibrating", number + 1, len(entries))

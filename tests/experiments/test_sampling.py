@@ -12,9 +12,7 @@ from two_hosts import ended, two_hosts
 
 import models
 import qvdjax
-from experiments.calibrating import calibrate_folder
-from experiments.evaluation.options import Options
-from experiments.evaluation.setup import make_setup
+from experiments.calibrating import calibrate_folder, open_calibration
 from experiments.sampling import sample_folder
 from experiments.sampling.request import Settings
 from experiments.training.job import train_folder
@@ -241,12 +239,7 @@ def test_the_same_quantized_video_on_one_device_and_on_eight(folder, tmp_path, r
 
 ONE_HOST = """
 import sys
-from experiments.calibrating import calibrate_folder
-from experiments.evaluation.options import Options
-from experiments.evaluation.setup import make_setup
 from experiments.sampling import sample_folder
-from experiments.sampling.request import Settings
-from experiments.training.job import train_folder
 from qvdjax.parallel import initialize_distributed
 rank, address, folder, output = sys.argv[1:]
 initialize_distributed(coordinator_address=address, num_processes=2, process_id=int(rank))
@@ -380,18 +373,27 @@ def test_texts_that_hunyuanvideo_cannot_take(hunyuanvideo, tmp_path, change, opt
     assert [file.name for file in tmp_path.iterdir()] == ["texts.safetensors"]
 
 
-def test_verbs_that_know_no_conditions_say_so(hunyuanvideo, tmp_path):
+def test_a_hunyuanvideo_is_calibrated_with_its_conditions(hunyuanvideo, tmp_path):
     folder, texts, settings = hunyuanvideo
-    file = tmp_path / "texts.safetensors"
-    save_file(texts, file)
+    save_file(texts, tmp_path / "texts.safetensors")
     asked = Settings(**{name: settings[name] for name in ("steps", "frames", "height", "width")})
-    with pytest.raises(UserError, match="`qvdjax calibrate` does not take"):
-        calibrate_folder(folder, tmp_path / "set", context_file=file, settings=asked)
-    with pytest.raises(UserError, match="`qvdjax evaluate` does not take"):
-        make_setup(folder, Options(context_file=file, **dataclasses.asdict(asked)))
+    report = calibrate_folder(folder, tmp_path / "set", context_file=tmp_path / "texts.safetensors", settings=asked)
+    assert (report["samples"], report["model_inputs"], report["guidance_scale"]) == (2, 4, 6.0)
+    first, *_, last = open_calibration(tmp_path / "set", folder)
+    assert first.keys() == {"latents", "timestep", *texts, "guidance"}
+    for name, array in texts.items():
+        np.testing.assert_array_equal(last[name], np.stack([array[1]] * 2))  # the second text at both steps
+    assert last["guidance"].tolist() == [6000.0, 6000.0]
+    # What the model was given at the second step is where the first led to.
+    model, row = models.load(folder), {name: array[:1] for name, array in first.items()}
+    step = np.float32(0.875 - 1)  # two steps of shift 7: noise levels 1, 0.875, 0
+    np.testing.assert_allclose(row["latents"] + step * model(**row), first["latents"][1:], atol=ROUNDING)
+
+
+def test_training_that_knows_no_conditions_says_so(hunyuanvideo, tmp_path):
     with pytest.raises(UserError, match="cannot be trained here"):
-        train_folder(folder, tmp_path / "trained", recipe="lsq-w4a4", data=tmp_path)
-    assert [left.name for left in tmp_path.iterdir()] == ["texts.safetensors"]
+        train_folder(hunyuanvideo[0], tmp_path / "trained", recipe="lsq-w4a4", data=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_published_cogvideox_is_sampled_as_its_scripts_do(tmp_path):

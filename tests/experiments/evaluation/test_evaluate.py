@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
+from flax import nnx
 from safetensors.numpy import save_file
 
 import models
@@ -363,6 +365,22 @@ def test_a_folder_without_pipeline_is_compared_on_latents(folders, tmp_path):
             evaluate(bare, folders.louder, tmp_path / "other", **{**asked, **change})
     with pytest.raises(UserError, match="encodes prompts itself"):
         evaluate(folders.reference, folders.louder, tmp_path / "other", context_file=texts)
+
+
+def test_a_model_that_is_given_its_guidance_is_compared_in_one_pass(tmp_path):
+    model, inputs = small_models.hunyuanvideo(), small_models.hunyuanvideo_inputs()
+    louder = nnx.clone(model)
+    louder.proj_out.weight[...] *= 1.1
+    louder.proj_out.bias[...] *= 1.1
+    for name, one in (("reference", model), ("louder", louder)):
+        models.save(one, tmp_path / name)
+    names = ("context", "pooled_projections", "encoder_attention_mask")
+    save_file({name: np.asarray(inputs[name], np.float32) for name in names}, tmp_path / "texts.safetensors")
+    asked = {"context_file": tmp_path / "texts.safetensors", "steps": 2, "frames": 3, "height": 4, "width": 6}
+    metrics = evaluate(tmp_path / "reference", tmp_path / "louder", tmp_path / "report", **asked)
+    # The prediction is 1.1 times too large, of which float32 keeps three digits of the difference.
+    np.testing.assert_allclose(metrics["teacher_forced_error"]["per_prompt"], 0.01, rtol=1e-3)
+    assert (metrics["sampling"]["guidance_scale"], metrics["sampling"]["guided_steps"]) == (6.0, 2)
 
 
 def test_a_candidate_needs_no_pipeline(folders, tmp_path):
