@@ -193,8 +193,9 @@ def test_quantized_models_agree_in_both_executions(tmp_path, model, shallow):
     models.save(qvdjax.quantize(shallow, "rtn-w8a8"), tmp_path / "model")
     integer, simulate = (run(models.load(tmp_path / "model", execution=e), inputs) for e in ("integer", "simulate"))
     # The same codes multiplied exactly or in float32, whose rounding flips a code here and there, one step of 1/127
-    # of one feature: 1e-7 without such a flip and 1e-4 with some.
-    assert relative(integer, simulate) < 1e-3
+    # of one feature: 1e-7 without such a flip, and up to 3e-3 with some (seen where XLA optimizes little, and rounds
+    # otherwise). Rounding itself is 1e-2 and more away from the float model.
+    assert relative(integer, simulate) < 6e-3
     # Some fifteen products in a row, each with errors of some 1e-3 to 1e-2 from eight bits a token and channel.
     assert 1e-3 < relative(integer, run(shallow, inputs)) < 6e-2
 
