@@ -147,6 +147,7 @@ def test_efficientdm_moves_quantizers_and_adapters_alone(run, model, batch):
     )
 
 
+@pytest.mark.slow
 def test_a_phase_starts_where_the_schedule_says(run, model, batch):
     recipe = recipes.get("qvgen-w4a4", rank=4)
     settings = Settings(batch=2, learning_rate=1e-3, warm_up=1, objective=following(recipe.training))

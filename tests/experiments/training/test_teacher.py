@@ -233,6 +233,7 @@ def runs(model_folder, data_folder, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_a_teacher_of_codes_teaches_nearly_the_same_in_less_memory(runs):
     plain, quantized = runs("plain"), runs("codes", teacher="rtn-w8a16")
     losses = [run["report"]["last_loss"] for run in (plain, quantized)]
@@ -244,6 +245,7 @@ def test_a_teacher_of_codes_teaches_nearly_the_same_in_less_memory(runs):
     assert plain["bytes"] - quantized["bytes"] == teachers[0] - teachers[1]  # all that is held, not the teacher alone
 
 
+@pytest.mark.slow
 def test_a_cached_teacher_teaches_the_same_bits_from_disk(runs):
     plain, cached = runs("plain"), runs("cached", teacher_cache=runs.folder / "predictions")
     assert cached["report"]["teacher_bytes"] == 0
@@ -327,6 +329,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(runs, model_folder, data_fo
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == whole["weights"]
 
 
+@pytest.mark.slow
 def test_the_program_makes_and_uses_a_cache(model_folder, data_folder, tmp_path, capsys):
     argv = ["train", model_folder, tmp_path / "out", "-r", "rtn-w4a4", "--data", data_folder, "--steps", 2,
             "--batch", 2, "--teacher-cache", tmp_path / "predictions", "--json", "--overwrite"]  # fmt: skip

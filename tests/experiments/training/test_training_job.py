@@ -89,6 +89,7 @@ def test_the_log_and_the_progress_tell_every_tenth_step(whole):
     assert [call for call in whole["calls"] if call[0] == "training"][-1] == ("training", 40, 40)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bits(whole, model_folder, data_folder, tmp_path):
     def run(out, **more):
         options = {"steps": 40, "checkpoints": tmp_path / "states", "save_every": 7, **SETTINGS, **more}

@@ -153,6 +153,7 @@ def test_passes_hold_no_more_than_they_may():
     assert [len(one) for one in passes(model, names, 1e-9)] == [1] * 6  # each alone is too large, and is done alone
 
 
+@pytest.mark.slow
 def test_models_round_better_than_to_the_nearest_code():
     model, inputs = wan(), wan_inputs()
     run = jax.jit(lambda model: model(**inputs))
