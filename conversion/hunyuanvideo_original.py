@@ -7,10 +7,12 @@ tensor in another place, so that a tensor of diffusers is some rows of an origin
 diffusers is `scripts/convert_hunyuan_video_to_diffusers.py`.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from conversion.original import check_stated, shape_of, without_prefix
 from conversion.place import Place
 from qvdjax.errors import UserError
 
@@ -66,7 +68,6 @@ _BLOCKS = (
     }),
 )  # fmt: skip
 _SWAPPED = "final_layer.adaLN_modulation.1"  # two halves, the other way round
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # How the features of a head of 128 are shared out to frames, rows and columns (hyvideo/modules/models.py,
 # HUNYUAN_VIDEO_CONFIG, rope_dim_list); shapes do not tell it.
 ROPE = (16, 56, 56)
@@ -75,13 +76,13 @@ ASSUMED = "a head's features are taken to be shared out 16, 56, 56"
 
 def is_original(keys: Iterable[str]) -> bool:
     """Whether these are original names: `double_blocks` with fused attention, as Flux's files do not have."""
-    return any(re.match(r"double_blocks\.\d+\.img_attn_qkv\.", _without_prefix(key)) for key in keys)
+    return any(re.match(r"double_blocks\.\d+\.img_attn_qkv\.", without_prefix(key)) for key in keys)
 
 
 def to_diffusers(key: str) -> tuple[str, ...] | None:
     """Diffusers' names of the tensors that an original tensor holds, with or without ComfyUI's prefix, in order; None
     for a key not HunyuanVideo's."""
-    path, _, parameter = _without_prefix(key).rpartition(".")
+    path, _, parameter = without_prefix(key).rpartition(".")
     if parameter not in ("weight", "bias"):
         return None
     head, modules = "", _OUTSIDE.get(path)
@@ -109,11 +110,11 @@ def places(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
         UserError: A fused tensor has not the rows that its parts must have.
     """
     found = {}
-    width = next((shape[0] for key, shape in shapes.items() if _without_prefix(key) == "img_in.proj.weight"), 0)
+    width = next((shape[0] for key, shape in shapes.items() if without_prefix(key) == "img_in.proj.weight"), 0)
     for key, shape in shapes.items():
         names, rows = to_diffusers(key), shape[0] if shape else 0
         if len(names) == 1:
-            halves = ((rows // 2, rows), (0, rows // 2)) if _without_prefix(key).startswith(_SWAPPED) else ((0, rows),)
+            halves = ((rows // 2, rows), (0, rows // 2)) if without_prefix(key).startswith(_SWAPPED) else ((0, rows),)
             found[names[0]] = Place(key, halves)
             continue
         starts = [number * width for number in range(len(names))]
@@ -142,14 +143,7 @@ def infer_config(tensors: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[
             without a configuration; the configuration contradicts the shapes.
     """
 
-    def shape(key: str, rank: int) -> tuple[int, ...]:
-        found = tuple(tensors[key].shape) if key in tensors else ()
-        if len(found) != rank or 0 in found:
-            raise UserError(
-                f"{key} is missing or has not {rank} axes, so the configuration cannot be read from shapes",
-                remedy="use the released checkpoint",
-            )
-        return found
+    shape = functools.partial(shape_of, tensors, remedy="use the released checkpoint")
 
     def blocks(prefix: str) -> int:
         return len({m[1] for key in tensors if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", key))})
@@ -191,14 +185,7 @@ def infer_config(tensors: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[
         "rope_axes_dim": rope,
         "image_condition_type": None,
     }
-    wrong = [
-        f"{name} {stated[name]}, {value} by shape"
-        for name, value in original_config(config).items()
-        if name in stated and stated[name] != value
-    ]
-    if wrong:
-        remedy = "use the config of this checkpoint"
-        raise UserError("config.json contradicts the weights", remedy=remedy, items=wrong)
+    check_stated(stated, original_config(config))
     return config
 
 
@@ -225,7 +212,3 @@ def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "out_channels": config["out_channels"],
         "guidance_embed": config["guidance_embeds"],
     }
-
-
-def _without_prefix(key: str) -> str:
-    return next((key.removeprefix(p) for p in _PREFIXES if key.startswith(p)), key)

@@ -6,10 +6,12 @@ that the original calls norm3 and norm2 are norm2 and norm3 in diffusers: the on
 cross-attention, is `norm3` there and `norm2` here.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from conversion.original import check_stated, shape_of, without_prefix
 from conversion.place import Place
 from qvdjax.errors import UserError
 
@@ -53,19 +55,18 @@ _INSIDE = (
 )
 _PARAMETERS = ("head.modulation", "img_emb.emb_pos", "modulation")  # tensors themselves, not modules
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 HEAD_DIM = 128
 ASSUMED = f"a head is taken to have {HEAD_DIM} features"
 
 
 def is_original(keys: Iterable[str]) -> bool:
     """Whether these are original names: their blocks hold `self_attn`, which diffusers never says."""
-    return any(re.match(r"blocks\.\d+\.self_attn\.", _without_prefix(key)) for key in keys)
+    return any(re.match(r"blocks\.\d+\.self_attn\.", without_prefix(key)) for key in keys)
 
 
 def to_diffusers(key: str) -> str | None:
     """Diffusers' name of an original key, with or without ComfyUI's prefix; None for a key not Wan's."""
-    return _rename(_without_prefix(key), original=0, other=1)
+    return _rename(without_prefix(key), original=0, other=1)
 
 
 def to_original(key: str) -> str | None:
@@ -76,10 +77,6 @@ def to_original(key: str) -> str | None:
 def places(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
     """Diffusers' name -> where it lies, for all original tensors of these shapes (of known names)."""
     return {to_diffusers(key): Place(key) for key in shapes}
-
-
-def _without_prefix(key: str) -> str:
-    return next((key.removeprefix(p) for p in _PREFIXES if key.startswith(p)), key)
 
 
 def _rename(key: str, original: int, other: int) -> str | None:
@@ -109,14 +106,7 @@ def infer_config(tensors: Mapping[str, Any], original_config: Mapping[str, Any])
             contradicts the shapes.
     """
 
-    def shape(key: str, rank: int) -> tuple[int, ...]:
-        found = tuple(tensors[key].shape) if key in tensors else ()
-        if len(found) != rank or 0 in found:
-            raise UserError(
-                f"{key} is missing or has not {rank} axes, so the configuration cannot be read from shapes",
-                remedy="put the checkpoint's config.json beside the weights",
-            )
-        return found
+    shape = functools.partial(shape_of, tensors, remedy="put the checkpoint's config.json beside the weights")
 
     width, in_channels, *patch = shape("patch_embedding.weight", 5)
     ffn_dim, _ = shape("blocks.0.ffn.net.0.proj.weight", 2)
@@ -154,11 +144,7 @@ def infer_config(tensors: Mapping[str, Any], original_config: Mapping[str, Any])
         "in_dim": in_channels,
         "out_dim": config["out_channels"],
     }
-    stated = {name: original_config.get(name, size) for name, size in shapes.items()}
-    wrong = [f"{name} {stated[name]}, {size} by shape" for name, size in shapes.items() if stated[name] != size]
-    if wrong:
-        remedy = "use the config of this checkpoint"
-        raise UserError("config.json contradicts the weights", remedy=remedy, items=wrong)
+    check_stated(original_config, shapes)
     return config
 
 

@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from qvdjax.nn import Linear, Role
@@ -13,6 +14,25 @@ from qvdjax.nn.embeddings import timestep_sinusoid
 def modulate(normalised: jax.Array, scale: jax.Array, shift: jax.Array, dtype) -> jax.Array:
     """Scale and shift in float32, then back to the type of the stream."""
     return (normalised * (1 + scale) + shift).astype(dtype)
+
+
+def query_key_value(width: int, keys: jax.Array, *, dtype, bias: bool = True) -> tuple[Linear, Linear, Linear]:
+    """The three projections of an attention, width -> heads, from three keys."""
+    across = {"axes": ("heads", "embed"), "dtype": dtype, "bias": bias}
+    return tuple(
+        Linear(width, width, role=role, key=key, **across)
+        for role, key in zip(("query", "key", "value"), keys, strict=True)
+    )
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """(batch, tokens, heads x head_dim) -> (batch, tokens, heads, head_dim)."""
+    return rearrange(x, "b t (h d) -> b t h d", h=heads)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """(batch, tokens, heads, head_dim) -> (batch, tokens, heads x head_dim)."""
+    return rearrange(x, "b t h d -> b t (h d)")
 
 
 class FeedForward(nnx.Module):

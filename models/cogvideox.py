@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from models.blocks import FeedForward, TimestepEmbedding, modulate
+from models.blocks import FeedForward, TimestepEmbedding, merge_heads, modulate, query_key_value, split_heads
 from models.cogvideox_config import CogVideoXConfig, check_sizes
 from models.cogvideox_positions import rotary_tables, sine_table
 from qvdjax.errors import UserError
@@ -68,10 +68,9 @@ class CogVideoXAttention(CarriesValues):
 
     def __init__(self, config: CogVideoXConfig, *, key: jax.Array, dtype):
         keys = jax.random.split(key, 4)
-        width, across = config.width, {"axes": ("heads", "embed"), "dtype": dtype, "bias": config.attention_bias}
-        self.to_q = Linear(width, width, role="query", key=keys[0], **across)
-        self.to_k = Linear(width, width, role="key", key=keys[1], **across)
-        self.to_v = Linear(width, width, role="value", key=keys[2], **across)
+        width = config.width
+        projections = query_key_value(width, keys[:3], dtype=dtype, bias=config.attention_bias)
+        self.to_q, self.to_k, self.to_v = projections
         back = {"axes": ("embed", "heads"), "dtype": dtype}
         self.to_out = nnx.Dict({"0": Linear(width, width, role="attention_output", key=keys[3], **back)})
         norm = functools.partial(LayerNorm, config.attention_head_dim, epsilon=1e-6, affine=True, axis=None)
@@ -81,14 +80,12 @@ class CogVideoXAttention(CarriesValues):
 
     def __call__(self, x: jax.Array, conditioning: CogVideoXConditioning) -> jax.Array:
         """x (batch, tokens, width) -> the same."""
-        query, key, value = (
-            rearrange(project(x), "b t (h d) -> b t h d", h=self.heads) for project in (self.to_q, self.to_k, self.to_v)
-        )
+        query, key, value = (split_heads(project(x), self.heads) for project in (self.to_q, self.to_k, self.to_v))
         query, key = self.norm_q(query).astype(x.dtype), self.norm_k(key).astype(x.dtype)
         if conditioning.cosines is not None:
             tables = conditioning.cosines, conditioning.sines
             query, key = rotate_adjacent_pairs(query, *tables), rotate_adjacent_pairs(key, *tables)
-        return self.to_out["0"](rearrange(self.attention(query, key, value), "b t h d -> b t (h d)"))
+        return self.to_out["0"](merge_heads(self.attention(query, key, value)))
 
 
 class AdaptiveNorm(nnx.Module):

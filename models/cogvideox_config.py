@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from models.inputs import check_channels, check_context, check_patches
 from qvdjax.errors import UserError
 
 # What only one value of is published, and which the model therefore does not do otherwise.
@@ -179,22 +180,10 @@ class CogVideoXConfig:
 def check_sizes(config: CogVideoXConfig, latents: tuple[int, ...], context: tuple[int, ...]):
     """UserError unless inputs of these shapes fit: latents (batch, frames, height, width, in_channels), context
     (batch, tokens, text_embed_dim)."""
-    if len(latents) != 5 or latents[-1] != config.in_channels:
-        raise UserError(
-            f"latents of shape {latents} do not fit this model",
-            remedy=f"give (batch, frames, height, width, {config.in_channels} channels)" + _about_images(config),
-        )
     size = latents[1:4]
-    for name, found, patch in zip(("frames", "height", "width"), size, config.patch, strict=True):
-        if found % patch or found == 0:
-            padded = name == "frames" and found
-            remedy = "add frames in front and drop them after sampling" if padded else "choose another size"
-            raise UserError(f"latent {name} {found} is no multiple of the patch {patch}", remedy=remedy)
-    if len(context) != 3 or context[-1] != config.text_embed_dim:
-        raise UserError(
-            f"a context of shape {context} does not fit this model",
-            remedy=f"give text embeddings (batch, tokens, {config.text_embed_dim})",
-        )
+    check_channels(latents, config.in_channels, _about_images(config))
+    check_patches(size, config.patch, frames="add frames in front and drop them after sampling")
+    check_context(context, config.text_embed_dim)
     _check_tables(config, size, context[1])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from models.blocks import FeedForward, modulate
+from models.blocks import FeedForward, merge_heads, modulate, query_key_value, split_heads
 from models.hunyuanvideo_config import HunyuanVideoConfig, check_inputs
 from models.hunyuanvideo_text import EPSILON, ConditionEmbedding, TokenRefiner
 from qvdjax.nn import (
@@ -75,15 +75,11 @@ class AdaptiveNorm(nnx.Module):
         return rearrange(vectors, "b (n d) -> n b 1 d", n=self.vectors)
 
 
-def _heads(x: jax.Array, heads: int) -> jax.Array:
-    return rearrange(x, "b t (h d) -> b t h d", h=heads)
-
-
 def _attend(attention: Attention, query, key, value, conditioning: HunyuanVideoConditioning) -> jax.Array:
     """Queries and keys turned by their positions, then attention; (batch, tokens, heads, head_dim) -> merged heads."""
     tables = conditioning.cosines, conditioning.sines
     query, key = rotate_adjacent_pairs(query, *tables), rotate_adjacent_pairs(key, *tables)
-    return rearrange(attention(query, key, value, conditioning.key_lengths), "b t h d -> b t (h d)")
+    return merge_heads(attention(query, key, value, conditioning.key_lengths))
 
 
 class JointAttention(nnx.Module):
@@ -91,13 +87,9 @@ class JointAttention(nnx.Module):
 
     def __init__(self, config: HunyuanVideoConfig, *, key: jax.Array, dtype):
         keys = jax.random.split(key, 8)
-        width, across = config.width, {"axes": ("heads", "embed"), "dtype": dtype}
-        self.to_q = Linear(width, width, role="query", key=keys[0], **across)
-        self.to_k = Linear(width, width, role="key", key=keys[1], **across)
-        self.to_v = Linear(width, width, role="value", key=keys[2], **across)
-        self.add_q_proj = Linear(width, width, role="query", key=keys[3], **across)
-        self.add_k_proj = Linear(width, width, role="key", key=keys[4], **across)
-        self.add_v_proj = Linear(width, width, role="value", key=keys[5], **across)
+        width = config.width
+        self.to_q, self.to_k, self.to_v = query_key_value(width, keys[:3], dtype=dtype)
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = query_key_value(width, keys[3:6], dtype=dtype)
         back = {"role": "attention_output", "axes": ("embed", "heads"), "dtype": dtype}
         self.to_out = nnx.Dict({"0": Linear(width, width, key=keys[6], **back)})
         self.to_add_out = Linear(width, width, key=keys[7], **back)
@@ -108,14 +100,17 @@ class JointAttention(nnx.Module):
 
     def __call__(self, video: jax.Array, text: jax.Array, conditioning) -> tuple[jax.Array, jax.Array]:
         """(batch, video tokens, width), (batch, text tokens, width) -> the same two."""
-        of_video = self.norm_q(_heads(self.to_q(video), self.heads)), self.norm_k(_heads(self.to_k(video), self.heads))
+        of_video = (
+            self.norm_q(split_heads(self.to_q(video), self.heads)),
+            self.norm_k(split_heads(self.to_k(video), self.heads)),
+        )
         of_text = (
-            self.norm_added_q(_heads(self.add_q_proj(text), self.heads)),
-            self.norm_added_k(_heads(self.add_k_proj(text), self.heads)),
+            self.norm_added_q(split_heads(self.add_q_proj(text), self.heads)),
+            self.norm_added_k(split_heads(self.add_k_proj(text), self.heads)),
         )
         # [video tokens], [text tokens] -> [tokens]
         query, key = (jnp.concatenate(pair, axis=1) for pair in zip(of_video, of_text, strict=True))
-        values = _heads(self.to_v(video), self.heads), _heads(self.add_v_proj(text), self.heads)
+        values = split_heads(self.to_v(video), self.heads), split_heads(self.add_v_proj(text), self.heads)
         out = _attend(self.attention, query, key, jnp.concatenate(values, axis=1), conditioning)
         return self.to_out["0"](out[:, : video.shape[1]]), self.to_add_out(out[:, video.shape[1] :])
 
@@ -164,10 +159,7 @@ class SingleAttention(nnx.Module):
 
     def __init__(self, config: HunyuanVideoConfig, *, key: jax.Array, dtype):
         keys = jax.random.split(key, 3)
-        width, across = config.width, {"axes": ("heads", "embed"), "dtype": dtype}
-        self.to_q = Linear(width, width, role="query", key=keys[0], **across)
-        self.to_k = Linear(width, width, role="key", key=keys[1], **across)
-        self.to_v = Linear(width, width, role="value", key=keys[2], **across)
+        self.to_q, self.to_k, self.to_v = query_key_value(config.width, keys, dtype=dtype)
         norm = functools.partial(RMSNorm, config.attention_head_dim, epsilon=EPSILON, axis=None, dtype=dtype)
         self.norm_q, self.norm_k = norm(), norm()
         self.attention = Attention()
@@ -175,8 +167,11 @@ class SingleAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, conditioning: HunyuanVideoConditioning) -> jax.Array:
         """x (batch, tokens, width) -> the same."""
-        query, key = self.norm_q(_heads(self.to_q(x), self.heads)), self.norm_k(_heads(self.to_k(x), self.heads))
-        return _attend(self.attention, query, key, _heads(self.to_v(x), self.heads), conditioning)
+        query, key = (
+            self.norm_q(split_heads(self.to_q(x), self.heads)),
+            self.norm_k(split_heads(self.to_k(x), self.heads)),
+        )
+        return _attend(self.attention, query, key, split_heads(self.to_v(x), self.heads), conditioning)
 
 
 class SingleBlock(nnx.Module):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from models.inputs import check_channels, check_context, check_patches
 from qvdjax.errors import UserError
 
 FREQUENCIES = 256  # of the sinusoids of timestep and guidance, which no field says
@@ -103,24 +104,14 @@ def check_inputs(
         mask: (batch, tokens), or None.
         conditions: `pooled_projections` and `guidance`, (batch, ...); None for one that was not given.
     """
-    if len(latents) != 5 or latents[-1] != config.in_channels:
-        raise UserError(
-            f"latents of shape {latents} do not fit this model",
-            remedy=f"give (batch, frames, height, width, {config.in_channels} channels)",
-        )
-    for name, size, patch in zip(("frames", "height", "width"), latents[1:4], config.patch, strict=True):
-        if size % patch or size == 0:
-            raise UserError(f"latent {name} {size} is no multiple of the patch {patch}", remedy="choose another size")
+    check_channels(latents, config.in_channels)
+    check_patches(latents[1:4], config.patch)
     batch = latents[0]
     if timestep != (batch,):
         raise UserError(
             f"a timestep of shape {timestep} does not fit this model", remedy=f"give one a video: ({batch},)"
         )
-    if len(context) != 3 or context[-1] != config.text_embed_dim or context[1] == 0:
-        raise UserError(
-            f"a context of shape {context} does not fit this model",
-            remedy=f"give text embeddings (batch, tokens, {config.text_embed_dim})",
-        )
+    check_context(context, config.text_embed_dim, least=1)
     if mask is not None and mask != context[:2]:
         raise UserError(
             f"an encoder_attention_mask of shape {mask} does not fit a context of shape {context}",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from models.blocks import FeedForward, TimestepEmbedding
+from models.blocks import FeedForward, TimestepEmbedding, merge_heads, query_key_value, split_heads
 from models.hunyuanvideo_config import FREQUENCIES, HunyuanVideoConfig
 from qvdjax.nn import Attention, LayerNorm, Linear, at_least_float32
 
@@ -58,10 +58,8 @@ class RefinerAttention(nnx.Module):
 
     def __init__(self, config: HunyuanVideoConfig, *, key: jax.Array, dtype):
         keys = jax.random.split(key, 4)
-        width, across = config.width, {"axes": ("heads", "embed"), "dtype": dtype}
-        self.to_q = Linear(width, width, role="query", key=keys[0], **across)
-        self.to_k = Linear(width, width, role="key", key=keys[1], **across)
-        self.to_v = Linear(width, width, role="value", key=keys[2], **across)
+        width = config.width
+        self.to_q, self.to_k, self.to_v = query_key_value(width, keys[:3], dtype=dtype)
         back = {"axes": ("embed", "heads"), "dtype": dtype}
         self.to_out = nnx.Dict({"0": Linear(width, width, role="attention_output", key=keys[3], **back)})
         self.attention = Attention()
@@ -69,9 +67,8 @@ class RefinerAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
         """x (batch, text tokens, width), lengths (batch,) -> like x."""
-        split = lambda y: rearrange(y, "b t (h d) -> b t h d", h=self.heads)  # noqa: E731
-        query, key, value = split(self.to_q(x)), split(self.to_k(x)), split(self.to_v(x))
-        return self.to_out["0"](rearrange(self.attention(query, key, value, lengths), "b t h d -> b t (h d)"))
+        query, key, value = (split_heads(project(x), self.heads) for project in (self.to_q, self.to_k, self.to_v))
+        return self.to_out["0"](merge_heads(self.attention(query, key, value, lengths)))
 
 
 class RefinerBlock(nnx.Module):

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from models.blocks import FeedForward, modulate
+from models.blocks import FeedForward, merge_heads, modulate, query_key_value, split_heads
+from models.inputs import check_channels, check_context, check_patches
 from qvdjax.errors import UserError
 from qvdjax.nn import (
     Attention,
@@ -133,10 +134,8 @@ class WanAttention(CarriesValues):
 
     def __init__(self, config: WanConfig, *, key: jax.Array, dtype):
         keys = jax.random.split(key, 4)
-        width, across = config.width, {"axes": ("heads", "embed"), "dtype": dtype}
-        self.to_q = Linear(width, width, role="query", key=keys[0], **across)
-        self.to_k = Linear(width, width, role="key", key=keys[1], **across)
-        self.to_v = Linear(width, width, role="value", key=keys[2], **across)
+        width = config.width
+        self.to_q, self.to_k, self.to_v = query_key_value(width, keys[:3], dtype=dtype)
         back = {"axes": ("embed", "heads"), "dtype": dtype}
         self.to_out = nnx.Dict({"0": Linear(width, width, role="attention_output", key=keys[3], **back)})
         self.norm_q = RMSNorm(width, epsilon=config.eps, dtype=dtype)
@@ -147,10 +146,10 @@ class WanAttention(CarriesValues):
     def __call__(self, x: jax.Array, context: jax.Array, rope: tuple | None = None) -> jax.Array:
         """x (batch, tokens, width) attends to context (batch, keys, width); `rope` turns both by (cosines, sines)."""
         query, key, value = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context)), self.to_v(context)
-        query, key, value = (rearrange(a, "b t (h d) -> b t h d", h=self.heads) for a in (query, key, value))
+        query, key, value = (split_heads(a, self.heads) for a in (query, key, value))
         if rope is not None:
             query, key = rotate_adjacent_pairs(query, *rope), rotate_adjacent_pairs(key, *rope)
-        return self.to_out["0"](rearrange(self.attention(query, key, value), "b t h d -> b t (h d)"))
+        return self.to_out["0"](merge_heads(self.attention(query, key, value)))
 
 
 class WanBlock(nnx.Module):
@@ -270,21 +269,12 @@ class WanModel(VideoModel):
 
 
 def _check_sizes(config: WanConfig, latents: tuple, context: tuple) -> None:
-    if len(latents) != 5 or latents[-1] != config.in_channels:
-        raise UserError(
-            f"latents of shape {latents} do not fit this model",
-            remedy=f"give (batch, frames, height, width, {config.in_channels} channels)",
-        )
-    for name, size, patch in zip(("frames", "height", "width"), latents[1:4], config.patch_size, strict=True):
-        if size % patch or size == 0:
-            raise UserError(f"latent {name} {size} is no multiple of the patch {patch}", remedy="choose another size")
+    check_channels(latents, config.in_channels)
+    check_patches(latents[1:4], config.patch)
+    for name, size, patch in zip(("frames", "height", "width"), latents[1:4], config.patch, strict=True):
         if size // patch > config.rope_max_seq_len:
             raise UserError(
                 f"latent {name} {size} is more than the model's rotary table holds",
                 remedy=f"use at most {config.rope_max_seq_len * patch}",
             )
-    if len(context) != 3 or context[-1] != config.text_dim:
-        raise UserError(
-            f"a context of shape {context} does not fit this model",
-            remedy=f"give text embeddings (batch, tokens, {config.text_dim})",
-        )
+    check_context(context, config.text_dim)

@@ -59,14 +59,19 @@ def wan(seed: int = 0, dtype=jnp.float32, **fields):
     return randomised(models.build({**WAN, **fields}, dtype=dtype), seed)
 
 
-def wan_inputs(batch: int = 2, seed: int = 0, dtype=jnp.float32) -> dict:
-    """Inputs of that model: three frames, not square, two timesteps."""
-    keys = jax.random.split(jax.random.key(seed), 2)
+def _latents_and_context(keys, latents: tuple[int, ...], dtype) -> dict:
+    """Random latents (batch, frames, height, width, channels) and texts of seven tokens, two timesteps."""
+    batch = latents[0]
     return {
-        "latents": jax.random.normal(keys[0], (batch, 3, 8, 6, 5), dtype),
+        "latents": jax.random.normal(keys[0], latents, dtype),
         "timestep": jnp.linspace(317.0, 999.0, batch, dtype=dtype),
         "context": jax.random.normal(keys[1], (batch, 7, 24), dtype),
     }
+
+
+def wan_inputs(batch: int = 2, seed: int = 0, dtype=jnp.float32) -> dict:
+    """Inputs of that model: three frames, not square, two timesteps."""
+    return _latents_and_context(jax.random.split(jax.random.key(seed), 2), (batch, 3, 8, 6, 5), dtype)
 
 
 def cogvideox(variant: str = "5b", seed: int = 0, dtype=jnp.float32, **fields):
@@ -77,13 +82,8 @@ def cogvideox(variant: str = "5b", seed: int = 0, dtype=jnp.float32, **fields):
 
 def cogvideox_inputs(variant: str = "5b", batch: int = 2, seed: int = 0, dtype=jnp.float32) -> dict:
     """Inputs of that model: not square, two timesteps."""
-    keys = jax.random.split(jax.random.key(seed), 2)
     frames, channels = 4 if variant.startswith("1.5") else 3, 10 if variant.endswith("i2v") else 5
-    return {
-        "latents": jax.random.normal(keys[0], (batch, frames, 8, 6, channels), dtype),
-        "timestep": jnp.linspace(317.0, 999.0, batch, dtype=dtype),
-        "context": jax.random.normal(keys[1], (batch, 7, 24), dtype),
-    }
+    return _latents_and_context(jax.random.split(jax.random.key(seed), 2), (batch, frames, 8, 6, channels), dtype)
 
 
 def hunyuanvideo(seed: int = 0, dtype=jnp.float32, **fields):
@@ -95,9 +95,7 @@ def hunyuanvideo_inputs(batch: int = 2, seed: int = 0, dtype=jnp.float32) -> dic
     """Inputs of that model: three frames, not square, two timesteps, texts of different lengths."""
     keys = jax.random.split(jax.random.key(seed), 3)
     return {
-        "latents": jax.random.normal(keys[0], (batch, 3, 8, 6, 5), dtype),
-        "timestep": jnp.linspace(317.0, 999.0, batch, dtype=dtype),
-        "context": jax.random.normal(keys[1], (batch, 7, 24), dtype),
+        **_latents_and_context(keys, (batch, 3, 8, 6, 5), dtype),
         "encoder_attention_mask": jnp.arange(7) < 4 + 3 * (jnp.arange(batch)[:, None] % 2),  # 4 tokens, 7, 4, ...
         "pooled_projections": jax.random.normal(keys[2], (batch, 12), dtype),
         "guidance": jnp.full((batch,), 6000.0, dtype),
@@ -112,3 +110,14 @@ def pipeline(words: tuple[str, ...], text_dim: int, **fields) -> Pipeline:
     }  # fmt: skip
     embeddings = np.random.default_rng(0).standard_normal((len(words), text_dim)).astype(np.float32)
     return Pipeline(words=words, embeddings=embeddings, **{**usual, **fields})
+
+
+def wan_with_heavy_text():
+    """`wan()` with a few heavy features of the text, undone in the layers that read them: the same function."""
+    model = wan()
+    heavy = jnp.ones(64).at[jnp.array([3, 17, 40])].set(60.0)
+    last = model.condition_embedder.text_embedder["linear_2"]
+    last.weight[...], last.bias[...] = last.weight[...] * heavy[:, None], last.bias[...] * heavy
+    for layer in (model.stacks[0].block.attn2.to_k, model.stacks[0].block.attn2.to_v):
+        layer.weight[...] = layer.weight[...] / heavy
+    return model

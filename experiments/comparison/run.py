@@ -83,6 +83,11 @@ class Reference:
         """The teacher's."""
         return self.sample(self.teacher)
 
+    @functools.cached_property
+    def scores(self) -> dict[str, float]:
+        """What the oracle says of the teacher's videos."""
+        return mean_scores(self.videos, self.sentences)
+
 
 def compare(reference: Reference, row: Row, bits: str, seed: int) -> dict[str, Any]:
     """Train one row with one seed, and measure it.
@@ -119,10 +124,9 @@ def compare(reference: Reference, row: Row, bits: str, seed: int) -> dict[str, A
     # As it is trained, not as it is stored: the two agree (tests), and a Phi that is kept cannot be stored.
     trained = student.at(trainer.model(state), jnp.int32(protocol.steps))
     result = measure(trained, reference)
-    scores = mean_scores(reference.videos, reference.sentences)
     return {
         "recipe": recipe.name, "curve": curve, "seconds": seconds, "start": start, "result": result,
-        "full_precision": scores,
+        "full_precision": reference.scores,
     }  # fmt: skip
 
 

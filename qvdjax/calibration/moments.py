@@ -6,9 +6,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from qvdjax.calibration.watching import Watcher
+from qvdjax.calibration.watching import Kept, Watcher, by_layer, observe
 from qvdjax.errors import UserError
 from qvdjax.nn import Linear, Statistic, VideoModel, layers_of, swap_layers
 from qvdjax.nn.variables import shape_of
@@ -52,15 +51,8 @@ def passes(model: VideoModel, names: Collection[str], memory: float) -> list[lis
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _add(totals: tuple, model: VideoModel, inputs: Mapping[str, jax.Array]) -> tuple:
-    return jax.tree.map(jnp.add, totals, _observe(model, inputs))
-
-
-def _observe(model: VideoModel, inputs: Mapping[str, jax.Array]) -> tuple[list, list]:
-    """Moments of one batch: of the layers outside stacks, and of each stack's layers; dead code but for them goes."""
-    _, in_stacks = model.run(**inputs, collect=Statistic)
-    outside = [layer.moment[...] for _, path, layer in layers_of(model, (Moments,)) if path[0] != "stacks"]
-    return outside, [nnx.to_pure_dict(state) for state in in_stacks]
+def _add(totals: Kept, model: VideoModel, inputs: Mapping[str, jax.Array]) -> Kept:
+    return jax.tree.map(jnp.add, totals, observe(model, inputs))
 
 
 def second_moments(
@@ -84,21 +76,13 @@ def second_moments(
     for inputs in batches:
         inputs = dict(inputs)
         if totals is None:
-            shapes = jax.eval_shape(_observe, watched, inputs)
+            shapes = jax.eval_shape(observe, watched, inputs)
             totals = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         totals = _add(totals, watched, inputs)
     if totals is None:
         raise UserError("the calibration set is empty", remedy="make one with `qvdjax calibrate`")
-    outside, in_stacks = totals
-    outside = iter(outside)
-    for found, path, _ in layers_of(watched, (Moments,)):
-        if path[0] != "stacks":
-            rows = next(outside)[None]  # in in -> 1 in in
-        else:
-            node = in_stacks[path[1]]
-            for part in path[3:]:
-                node = node[part]
-            rows = node["moment"].reshape(len(found), *node["moment"].shape[-2:])  # ([layers,] in in) -> layers in in
+    for found, kept in by_layer(watched, totals):
+        rows = kept["moment"].reshape(len(found), *kept["moment"].shape[-2:])  # ([layers,] in in) -> layers in in
         for name, moment in zip(found, rows, strict=True):
             if not np.isfinite(np.asarray(jnp.diagonal(moment))).all():
                 raise UserError(

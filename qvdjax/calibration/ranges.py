@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qvdjax.calibration.watching import Watcher
+from qvdjax.calibration.watching import Kept, Watcher, by_layer, observe
 from qvdjax.errors import UserError
 from qvdjax.nn import Conv, Linear, Statistic, VideoModel, layers_of
 from qvdjax.nn.variables import replace, shape_of
@@ -41,14 +41,7 @@ def watch(model: VideoModel) -> VideoModel:
     return model
 
 
-@jax.jit
-def _observe(model: VideoModel, inputs: Mapping[str, jax.Array]) -> tuple[list, list]:
-    """Ranges of one batch: of the layers outside stacks, and of each stack's layers; dead code but for them goes."""
-    _, in_stacks = model.run(**inputs, collect=Statistic)
-    outside = [
-        (layer.low[...], layer.high[...]) for _, path, layer in layers_of(model, (Watched,)) if path[0] != "stacks"
-    ]
-    return outside, [nnx.to_pure_dict(state) for state in in_stacks]
+_observe = jax.jit(observe)
 
 
 def input_ranges(model: VideoModel, batches: Iterable[Mapping[str, jax.Array]]) -> dict[str, tuple]:
@@ -70,25 +63,16 @@ def input_ranges(model: VideoModel, batches: Iterable[Mapping[str, jax.Array]]) 
         total = new if total is None else _wider(total, new)
     if total is None:
         raise UserError("the calibration set is empty", remedy="make one with `qvdjax calibrate`")
-    outside, in_stacks = total
-    ranges, outside = {}, iter(outside)
-    for names, path, _ in layers_of(watched, (Watched,)):
-        if path[0] != "stacks":
-            ranges[names[0]] = next(outside)
-            continue
-        node = in_stacks[path[1]]
-        for part in path[3:]:
-            node = node[part]
-        edges = (np.reshape(node[edge], (len(names), -1)) for edge in ("low", "high"))  # ([layers,] in) -> layers in
+    ranges = {}
+    for names, kept in by_layer(watched, total):
+        edges = (np.reshape(kept[edge], (len(names), -1)) for edge in ("low", "high"))  # ([layers,] in) -> layers in
         ranges.update(zip(names, zip(*edges, strict=True), strict=True))
     if broken := [name for name, edges in ranges.items() if not np.isfinite(edges).all()]:
         raise UserError("calibration met values that are not finite", remedy="check the calibration set", items=broken)
     return ranges
 
 
-def _wider(a, b):
-    """The union of two sets of ranges of equal structure: (low, high) pairs outside stacks, dictionaries inside."""
-    outside = [(np.minimum(x[0], y[0]), np.maximum(x[1], y[1])) for x, y in zip(a[0], b[0], strict=True)]
+def _wider(a: Kept, b: Kept) -> Kept:
+    """The union of two sets of ranges of equal structure."""
     pick = {"low": np.minimum, "high": np.maximum}
-    union = lambda path, x, y: pick[path[-1].key](x, y)  # noqa: E731
-    return outside, [jax.tree_util.tree_map_with_path(union, x, y) for x, y in zip(a[1], b[1], strict=True)]
+    return jax.tree_util.tree_map_with_path(lambda path, x, y: pick[path[-1].key](x, y), a, b)

@@ -1,9 +1,14 @@
 """Layers that keep a statistic of what they are called with."""
 
+from collections.abc import Iterator, Mapping
+
 import jax
 from flax import nnx
 
-from qvdjax.nn import Conv, Linear
+from qvdjax.nn import Conv, Linear, Statistic, VideoModel, layers_of
+
+Kept = tuple[list[dict], list[dict]]
+"""Statistics by name: of each watched layer outside stacks, and of each stack by the paths inside its block."""
 
 
 class Watcher(nnx.Module):
@@ -30,3 +35,26 @@ class Watcher(nnx.Module):
     def bias(self):
         """The layer's bias, likewise: quantized layers have one too."""
         return self.layer.bias
+
+
+def observe(model: VideoModel, inputs: Mapping[str, jax.Array]) -> Kept:
+    """What the watchers of a model keep of one call; dead code but for them goes, under jit."""
+    _, in_stacks = model.run(**inputs, collect=Statistic)
+    outside = [
+        nnx.to_pure_dict(nnx.state(layer, Statistic))
+        for _, path, layer in layers_of(model, (Watcher,)) if path[0] != "stacks"
+    ]  # fmt: skip
+    return outside, [nnx.to_pure_dict(state) for state in in_stacks]
+
+
+def by_layer(model: VideoModel, kept: Kept) -> Iterator[tuple[list[str], dict]]:
+    """Names in diffusers, one a block, and the statistics of every watched layer; a stack's carry its layer axis."""
+    outside, in_stacks = iter(kept[0]), kept[1]
+    for names, path, _ in layers_of(model, (Watcher,)):
+        if path[0] != "stacks":
+            yield names, next(outside)
+            continue
+        node = in_stacks[path[1]]
+        for part in path[3:]:
+            node = node[part]
+        yield names, node

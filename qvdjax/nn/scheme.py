@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
+from qvdjax.errors import UserError
 from qvdjax.nn.input_clip import InputClip
 from qvdjax.nn.low_rank import LowRank
 from qvdjax.nn.transforms import Rotation, check_transforms
@@ -47,6 +48,12 @@ class LayerScheme:
             raise ValueError("an input clip belongs to a dynamic activation quantizer")
         if self.low_rank is not None and self.weight is None:
             raise ValueError("a low-rank branch belongs to a quantized weight")
+
+    def check_width(self, width: int) -> None:
+        """UserError where the groups of the weight do not divide a layer's width [in]."""
+        size = None if self.weight is None else self.weight.group_size
+        if size and width % size:
+            raise UserError(f"group_size {size} does not divide a width of {width}", remedy="choose a divisor")
 
     @property
     def quantizes(self) -> bool:

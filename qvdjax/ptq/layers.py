@@ -69,16 +69,9 @@ def quantize_layer(
     if convolution:
         out = 1 + stacked
         weight = weight.reshape(*weight.shape[:out], -1)  # ([layers,] out, in, *kernel) -> ([layers,] out, in * kernel)
-    width = shape_of(layer.weight)[1 + stacked]
-    group = scheme.weight.group_size if scheme.weight else None
-    if group and weight.shape[-1] % group:
-        raise UserError(f"group_size {group} does not divide a width of {weight.shape[-1]}", remedy="choose a divisor")
     if arrays is None:
-        if input_range is None:
-            zeros = jnp.zeros((*weight.shape[:stacked], width), jnp.float32)
-            input_range = (zeros, zeros)
         arrays = _quantize_stack(
-            weight, *input_range, moment, stacked=stacked, scheme=scheme, fit=fit, rounding=rounding
+            weight, input_range, moment, stacked=stacked, scheme=scheme, fit=fit, rounding=rounding
         )
     parts = _checked(arrays, layer.role)
     transform = None
@@ -109,12 +102,7 @@ def quantized_arrays(
     Raises:
         UserError: A group size that does not divide the width, or second moments that cannot be factored.
     """
-    size = scheme.weight.group_size if scheme.weight else None
-    if size and weight.shape[-1] % size:
-        raise UserError(f"group_size {size} does not divide a width of {weight.shape[-1]}", remedy="choose a divisor")
-    zeros = jnp.zeros(weight.shape[-1:], jnp.float32)
-    low, high = (zeros, zeros) if input_range is None else input_range
-    parts = _quantize_stack(weight, low, high, moment, stacked=False, scheme=scheme, fit=fit, rounding=rounding)
+    parts = _quantize_stack(weight, input_range, moment, stacked=False, scheme=scheme, fit=fit, rounding=rounding)
     return _checked(parts, name)
 
 
@@ -130,14 +118,18 @@ def _checked(parts: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, static_argnames=("stacked", "scheme", "fit", "rounding"))
-def _quantize_stack(weight, low, high, moment, *, stacked: bool, scheme: LayerScheme, fit, rounding) -> dict:
+def _quantize_stack(weight, input_range, moment, *, stacked: bool, scheme: LayerScheme, fit, rounding) -> dict:
+    scheme.check_width(weight.shape[-1])
     one = functools.partial(_quantize_arrays, scheme=scheme, fit=fit, rounding=rounding)
-    return jax.lax.map(lambda a: one(*a), (weight, low, high, moment)) if stacked else one(weight, low, high, moment)
+    arguments = (weight, input_range, moment)
+    return jax.lax.map(lambda a: one(*a), arguments) if stacked else one(*arguments)
 
 
-def _quantize_arrays(weight, low, high, moment, *, scheme: LayerScheme, fit, rounding) -> dict:
-    """weight [out, in], low and high [channels], moment [in, in] or None -> the arrays of a quantized layer."""
+def _quantize_arrays(weight, input_range, moment, *, scheme: LayerScheme, fit, rounding) -> dict:
+    """weight [out, in], input_range two [channels] or None, moment [in, in] or None -> a quantized layer's arrays."""
     parts, dtype = {}, jnp.promote_types(weight.dtype, jnp.float32)
+    # Ranges that are to be loaded later are zeros.
+    low, high = (jnp.zeros(weight.shape[-1:], jnp.float32),) * 2 if input_range is None else input_range
     quantized_from = weight.astype(dtype)
     if scheme.transforms:
         if fit is None:

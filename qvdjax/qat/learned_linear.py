@@ -155,9 +155,7 @@ def learned_linear(
 ) -> LearnedLinear:
     """One layer, or a stack of them whose arrays carry a leading axis of layers."""
     shape = shape_of(linear.weight)
-    if scheme.weight is not None and scheme.weight.group_size and shape[-1] % scheme.weight.group_size:
-        size = scheme.weight.group_size
-        raise UserError(f"group_size {size} does not divide a width of {shape[-1]}", remedy="choose a divisor")
+    scheme.check_width(shape[-1])
     scale = zero_point = logits = None
     if scheme.weight is not None:
         scale, zero_point = _start_stack(linear.weight[...], scheme=scheme, method=start)

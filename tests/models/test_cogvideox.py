@@ -1,9 +1,6 @@
 """The CogVideoX model: parity with diffusers in its variants, folders, quantized products, sizes, parameter counts."""
 
 import json
-import os
-import subprocess
-import sys
 
 import chex
 import jax
@@ -11,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from parity import parity_errors
 from small_models import COGVIDEOX, COGVIDEOX_VARIANTS, cogvideox, cogvideox_inputs
 
 import conversion
@@ -98,15 +96,7 @@ print(json.dumps(errors))
 def errors(tmp_path_factory) -> dict[str, float]:
     """Relative L2 errors against diffusers in float64, in a process of its own (JAX's 64 bits are global)."""
     cases = {name: ({**COGVIDEOX, **fields}, size) for name, (fields, size) in CASES.items()}
-    arguments = [json.dumps(cases), str(tmp_path_factory.mktemp("parity"))]
-    # Nine models are compiled and each runs twice: the compiler need not take trouble.
-    settings = {"JAX_ENABLE_X64": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
-    environment = {**os.environ, **settings}
-    done = subprocess.run(
-        [sys.executable, "-c", PARITY, *arguments], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return parity_errors(PARITY, cases, tmp_path_factory.mktemp("parity"))
 
 
 @pytest.mark.parametrize("name", CASES)

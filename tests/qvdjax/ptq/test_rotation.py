@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_models import cogvideox, cogvideox_inputs, wan, wan_inputs
+from small_models import cogvideox, cogvideox_inputs, wan, wan_inputs, wan_with_heavy_text
 
 import models
 import qvdjax
@@ -91,12 +91,7 @@ def test_blocks_that_stay_float_keep_their_weights():
 
 def test_a_rotated_model_beats_rounding_where_channels_are_heavy():
     """Heavy features between value and output, and of the text: rotations spread them without any calibration."""
-    model, inputs = wan(), wan_inputs()
-    heavy = jnp.ones(64).at[jnp.array([3, 17, 40])].set(60.0)
-    last = model.condition_embedder.text_embedder["linear_2"]
-    last.weight[...], last.bias[...] = last.weight[...] * heavy[:, None], last.bias[...] * heavy
-    for layer in (model.stacks[0].block.attn2.to_k, model.stacks[0].block.attn2.to_v):
-        layer.weight[...] = layer.weight[...] / heavy
+    model, inputs = wan_with_heavy_text(), wan_inputs()
     exact = run(model, inputs)
     error = lambda name: relative_error(run(qvdjax.quantize(model, name), inputs), exact)  # noqa: E731
     assert error("quarot-w8a4") < 0.7 * error("rtn-w8a4")
