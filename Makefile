@@ -37,8 +37,9 @@ demo: $(VENV)/.installed
 	$(RUN) -m experiments.demo
 
 # Most of what this suite does is to compile programs that run for milliseconds; the slow suite optimizes as users do.
+# Compiling takes one core: files go to as many processes as there are cores.
 test: $(VENV)/.installed-test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(SUITE) -m 'not slow'
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(SUITE) -m 'not slow' --numprocesses auto --dist loadfile
 
 # What compiled code prints before it ends a process goes past Python: only its own output is captured.
 test-slow: $(VENV)/.installed-test

@@ -71,6 +71,10 @@ class StoredLayer:
     def _untransformed(self, weight: np.ndarray) -> np.ndarray:
         """The weight [out, in] that meets the layer's own input instead of the transformed one."""
         rotation, scale = self.scheme.rotation, self.tensor("transform.smooth_scale")
+        if self.scheme.kronecker is not None:
+            left, right = (self.tensor(f"transform.{side}").astype(weight.dtype) for side in ("left", "right"))
+            matrices = weight.reshape(len(weight), len(left), len(right))  # [out, (a b)] -> [out, a, b]
+            weight = np.einsum("ia,oab,jb->oij", left, matrices, right, optimize=True).reshape(weight.shape)
         if rotation is not None:
             weight = np.asarray(hadamard.rotate(weight, rotation.block_of(weight.shape[-1]), inverse=True))
             if rotation.signs:

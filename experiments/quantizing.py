@@ -1,6 +1,8 @@
 """From a model folder to a quantized one."""
 
+import contextlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -10,10 +12,14 @@ from typing import Any
 import models
 import qvdjax
 from experiments.calibrating import calibrate_folder, open_calibration
+from experiments.reconstruction_record import reconstruction_record, record_files
 from models.pipeline import side_files
 from qvdjax import recipes
+from qvdjax.calibration import CalibrationSet
+from qvdjax.calibration.selection import SelectedInputs, select
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
+from qvdjax.ptq.reconstruction import FinishedBlocks
 
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total)."""
@@ -41,9 +47,14 @@ def quantize_folder(
         overwrite: Replace a folder that is there already.
         progress: Called with the stage, what is done of it and its total.
 
+    A recipe that reconstructs blocks keeps what is finished in `<target>.work`, the calibration set it made among it;
+    the same call goes on from there, and deletes it in the end.
+
     Returns:
-        {recipe, calibration, quantized_layers, weight_bytes, float_bytes, ratio, seconds, layers}; the bytes
-        are those of all layers, float_bytes in bfloat16, and `layers` the rows of `qvdjax.describe`.
+        {recipe, calibration, quantized_layers, weight_bytes, float_bytes, ratio, seconds, layers}; the bytes are those
+        of all layers, float_bytes in bfloat16, and `layers` the rows of `qvdjax.describe`. Of a recipe that
+        reconstructs blocks also `reconstruction`, which stands in the folder as `reconstruction.json`, too; see
+        `experiments.reconstruction_record`.
 
     Raises:
         UserError: See `models.load`, `qvdjax.recipes.get`, `qvdjax.quantize` and `models.save`.
@@ -52,28 +63,52 @@ def quantize_folder(
     started = time.perf_counter()
     chosen = recipes.get(recipe, **(overrides or {}))
     model = models.load(source, progress=progress)
-    with tempfile.TemporaryDirectory() as made:
-        batches = None
-        if calibration is not None:
-            batches = open_calibration(calibration, source)
-        elif chosen.needs_calibration:
-            calibrate_folder(source, Path(made), progress=progress)
-            batches = open_calibration(Path(made), source)
-        quantized = qvdjax.quantize(model, chosen, batches)
-    save_quantized(quantized, source, target, overwrite=overwrite, progress=progress)
+    work = target.with_name(f"{target.name}.work")
+    with contextlib.ExitStack() as exits:
+        finished = batches = None
+        if chosen.needs_calibration:
+            batches = _calibration(source, calibration, work if chosen.reconstruction else None, exits, progress)
+        if chosen.reconstruction is not None:
+            made_by = {"source": str(source.resolve()), "recipe": repr(chosen), "calibration": dict(batches.manifest)}
+            finished = FinishedBlocks.open(work / "blocks", made_by)
+            if chosen.reconstruction.selection is not None:
+                batches = select(batches, chosen.reconstruction.selection)
+        elif calibration is not None:
+            batches = open_calibration(calibration, source)  # refuses one that does not fit, needed or not
+        quantized = qvdjax.quantize(model, chosen, batches, finished=finished, progress=progress)
+    record = None
+    if finished is not None:
+        selected = batches if isinstance(batches, SelectedInputs) else None
+        record = reconstruction_record(finished.reports(), selected)
+    files = {} if record is None else record_files(record)
+    save_quantized(quantized, source, target, overwrite=overwrite, progress=progress, files=files)
+    if finished is not None:
+        shutil.rmtree(work)
     return {
         "recipe": chosen.name,
         "calibration": None if calibration is None else str(calibration),
         "seconds": time.perf_counter() - started,
         **weights_report(quantized),
+        **({} if record is None else {"reconstruction": record}),
     }
 
 
+def _calibration(source, folder, work, exits, progress) -> CalibrationSet:
+    """The set of a folder, or one that is made of the shipped prompts, in the work folder or a temporary one."""
+    if folder is None:
+        folder = Path(exits.enter_context(tempfile.TemporaryDirectory())) if work is None else work / "calibration"
+        calibrate_folder(source, folder, progress=progress)
+    return open_calibration(folder, source)
+
+
 def save_quantized(
-    model: VideoModel, source: Path, target: Path, *, overwrite: bool = False, progress: Progress | None = None
-) -> None:
-    """Write a quantized model together with the pipeline of the folder it was made from; see `models.save`."""
-    models.save(model, target, side_files=side_files(source), overwrite=overwrite, progress=progress)
+    model: VideoModel, source: Path, target: Path, *, overwrite: bool = False, progress: Progress | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> None:  # fmt: skip
+    """Write a quantized model together with the pipeline of the folder it was made from, and further files by name;
+    see `models.save`."""
+    side = {**side_files(source), **(files or {})}
+    models.save(model, target, side_files=side, overwrite=overwrite, progress=progress)
 
 
 def weights_report(model: VideoModel) -> dict[str, Any]:

@@ -242,6 +242,10 @@ class CogVideoXModel(VideoModel):
             cosines, sines = (jnp.asarray(table, jnp.promote_types(dtype, jnp.float32)) for table in tables)
         return x, CogVideoXConditioning(embedding.astype(dtype), cosines, sines, grid, context.shape[1])
 
+    def video_tokens(self, tokens: int, conditioning) -> slice:
+        """Those after the text's."""
+        return slice(conditioning.text_tokens, tokens)
+
     def head(self, stream, conditioning):
         """Tokens -> latents (batch, frames, height, width, out_channels); in a patch, columns vary fastest."""
         video = self.norm_final(stream[:, conditioning.text_tokens :])

@@ -266,6 +266,10 @@ class HunyuanVideoModel(VideoModel):
         conditioning = HunyuanVideoConditioning(embedding, video.shape[1] + lengths, cosines, sines, grid)
         return jnp.concatenate([video, text], axis=1), conditioning
 
+    def video_tokens(self, tokens: int, conditioning) -> slice:
+        """Those before the text's."""
+        return slice(0, conditioning.video_tokens)
+
     def head(self, stream, conditioning):
         """Tokens -> latents (batch, frames, height, width, out_channels); in a patch, columns vary fastest."""
         video = stream[:, : conditioning.video_tokens]

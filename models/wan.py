@@ -5,6 +5,7 @@ Read in diffusers 0.42 `models/transformers/transformer_wan.py` and Wan-Video/Wa
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +133,7 @@ class WanConditioning:
 class WanAttention(CarriesValues):
     """Self-attention over video tokens, or cross-attention to the text."""
 
-    def __init__(self, config: WanConfig, *, key: jax.Array, dtype):
+    def __init__(self, config: WanConfig, *, to: Literal["stream", "context"], key: jax.Array, dtype):
         keys = jax.random.split(key, 4)
         width = config.width
         self.to_q, self.to_k, self.to_v = query_key_value(width, keys[:3], dtype=dtype)
@@ -140,7 +141,7 @@ class WanAttention(CarriesValues):
         self.to_out = nnx.Dict({"0": Linear(width, width, role="attention_output", key=keys[3], **back)})
         self.norm_q = RMSNorm(width, epsilon=config.eps, dtype=dtype)
         self.norm_k = RMSNorm(width, epsilon=config.eps, dtype=dtype)
-        self.attention = Attention()
+        self.attention = Attention(keys=to)
         self.heads = config.num_attention_heads
 
     def __call__(self, x: jax.Array, context: jax.Array, rope: tuple | None = None) -> jax.Array:
@@ -160,8 +161,8 @@ class WanBlock(nnx.Module):
         norm = functools.partial(LayerNorm, config.width, epsilon=config.eps)
         self.norm1, self.norm3 = norm(affine=False), norm(affine=False)
         self.norm2 = norm(affine=True, dtype=dtype) if config.cross_attn_norm else None
-        self.attn1 = WanAttention(config, key=keys[0], dtype=dtype)
-        self.attn2 = WanAttention(config, key=keys[1], dtype=dtype)
+        self.attn1 = WanAttention(config, to="stream", key=keys[0], dtype=dtype)
+        self.attn2 = WanAttention(config, to="context", key=keys[1], dtype=dtype)
         self.ffn = FeedForward(config.width, config.ffn_dim, key=keys[2], dtype=dtype)
         table = jax.random.normal(keys[3], (1, 6, config.width), dtype) / config.width**0.5
         self.scale_shift_table = Param(table, axes=(None, None, "embed"), keep_float32=True)

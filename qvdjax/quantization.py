@@ -4,10 +4,14 @@ from collections.abc import Iterable, Mapping
 
 import jax
 
+from qvdjax.calibration.dataset import CalibrationSet
 from qvdjax.calibration.ranges import input_ranges
+from qvdjax.calibration.selection import select
 from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, Execution, VideoModel, layers_of, refuse_tables
-from qvdjax.ptq import FitRotation, absorb_rotations, apply_schemes, rounded_layers
+from qvdjax.ptq import FitRotation, absorb_rotations, apply_schemes, reconstruct, rounded_layers
+from qvdjax.ptq.reconstruction import FinishedBlocks
+from qvdjax.ptq.reconstruction.engine import Progress
 from qvdjax.recipes import Recipe, decide, get
 
 
@@ -25,6 +29,8 @@ def quantize(
     calibration: Iterable[Mapping[str, jax.Array]] | None = None,
     *,
     execution: Execution | None = None,
+    finished: FinishedBlocks | None = None,
+    progress: Progress | None = None,
 ) -> VideoModel:
     """Quantize a float model.
 
@@ -32,9 +38,12 @@ def quantize(
         model: Left as it is.
         recipe: A recipe, or its name (`qvdjax.recipes.names()` lists presets).
         calibration: Batches of the model's keyword arguments (latents, timestep, context), for instance of a
-            `qvdjax.calibration.CalibrationSet`; needed by recipes with static ranges, fitted transforms or
-            compensated rounding.
+            `qvdjax.calibration.CalibrationSet`; needed by recipes with static ranges, fitted transforms,
+            compensated rounding or reconstruction. Where a recipe selects samples, it selects from a CalibrationSet;
+            any other batches are taken as they are.
         execution: "integer", "simulate", or None for the device's best.
+        finished: Where blocks are kept that are reconstructed, to go on after an interruption.
+        progress: Called with ("reconstructing", blocks done, blocks in all).
 
     Returns:
         A new model of the same call. `qvdjax.describe` lists what every layer became.
@@ -59,12 +68,22 @@ def quantize(
     if recipe.needs_calibration:
         if calibration is None:
             raise UserError(f"recipe {recipe.name} needs a calibration set", remedy="make one with `qvdjax calibrate`")
-        fit = recipe.transform
+        fit, plan = recipe.transform, recipe.reconstruction
         calibration = list(calibration) if iter(calibration) is calibration else calibration
+        if plan is not None and plan.selection is not None and isinstance(calibration, CalibrationSet):
+            calibration = select(calibration, plan.selection)
         if recipe.needs_ranges:
             ranges = input_ranges(model, calibration)
-        if recipe.rounding is not None:
-            rounded = rounded_layers(model, schemes, calibration, recipe.rounding, fit=fit, ranges=ranges)
+        learned = None
+        if plan is not None:
+            done = reconstruct(
+                model, schemes, calibration, plan, fit=fit, ranges=ranges, finished=finished, progress=progress
+            )
+            learned = done.layers
+        if recipe.rounding is not None or learned is not None:
+            rounded = rounded_layers(
+                model, schemes, calibration, recipe.rounding, fit=fit, ranges=ranges, learned=learned
+            )
     execution = execution or best_execution()[0]
     quantized = apply_schemes(model, schemes, execution=execution, fit=recipe.transform, ranges=ranges, rounded=rounded)
     quantized.recipe_name = recipe.name

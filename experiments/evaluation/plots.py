@@ -1,8 +1,9 @@
-"""Plots of the report as PNG bytes. Matplotlib is driven without its global state, so it needs no display."""
+"""Plots of the report as PNG bytes."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
+
+from experiments.figures import new_figure, png
 
 # Okabe and Ito's palette: told apart by colour-blind readers; markers differ too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -25,7 +26,7 @@ def error_by_step(series: Mapping[str, Series], *, title: str, label: str, first
     Returns:
         A PNG file.
     """
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for index, (name, one) in enumerate(series.items()):
         steps = range(first_step, first_step + len(one["mean"]))
         mean, low, high = ([value or math.nan for value in one[key]] for key in ("mean", "low", "high"))
@@ -36,7 +37,7 @@ def error_by_step(series: Mapping[str, Series], *, title: str, label: str, first
     axes.set(yscale=scale, title=title, xlabel="sampler step", ylabel=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def layer_quality(rows: Sequence[Mapping], *, title: str) -> bytes:
@@ -49,7 +50,7 @@ def layer_quality(rows: Sequence[Mapping], *, title: str) -> bytes:
     Returns:
         A PNG file.
     """
-    figure, axes = _figure()
+    figure, axes = new_figure()
     roles = list(dict.fromkeys(row["role"] for row in rows))
     for index, role in enumerate(roles):
         points = [(place, row["sqnr_db"]) for place, row in enumerate(rows) if row["role"] == role]
@@ -64,22 +65,4 @@ def layer_quality(rows: Sequence[Mapping], *, title: str) -> bytes:
     axes.set(title=title, xlabel="layer, in the order of the table", ylabel="weight SQNR, dB")
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(frameon=False, loc="outside right upper")
-    return _png(figure)
-
-
-def _figure():
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    return figure, axes
-
-
-def _png(figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return png(figure)

@@ -13,7 +13,7 @@ interrupted collection goes on with the prompts whose files are not there.
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -52,6 +52,16 @@ class Trajectory:
         named = {name: getattr(self, name) for name in TENSORS}
         named |= {CONDITION + name: array for name, array in self.conditions.items()}
         return {name: np.asarray(array, np.float32, order="C") for name, array in named.items()}
+
+    def inputs(self, steps: Sequence[int], batch: int = 1) -> Iterator[dict[str, np.ndarray]]:
+        """Keyword arguments of the model's call at some steps, with the prompt and then with the negative prompt;
+        `batch` rows at a time (the last of a branch may have fewer)."""
+        for context in (self.context, self.negative_context):
+            for start in range(0, len(steps), batch):
+                rows = list(steps[start : start + batch])
+                same = {"context": context, **self.conditions}
+                spread = {name: np.broadcast_to(a, (len(rows), *a.shape)) for name, a in same.items()}
+                yield {"latents": self.latents[rows], "timestep": self.timestep[rows], **spread}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +112,7 @@ class CalibrationSet:
         negative prompt; `batch` rows at a time (the last of a branch may have fewer)."""
         for number in range(len(self)):
             sample = self.trajectory(number)
-            for context in (sample.context, sample.negative_context):
-                for start in range(0, len(sample.timestep), batch):
-                    rows = slice(start, start + batch)
-                    latents = sample.latents[rows]
-                    same = {"context": context, **sample.conditions}
-                    spread = {name: np.broadcast_to(a, (len(latents), *a.shape)) for name, a in same.items()}
-                    yield {"latents": latents, "timestep": sample.timestep[rows], **spread}
+            yield from sample.inputs(range(len(sample.timestep)), batch)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self.batches()

@@ -12,7 +12,7 @@ from qvdjax.nn.scheme import EXECUTIONS, AttentionScheme, Execution, LayerScheme
 from qvdjax.nn.swap import swap_layers
 from qvdjax.nn.timestep import PerCall, TimestepReader
 from qvdjax.nn.timestep_table import TimestepTable, check_timesteps, refuse_tables, tables_of
-from qvdjax.nn.transforms import InputTransform, Rotation
+from qvdjax.nn.transforms import InputTransform, Kronecker, Rotation
 from qvdjax.nn.values import CarriesValues
 from qvdjax.nn.variables import Codes, Param, Scale, Statistic, Table
 
@@ -29,6 +29,7 @@ __all__ = [
     "Execution",
     "InputClip",
     "InputTransform",
+    "Kronecker",
     "LayerNorm",
     "LayerScheme",
     "Linear",

@@ -22,10 +22,14 @@ MAXIMUM_SCORES = 2**28
 
 class Attention(nnx.Module):
     """softmax(q k^T / sqrt(head_dim)) v over all keys, or over the first of them; holds no parameters, only how the
-    products are computed."""
+    products are computed.
 
-    def __init__(self):
-        self.role = "attention"
+    Attributes:
+        keys: Whose tokens its keys are: those of its block's "stream", all of them in their order, or others'.
+    """
+
+    def __init__(self, keys: Literal["stream", "context"] = "stream"):
+        self.role, self.keys = "attention", keys
         self.scheme, self.execution, self.implementation = AttentionScheme(), "simulate", None
 
     def __call__(

@@ -74,6 +74,10 @@ class VideoModel(nnx.Module):
         """The last stream -> latents."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to finish")
 
+    def video_tokens(self, tokens: int, conditioning) -> slice:
+        """Which of a stream's tokens are the video's; others are the text's."""
+        return slice(0, tokens)
+
     def __call__(self, latents, timestep, context, *, remat: bool = False, **conditions) -> jax.Array:
         """Predict.
 

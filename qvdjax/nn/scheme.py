@@ -7,7 +7,7 @@ from typing import Literal
 from qvdjax.errors import UserError
 from qvdjax.nn.input_clip import InputClip
 from qvdjax.nn.low_rank import LowRank
-from qvdjax.nn.transforms import Rotation, check_transforms
+from qvdjax.nn.transforms import Kronecker, Rotation, check_transforms
 from qvdjax.numerics import Quantizer
 
 Execution = Literal["simulate", "integer"]
@@ -31,6 +31,7 @@ class LayerScheme:
         reason: Why, in words, for the table that users read.
         input_clip: How the dynamic range of the input is narrowed, None for not at all.
         rotation: How the transform "rotation" rotates, None without it.
+        kronecker: How the transform "kronecker" is cut in two, None without it.
         low_rank: The branch in full precision beside the product, None for none. What it leaves is quantized.
     """
 
@@ -41,16 +42,19 @@ class LayerScheme:
     input_clip: InputClip | None = None
     rotation: Rotation | None = None
     low_rank: LowRank | None = None
+    kronecker: Kronecker | None = None
 
     def __post_init__(self):
-        check_transforms(self.transforms, self.rotation)
+        check_transforms(self.transforms, self.rotation, self.kronecker)
         if self.input_clip is not None and not (self.activation is not None and self.activation.dynamic):
             raise ValueError("an input clip belongs to a dynamic activation quantizer")
         if self.low_rank is not None and self.weight is None:
             raise ValueError("a low-rank branch belongs to a quantized weight")
 
     def check_width(self, width: int) -> None:
-        """UserError where the groups of the weight do not divide a layer's width [in]."""
+        """UserError where the groups of the weight, or a Kronecker factor, do not divide a layer's width [in]."""
+        if self.kronecker is not None:
+            self.kronecker.sizes_of(width)
         size = None if self.weight is None else self.weight.group_size
         if size and width % size:
             raise UserError(f"group_size {size} does not divide a width of {width}", remedy="choose a divisor")
@@ -63,7 +67,7 @@ class LayerScheme:
     def to_dict(self) -> dict:
         """Plain fields, for a config file."""
         fields = dataclasses.asdict(self)
-        for name in ("input_clip", "rotation", "low_rank"):
+        for name in _OPTIONAL:
             if fields[name] is None:
                 del fields[name]  # folders without one stay readable by programs that do not know it
         return fields
@@ -74,14 +78,11 @@ class LayerScheme:
         quantizers = {
             name: None if fields.get(name) is None else Quantizer(**fields[name]) for name in ("weight", "activation")
         }
-        clip = None if fields.get("input_clip") is None else InputClip(**fields["input_clip"])
-        rotation = None if fields.get("rotation") is None else Rotation(**fields["rotation"])
-        low_rank = None if fields.get("low_rank") is None else LowRank(**fields["low_rank"])
-        rest = {
-            "transforms": tuple(fields.get("transforms", ())), "input_clip": clip, "rotation": rotation,
-            "low_rank": low_rank,
-        }  # fmt: skip
-        return cls(**{**fields, **quantizers, **rest})
+        rest = {name: kind(**fields[name]) for name, kind in _OPTIONAL.items() if fields.get(name) is not None}
+        return cls(**{**fields, **quantizers, **rest, "transforms": tuple(fields.get("transforms", ()))})
+
+
+_OPTIONAL = {"input_clip": InputClip, "rotation": Rotation, "low_rank": LowRank, "kronecker": Kronecker}
 
 
 @dataclasses.dataclass(frozen=True)

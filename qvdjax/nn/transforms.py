@@ -1,15 +1,18 @@
 """What a layer's input may pass through before it is quantized, undone by a change of the weight."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
-from qvdjax.nn.variables import Scale
+from qvdjax.errors import UserError
+from qvdjax.nn.variables import Scale, shape_of
 from qvdjax.numerics import hadamard
 
-ORDER = ("smooth_scale", "rotation")
+ORDER = ("smooth_scale", "rotation", "kronecker")
 """Names of transforms, in the order in which an input passes through them."""
 
 
@@ -35,55 +38,104 @@ class Rotation:
         return hadamard.largest_order(width, self.block)
 
 
-def check_transforms(names: tuple[str, ...], rotation: Rotation | None) -> None:
-    """ValueError for names that no transform has, out of order or not fitting the rotation."""
+@dataclasses.dataclass(frozen=True)
+class Kronecker:
+    """A learned invertible matrix on the channels: the Kronecker product of two small ones (FlatQuant, arXiv
+    2410.09426), so that it costs in (a + b) multiply-adds a token instead of in**2.
+
+    Attributes:
+        left: Size a of the first matrix; None for the divisor of a layer's width that is nearest below its square root.
+    """
+
+    left: int | None = None
+
+    def __post_init__(self):
+        if self.left is not None and self.left < 1:
+            raise ValueError(f"the first Kronecker factor cannot have size {self.left}")
+
+    def sizes_of(self, width: int) -> tuple[int, int]:
+        """Sizes (a, b) of the two matrices, a b = width.
+
+        Raises:
+            UserError: `left` does not divide the width.
+        """
+        if self.left is None:
+            left = next(a for a in range(math.isqrt(width), 0, -1) if width % a == 0)
+        elif width % self.left:
+            raise UserError(
+                f"a Kronecker factor of size {self.left} does not divide a width of {width}",
+                remedy="choose a divisor, or leave the size out",
+            )
+        else:
+            left = self.left
+        return left, width // left
+
+
+def check_transforms(names: tuple[str, ...], rotation: Rotation | None, kronecker: Kronecker | None) -> None:
+    """ValueError for names that no transform has, out of order or not fitting what says how."""
     if names != tuple(name for name in ORDER if name in names):
         raise ValueError(f"transforms {names} are not some of {ORDER} in this order")
-    if ("rotation" in names) != (rotation is not None):
-        raise ValueError("the transform 'rotation' and how it rotates belong together")
+    for name, how in (("rotation", rotation), ("kronecker", kronecker)):
+        if (name in names) != (how is not None):
+            raise ValueError(f"the transform {name!r} and how it is made belong together")
 
 
 class InputTransform(nnx.Module):
-    """Divides each input channel by a scale (SmoothQuant), then rotates (QuaRot); each of the two may be absent.
+    """Divides each input channel by a scale (SmoothQuant), rotates (QuaRot), multiplies by a Kronecker product
+    (FlatQuant); each of them may be absent.
 
-    The weight's columns are multiplied by the scale and rotated alike, so that the product stays the same.
+    The weight is changed by the inverses, so that the product stays the same.
 
     Attributes:
         smooth_scale: [in] float32, or None.
         signs: [in] float32 of +1 and -1, or None.
+        left, right: [a, a] and [b, b] float32 with a b = in, or None. A row x is multiplied by left (x) right from the
+            right: with x as a matrix X [a, b], that is left^T X right.
         rotation: How the scaled input is rotated, or None.
     """
 
     def __init__(
-        self, *, smooth_scale: jax.Array | None = None, signs: jax.Array | None = None, rotation: Rotation | None = None
-    ):
-        self.smooth_scale = None if smooth_scale is None else Scale(smooth_scale, axes=(None,))
-        self.signs = None if signs is None else Scale(signs, axes=(None,))
+        self, *, smooth_scale: jax.Array | None = None, signs: jax.Array | None = None, left: jax.Array | None = None,
+        right: jax.Array | None = None, rotation: Rotation | None = None,
+    ):  # fmt: skip
+        vector, matrix = {"axes": (None,)}, {"axes": (None, None)}
+        self.smooth_scale = None if smooth_scale is None else Scale(smooth_scale, **vector)
+        self.signs = None if signs is None else Scale(signs, **vector)
+        self.left, self.right = (None if a is None else Scale(a, **matrix) for a in (left, right))
         self.rotation = rotation
 
     @classmethod
-    def blank(cls, names: tuple[str, ...], rotation: Rotation | None, width: int) -> "InputTransform":
-        """One whose arrays are ones, for building the shape of a saved layer."""
+    def blank(
+        cls, names: tuple[str, ...], rotation: Rotation | None, kronecker: Kronecker | None, width: int
+    ) -> "InputTransform":
+        """One that changes nothing but by its rotation, for building the shape of a saved layer."""
         signs = rotation is not None and rotation.signs
+        left, right = (None, None) if kronecker is None else map(jnp.eye, kronecker.sizes_of(width))
         return cls(
             smooth_scale=jnp.ones((width,), jnp.float32) if "smooth_scale" in names else None,
-            signs=jnp.ones((width,), jnp.float32) if signs else None, rotation=rotation,
+            signs=jnp.ones((width,), jnp.float32) if signs else None, left=left, right=right, rotation=rotation,
         )  # fmt: skip
 
     def arrays(self) -> dict[str, jax.Array]:
         """What the constructor takes beside the rotation."""
-        held = {"smooth_scale": self.smooth_scale, "signs": self.signs}
+        held = {"smooth_scale": self.smooth_scale, "signs": self.signs, "left": self.left, "right": self.right}
         return {name: variable[...] for name, variable in held.items() if variable is not None}
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., in], at least float32, as the quantizer wants it."""
-        return self._rotate(x if self.smooth_scale is None else x / self.smooth_scale[...])
+        x = self._rotate(x if self.smooth_scale is None else x / self.smooth_scale[...])
+        return x if self.left is None else kronecker_product(x, self.left[...], self.right[...])
 
     def on_weight(self, weight: jax.Array) -> jax.Array:
         """[..., out, in] -> the weight that meets transformed inputs; arrays may carry the same leading axes."""
         if self.smooth_scale is not None:
             weight = weight * self.smooth_scale[...][..., None, :]
-        return self._rotate(weight, between=1)
+        weight = self._rotate(weight, between=1)
+        if self.left is None:
+            return weight
+        inverses = (jnp.linalg.inv(a[...]) for a in (self.left, self.right))
+        left, right = (rearrange(a, "... i j -> ... 1 j i") for a in inverses)  # one pair for all rows of a weight
+        return kronecker_product(weight, left, right)
 
     def _rotate(self, x, between: int = 0):
         """x [..., (between,) in]; `between` axes of x are not among those of the signs."""
@@ -97,4 +149,17 @@ class InputTransform(nnx.Module):
     def multiply_adds(self, width: int) -> int:
         """Of one vector of this width; a division is counted as one, a sign as none."""
         rotation = 0 if self.rotation is None else hadamard.multiply_adds(width, self.rotation.block_of(width))
-        return rotation + (0 if self.smooth_scale is None else width)
+        kronecker = 0 if self.left is None else width * (shape_of(self.left)[-1] + shape_of(self.right)[-1])
+        return rotation + kronecker + (0 if self.smooth_scale is None else width)
+
+
+def kronecker_product(x: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    """x (left (x) right): x [..., in] as matrices X [..., a, b] -> left^T X right, at least float32.
+
+    left [..., a, a] and right [..., b, b] may have leading axes that those of x are broadcast with.
+    """
+    exact = jax.lax.Precision.HIGHEST  # accelerators would round to bfloat16, and heavy channels would not cancel
+    x = rearrange(x, "... (a b) -> ... a b", a=left.shape[-1])
+    x = jnp.einsum("...ab,...bc->...ac", x.astype(jnp.promote_types(x.dtype, left.dtype)), right, precision=exact)
+    x = jnp.einsum("...ac,...ad->...dc", x, left, precision=exact)
+    return rearrange(x, "... a b -> ... (a b)")

@@ -38,15 +38,18 @@ class ErrorCompensation:
         if self.block < 1 or not self.memory > 0:
             raise ValueError(f"block {self.block} and memory {self.memory} must be positive")
 
-    def round(self, weight: jax.Array, moment: jax.Array, quantizer: Quantizer) -> tuple[QTensor, jax.Array]:
+    def round(
+        self, weight: jax.Array, moment: jax.Array, quantizer: Quantizer, clip: tuple | None = None
+    ) -> tuple[QTensor, jax.Array]:
         """Codes of a weight [out, in] for inputs of second moments [in, in], summed or averaged over tokens.
 
-        A channel that is always zero stays uncorrelated with all others and is rounded to the nearest code.
+        A channel that is always zero stays uncorrelated with all others and is rounded to the nearest code. `clip`
+        narrows ranges (`Quantizer.scale_of`).
 
         Returns:
             The codes, and whether the second moments could be factored ([] bool); false asks for more damping.
         """
-        scale, zero_point = quantizer.scale_of(weight)
+        scale, zero_point = quantizer.scale_of(weight, clip)
         size = weight.shape[-1] // scale.shape[-1]
         # [out or 1, groups] -> [out or 1, in]
         columns = [None if a is None else repeat(a, "o g -> o (g s)", s=size) for a in (scale, zero_point)]

@@ -59,7 +59,7 @@ def quantize_layer(
     if convolution and scheme.low_rank is not None:
         raise UserError("a convolution has no low-rank branch", remedy="give its role a rule without one")
     static = scheme.activation is not None and not scheme.activation.dynamic
-    if scheme.rotation is not None and static:
+    if static and (scheme.rotation is not None or scheme.kronecker is not None):
         raise UserError(
             "the range of a rotated input does not follow from its channels' ranges",
             remedy="quantize rotated inputs with a dynamic range",
@@ -92,17 +92,21 @@ def quantize_layer(
 def quantized_arrays(
     weight: jax.Array, scheme: LayerScheme, *, name: str, fit=None, input_range=None,
     rounding: ErrorCompensation | None = None, moment: jax.Array | None = None,
+    learned: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The arrays of one quantized linear layer, for `quantize_layer`, which says the arguments.
+    """The arrays of one quantized linear layer, for `quantize_layer`, which says the other arguments.
 
     Args:
         weight: [out, in].
         name: For messages.
+        learned: What reconstruction found for the layer (`qvdjax.ptq.reconstruction`), instead of `fit`.
 
     Raises:
         UserError: A group size that does not divide the width, or second moments that cannot be factored.
     """
-    parts = _quantize_stack(weight, input_range, moment, stacked=False, scheme=scheme, fit=fit, rounding=rounding)
+    parts = _quantize_stack(
+        weight, input_range, moment, learned, stacked=False, scheme=scheme, fit=fit, rounding=rounding
+    )
     return _checked(parts, name)
 
 
@@ -118,22 +122,27 @@ def _checked(parts: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, static_argnames=("stacked", "scheme", "fit", "rounding"))
-def _quantize_stack(weight, input_range, moment, *, stacked: bool, scheme: LayerScheme, fit, rounding) -> dict:
+def _quantize_stack(
+    weight, input_range, moment, learned=None, *, stacked: bool, scheme: LayerScheme, fit, rounding
+) -> dict:
     scheme.check_width(weight.shape[-1])
     one = functools.partial(_quantize_arrays, scheme=scheme, fit=fit, rounding=rounding)
-    arguments = (weight, input_range, moment)
+    arguments = (weight, input_range, moment, learned)
     return jax.lax.map(lambda a: one(*a), arguments) if stacked else one(*arguments)
 
 
-def _quantize_arrays(weight, input_range, moment, *, scheme: LayerScheme, fit, rounding) -> dict:
-    """weight [out, in], input_range two [channels] or None, moment [in, in] or None -> a quantized layer's arrays."""
+def _quantize_arrays(weight, input_range, moment, learned, *, scheme: LayerScheme, fit, rounding) -> dict:
+    """weight [out, in], input_range two [channels] or None, moment [in, in] or None, what was learned or None -> a
+    quantized layer's arrays."""
     parts, dtype = {}, jnp.promote_types(weight.dtype, jnp.float32)
     # Ranges that are to be loaded later are zeros.
     low, high = (jnp.zeros(weight.shape[-1:], jnp.float32),) * 2 if input_range is None else input_range
     quantized_from = weight.astype(dtype)
     if scheme.transforms:
-        if fit is None:
-            transform = InputTransform.blank(scheme.transforms, scheme.rotation, weight.shape[-1])
+        if learned is not None:
+            transform = InputTransform(**learned["transform"], rotation=scheme.rotation)
+        elif fit is None:
+            transform = InputTransform.blank(scheme.transforms, scheme.rotation, scheme.kronecker, weight.shape[-1])
         else:
             transform = fit.fit(quantized_from, low, high)
         quantized_from = transform.on_weight(quantized_from)
@@ -146,6 +155,8 @@ def _quantize_arrays(weight, input_range, moment, *, scheme: LayerScheme, fit, r
         parts["input_scale"], parts["input_zero_point"] = scheme.activation.grid.from_range(low, high)
     if scheme.input_clip is not None:
         parts["input_clip"] = scheme.input_clip.start_table(scheme.activation.symmetric)
+        if learned is not None:
+            parts["input_clip"] = learned["input_clip"]
     if scheme.weight is None:
         return {**parts, "weight": quantized_from.astype(weight.dtype)}
     whole, taken = quantized_from, 0
@@ -155,9 +166,10 @@ def _quantize_arrays(weight, input_range, moment, *, scheme: LayerScheme, fit, r
         down, up = parts["low_rank"] = tuple(factor.astype(weight.dtype) for factor in factors)
         taken = jnp.matmul(up.astype(dtype), down.astype(dtype), precision=jax.lax.Precision.HIGHEST)
         quantized_from = whole - taken
+    clip = None if learned is None else learned["weight_clip"]
     if rounding is None:
-        quantized = encode(quantized_from, scheme.weight.grid, *scheme.weight.scale_of(quantized_from))
+        quantized = encode(quantized_from, scheme.weight.grid, *scheme.weight.scale_of(quantized_from, clip))
     else:
-        quantized, parts["factored"] = rounding.round(quantized_from, moment, scheme.weight)
+        quantized, parts["factored"] = rounding.round(quantized_from, moment, scheme.weight, clip)
     parts["weight_sqnr_db"] = sqnr_db(whole, taken + quantized.dequantize())
     return {**parts, "weight": quantized}

@@ -14,7 +14,8 @@ from qvdjax.ptq.layers import quantized_arrays
 
 def rounded_layers(
     model: VideoModel, schemes: Mapping[str, Any], batches: Iterable[Mapping[str, jax.Array]],
-    rounding: ErrorCompensation, *, fit=None, ranges: Ranges | None = None,
+    rounding: ErrorCompensation | None, *, fit=None, ranges: Ranges | None = None,
+    learned: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict]:  # fmt: skip
     """The arrays of every linear layer whose weight is quantized, by name, for `apply_schemes`.
 
@@ -26,8 +27,9 @@ def rounded_layers(
         schemes: One a layer and block, by name in diffusers.
         batches: Keyword arguments of the model's call. Gone over several times; what can be gone over only once is
             held in memory.
-        rounding: How weights are rounded.
+        rounding: How weights are rounded; None to the nearest code, for which no inputs are looked at.
         fit, ranges: As `apply_schemes` takes them.
+        learned: What reconstruction found, by name; layers that it did not train have no entry.
 
     Raises:
         UserError: See `second_moments` and `quantized_arrays`.
@@ -42,12 +44,19 @@ def rounded_layers(
         for names, path, layer in layers_of(model, (Linear,))
         for i, name in enumerate(names)
     }
+
+    def moments():
+        if rounding is None:
+            yield from ((name, None) for name in rows if name in quantized)
+            return
+        for names in passes(model, quantized, rounding.memory):
+            yield from second_moments(model, batches, names)
+
     arrays = {}
-    for names in passes(model, quantized, rounding.memory):
-        for name, moment in second_moments(model, batches, names):
-            layer, row = rows[name]
-            arrays[name] = quantized_arrays(
-                layer.weight[...][row], schemes[name], name=name, fit=fit, rounding=rounding, moment=moment,
-                input_range=None if ranges is None else ranges[name],
-            )  # fmt: skip
+    for name, moment in moments():
+        layer, row = rows[name]
+        arrays[name] = quantized_arrays(
+            layer.weight[...][row], schemes[name], name=name, fit=fit, rounding=rounding, moment=moment,
+            input_range=None if ranges is None else ranges[name], learned=(learned or {}).get(name),
+        )  # fmt: skip
     return arrays

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from qvdjax.nn.transforms import InputTransform, Rotation
+from qvdjax.nn.transforms import InputTransform, Kronecker, Rotation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class FitChannelScale:
     floor: float = 1e-5
 
     names = ("smooth_scale",)
-    rotation = None
+    rotation = kronecker = None
     needs_calibration = True
 
     def __post_init__(self):
@@ -50,6 +50,7 @@ class FitRotation:
     absorb: bool = False
 
     names = ("rotation",)
+    kronecker = None
     needs_calibration = False
 
     def signs(self, width: int) -> jax.Array:
@@ -60,3 +61,50 @@ class FitRotation:
         """weight [out, in] says the width; nothing is read from its values, nor from the ranges [in]."""
         signs = self.signs(weight.shape[-1]) if self.rotation.signs else None
         return InputTransform(signs=signs, rotation=self.rotation)
+
+
+@dataclasses.dataclass(frozen=True)
+class FitProduct:
+    """A channel scale, then a rotation (ViDiT-Q) or a Kronecker product of random orthogonal matrices, which
+    reconstruction trains (FlatQuant); all layers of one width start with the same.
+
+    Attributes:
+        scale: The channel scale.
+        rotate: The rotation, None for none.
+        kronecker: The Kronecker product, None for none.
+        seed: Of its matrices.
+    """
+
+    scale: FitChannelScale
+    rotate: FitRotation | None = None
+    kronecker: Kronecker | None = None
+    seed: int = 0
+
+    needs_calibration = True
+    absorb = False
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """How inputs are rotated."""
+        return None if self.rotate is None else self.rotate.rotation
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the transforms."""
+        present = {"smooth_scale": self.scale, "rotation": self.rotate, "kronecker": self.kronecker}
+        return tuple(name for name, fit in present.items() if fit is not None)
+
+    def fit(self, weight: jax.Array, low: jax.Array, high: jax.Array) -> InputTransform:
+        """weight [out, in] and the smallest and largest input of each channel [in] -> the transform."""
+        width = weight.shape[-1]
+        arrays = self.scale.fit(weight, low, high).arrays()
+        if self.rotate is not None:
+            arrays |= self.rotate.fit(weight, low, high).arrays()
+        if self.kronecker is not None:
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), width))
+            sizes = self.kronecker.sizes_of(width)
+            arrays |= {
+                side: jax.random.orthogonal(key, size, dtype=jnp.float32)
+                for side, key, size in zip(("left", "right"), keys, sizes, strict=True)
+            }
+        return InputTransform(**arrays, rotation=self.rotation)

@@ -4,6 +4,7 @@ import dataclasses
 
 from qvdjax.nn import AttentionScheme, InputClip, LayerScheme, LowRank
 from qvdjax.numerics import Quantizer
+from qvdjax.ptq.reconstruction.plan import Reconstruction
 from qvdjax.recipes.rules import Recipe, Rule
 from qvdjax.recipes.training import Training
 
@@ -70,6 +71,10 @@ class Method:
         """How the weights of linear layers are rounded (`qvdjax.ptq.gptq`); None for the nearest code."""
         return
 
+    def reconstruction(self) -> Reconstruction | None:
+        """How blocks are reconstructed (`qvdjax.ptq.reconstruction`); None for not at all."""
+        return
+
     def input_clip(self) -> InputClip | None:
         """How the dynamic input ranges of products are narrowed; None for not at all."""
         return
@@ -85,7 +90,9 @@ class Method:
     def recipe(self) -> Recipe:
         """The rules in order; the first that matches a layer decides."""
         weight, activation, transform = self.weight(), self.activation(), self.transform()
-        transforms, rotation = ((), None) if transform is None else (transform.names, transform.rotation)
+        transforms, rotation, kronecker = (), None, None
+        if transform is not None:
+            transforms, rotation, kronecker = transform.names, transform.rotation, transform.kronecker
         tensor = None if activation is None else dataclasses.replace(activation, granularity="tensor", group_size=None)
         channel = dataclasses.replace(weight, granularity="channel", group_size=None)
         rules = []
@@ -99,7 +106,7 @@ class Method:
             Rule(LayerScheme(weight, reason="weights only: its input is one vector a step"),
                  roles=("modulation", "temporal_feature")),
             Rule(LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation,
-                             self.low_rank()),
+                             self.low_rank(), kronecker),
                  roles=PRODUCTS),
             Rule(LayerScheme(channel, tensor, (), "a product over all positions: one range for the input"),
                  roles=("convolution",)),
@@ -109,4 +116,6 @@ class Method:
                 self.attention_qk_bits, self.attention_pv_bits, reason="the option attention_*_bits"
             )
             rules.append(Rule(products, roles=("attention",)))
-        return Recipe(self.recipe_name, tuple(rules), transform, self.training(), self.rounding())
+        return Recipe(
+            self.recipe_name, tuple(rules), transform, self.training(), self.rounding(), self.reconstruction()
+        )  # fmt: skip

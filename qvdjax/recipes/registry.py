@@ -9,6 +9,7 @@ from qvdjax.errors import UserError
 from qvdjax.numerics import BITS
 from qvdjax.recipes.dsaquant import DSAQuant
 from qvdjax.recipes.efficientdm import EfficientDM
+from qvdjax.recipes.flatquant import FlatQuant
 from qvdjax.recipes.gptq import GPTQ
 from qvdjax.recipes.lsq import LearnedStepSize
 from qvdjax.recipes.method import FLOAT_ACTIVATION_BITS, Method
@@ -18,10 +19,12 @@ from qvdjax.recipes.quarot import QuaRot
 from qvdjax.recipes.qvgen import QVGen, QVGenCode, QVGenPaper
 from qvdjax.recipes.rtn import RoundToNearest
 from qvdjax.recipes.rules import Recipe
+from qvdjax.recipes.s2q_vdit import S2QVDiT
 from qvdjax.recipes.smoothquant import SmoothQuant
 from qvdjax.recipes.svdquant import SVDQuant
+from qvdjax.recipes.vidit_q import ViDiTQ
 
-POST_TRAINING = (RoundToNearest, MinMax, SmoothQuant, QuaRot, GPTQ, SVDQuant)
+POST_TRAINING = (RoundToNearest, MinMax, SmoothQuant, QuaRot, GPTQ, SVDQuant, ViDiTQ, FlatQuant, S2QVDiT)
 TRAINED = (LearnedStepSize, QDM, EfficientDM, QVGen, QVGenPaper, QVGenCode, DSAQuant)
 METHODS = {method.name: method for method in (*POST_TRAINING, *TRAINED)}
 PRESET_BITS = ((8, 8), (6, 6), (4, 8), (4, 6), (4, 4), (3, 3))

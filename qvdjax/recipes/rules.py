@@ -43,6 +43,8 @@ class Recipe:
         training: How its models are trained; None where quantizing makes them, and training may follow by the
             straight-through estimator.
         rounding: How the weights of linear layers are rounded (see `qvdjax.ptq.gptq`), None for the nearest code.
+        reconstruction: How transforms and clips are trained block by block (see `qvdjax.ptq.reconstruction`), None for
+            not at all.
     """
 
     name: str
@@ -50,11 +52,12 @@ class Recipe:
     transform: Any = None
     training: Training | None = None
     rounding: Any = None
+    reconstruction: Any = None
 
     @property
     def needs_calibration(self) -> bool:
         """Whether quantizing needs to see the inputs of layers."""
-        return self.needs_ranges or self.rounding is not None
+        return self.needs_ranges or self.rounding is not None or self.reconstruction is not None
 
     @property
     def needs_ranges(self) -> bool:

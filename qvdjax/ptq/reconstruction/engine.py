@@ -1,0 +1,156 @@
+"""Block after block: what the full-precision block gives, what is trained towards it, what is kept."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from qvdjax.errors import UserError
+from qvdjax.nn import LayerScheme, Linear, Stack, VideoModel
+from qvdjax.nn.variables import dotted, iterate
+from qvdjax.ptq.reconstruction.examples import (
+    Examples,
+    Inputs,
+    Streams,
+    embedded,
+    in_chunks,
+    on_device,
+    outputs,
+    targets,
+    without_blocks,
+)
+from qvdjax.ptq.reconstruction.finished import BlockReport, FinishedBlocks
+from qvdjax.ptq.reconstruction.learned_transform import Learned
+from qvdjax.ptq.reconstruction.plan import Reconstruction
+from qvdjax.ptq.reconstruction.reconstructed_linear import ReconstructedLinear
+from qvdjax.ptq.reconstruction.training import prepared, relative_error, start, train
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstructed:
+    """What reconstruction found.
+
+    Attributes:
+        layers: By name in diffusers, what `qvdjax.ptq.layers.quantized_arrays` takes as `learned`.
+        blocks: A report of each.
+    """
+
+    layers: dict[str, dict[str, Any]]
+    blocks: tuple[BlockReport, ...]
+
+
+def reconstruct(
+    model: VideoModel, schemes: Mapping[str, LayerScheme], batches: Iterable[Inputs], plan: Reconstruction, *,
+    fit=None, ranges: Mapping[str, tuple] | None = None, finished: FinishedBlocks | None = None,
+    progress: Progress | None = None,
+) -> Reconstructed:  # fmt: skip
+    """Train the transforms and clips of every block's layers, one block after the other.
+
+    Nothing is known of the model but its protocol. Every block of a stack runs the same compiled functions.
+
+    Args:
+        model: A float model, on one device or on the mesh in scope (`jax.set_mesh`). Left as it is.
+        schemes: One a layer and block, by name in diffusers.
+        batches: Keyword arguments of the model's call: the examples.
+        plan: How.
+        fit, ranges: As `qvdjax.ptq.apply_schemes` takes them.
+        finished: Where finished blocks are kept, to go on after an interruption; None for nowhere.
+        progress: Called with ("reconstructing", blocks done, blocks in all).
+
+    Raises:
+        UserError: See `in_chunks`; training that ends in values that are not finite.
+    """
+    outer = without_blocks(model)
+    chunks = in_chunks(batches, plan.batch, outer, plan.memory)
+    exact = Streams([embedded(outer, chunk) for chunk in chunks])
+    met = exact
+    layers: dict[str, dict] = {}
+    reports = []
+    blocks = list(_blocks(model))
+    for number, (name, block, names) in enumerate(blocks):
+        own = {path: schemes[full] for path, full in names.items()}
+        student = prepared(block, own, fit, {path: (ranges or {}).get(full) for path, full in names.items()})
+        known = None if finished is None else finished.get(name)
+        results = [targets(block, outer, c, on_device(s), plan.token_weights) for c, s in zip(chunks, exact)]
+        wanted, weights = Streams([out for out, _ in results]), [w for _, w in results]
+        if known is not None:
+            learned, report = known
+            nnx.update(student, _like(nnx.state(student, Learned), learned))
+        else:
+            student, report = _trained(student, outer, chunks, met, wanted, weights, plan, name)
+            if finished is not None:
+                finished.put(report, _flat(nnx.state(student, Learned)))
+        reports.append(report)
+        found = {dotted(path): layer for path, layer in iterate(student, ReconstructedLinear)}
+        layers |= {names[path]: layer.learned() for path, layer in found.items()}
+        if plan.inputs == "propagated":
+            met = Streams([outputs(student, outer, c, on_device(s)) for c, s in zip(chunks, met)])
+        else:
+            met = wanted
+        exact = wanted
+        if progress:
+            progress("reconstructing", number + 1, len(blocks))
+    return Reconstructed(layers, tuple(reports))
+
+
+def _trained(student, outer, chunks, met, wanted, weights, plan: Reconstruction, name: str):
+    """A prepared block after training, and the report."""
+    began, epochs = time.perf_counter(), plan.epochs
+
+    def chunk(i: int) -> Examples:
+        return Examples(chunks[i], on_device(met[i]), on_device(wanted[i]), weights[i])
+
+    def error(block) -> float:
+        sums = [relative_error(block, outer, chunk(i)) for i in range(len(chunks))]
+        return float(sum(e for e, _ in sums) / sum(s for _, s in sums))
+
+    steps = plan.epochs * sum(len(inputs["latents"]) for inputs in chunks)
+    # What a step does not read is left at its default, so that plans that differ in it share their programs.
+    rest = ("selection", "token_weights", "inputs", "memory", "batch", "epochs")
+    plan = dataclasses.replace(
+        plan, **{field.name: field.default for field in dataclasses.fields(plan) if field.name in rest}
+    )
+    state = start(student, plan=plan, steps=steps)
+    nnx.update(student, state[0])
+    before = error(student)
+    if jax.tree.leaves(state[0]):
+        for _ in range(epochs):
+            for i in range(len(chunks)):
+                state = train(state, student, outer, chunk(i), plan=plan, steps=steps)
+        nnx.update(student, state[0])
+    report = BlockReport(name, before, error(student), time.perf_counter() - began)
+    if not report.after < float("inf"):  # nan too
+        raise UserError(
+            f"{name}: training its transforms ended in values that are not finite",
+            remedy="lower `rate`, or check the calibration set",
+        )
+    return student, report
+
+
+def _blocks(model: VideoModel) -> Iterator[tuple[str, nnx.Module, dict[str, str]]]:
+    """Name of every block, the block without a layer axis, and the full names of its linear layers by their paths."""
+    for stack in model.stacks:
+        paths = [path for path, _ in iterate(stack.block, Linear)]
+        for i in range(stack.count or 1):
+            block = stack.block if stack.count is None else jax.tree.map(lambda a, i=i: a[i], stack.block)
+            yield _name(stack, i), block, {dotted(path): stack.names(path)[i] for path in paths}
+
+
+def _name(stack: Stack, number: int) -> str:
+    return stack.prefix if stack.count is None else f"{stack.prefix}.{stack.start + number}"
+
+
+def _flat(state: nnx.State) -> dict[str, jax.Array]:
+    """Arrays of a state by dotted paths."""
+    return {dotted(path): variable[...] for path, variable in nnx.to_flat_state(state)}
+
+
+def _like(state: nnx.State, arrays: Mapping[str, jax.Array]) -> nnx.State:
+    """A state of the same Variables with these arrays."""
+    flat = nnx.to_flat_state(state)
+    return nnx.from_flat_state([(path, variable.replace(arrays[dotted(path)])) for path, variable in flat])

@@ -1,0 +1,99 @@
+"""Finished blocks on disk, so that an interrupted reconstruction goes on at the block that it had reached.
+
+reconstruction.json        what is reconstructed, and how
+<block>.safetensors        everything that was trained of a block, and its report in the metadata
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qvdjax.checkpoint import SafetensorsFile, TensorSource, read_json, write_file
+from qvdjax.checkpoint.atomic import disk_errors, new_file
+from qvdjax.errors import UserError
+
+MANIFEST = "reconstruction.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockReport:
+    """What reconstruction did for a block.
+
+    Attributes:
+        name: In diffusers.
+        before, after: Squared error of its output relative to the square of what it changes of the stream, tokens
+            weighed, with transforms and clips as they started and as they are now; weights rounded to nearest codes.
+        seconds: It took.
+    """
+
+    name: str
+    before: float
+    after: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedBlocks:
+    """A folder of finished blocks.
+
+    Attributes:
+        folder: It.
+    """
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: Path, made_by: Mapping[str, Any]) -> "FinishedBlocks":
+        """The folder, made if it is not there.
+
+        Args:
+            folder: Where.
+            made_by: Everything that results depend on, as JSON types.
+
+        Raises:
+            UserError: It holds blocks of something else, or cannot be written.
+        """
+        made_by = json.loads(json.dumps(made_by))
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / MANIFEST).exists():
+                with new_file(folder / MANIFEST) as temporary:
+                    temporary.write_text(json.dumps(made_by, indent=2), encoding="utf-8")
+        if read_json(folder / MANIFEST) != made_by:
+            raise UserError(
+                f"{folder} holds blocks that were reconstructed from something else",
+                remedy="delete it or choose another folder",
+            )
+        return cls(folder)
+
+    def get(self, name: str) -> tuple[dict[str, np.ndarray], BlockReport] | None:
+        """Arrays and report of a block; None for one that is not finished.
+
+        Raises:
+            UserError: Its file is corrupt.
+        """
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        file = SafetensorsFile(path)
+        try:
+            report = BlockReport(**json.loads(file.metadata["report"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is no finished block: {error}", remedy="delete it and go on") from error
+        return {name: np.asarray(file.read(name)) for name in file.tensors}, report
+
+    def reports(self) -> list[BlockReport]:
+        """Of all blocks, in the order in which they were finished."""
+        paths = sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+        return [self.get(path.name.removesuffix(".safetensors"))[1] for path in paths]
+
+    def put(self, report: BlockReport, arrays: Mapping[str, Any]) -> None:
+        """Keep a block; the file appears complete or not at all."""
+        arrays = {name: np.asarray(a) for name, a in arrays.items()}
+        sources = [TensorSource(name, a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()]
+        path = self.folder / f"{report.name}.safetensors"
+        write_file(path, sources, {"report": json.dumps(dataclasses.asdict(report))})
