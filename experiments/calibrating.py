@@ -36,6 +36,7 @@ def calibrate_folder(
     prompts: Sequence[str] | None = None,
     count: int = PROMPTS,
     seeds: Sequence[int] | None = None,
+    first_seed: int = FIRST_SEED,
     context_file: Path | None = None,
     settings: Settings | None = None,
     mesh: Mapping[str, int] | None = None,
@@ -48,7 +49,8 @@ def calibrate_folder(
         target: Calibration folder, see `qvdjax.calibration.CalibrationSet`.
         prompts: Sentences; by default `count` captions of the moving shapes.
         count: Number of captions where no prompts are given.
-        seeds: Every prompt is sampled at each. By default prompt i is sampled once, at seed 1000 + i.
+        seeds: Every prompt is sampled at each. By default prompt i is sampled once, at seed `first_seed` + i.
+        first_seed: See `seeds`.
         context_file: Text embeddings for a folder without a `pipeline.json`, see
             `experiments.sampling.request.request_from_context`.
         settings: Steps, guidance and so on instead of the folder's.
@@ -65,7 +67,7 @@ def calibrate_folder(
     opened = CheckpointFolder.open(source)
     refuse_tables(models.skeleton(opened), str(source), "calibrate the full-precision folder it was made from")
     config = opened.config
-    request = _request(source, config, prompts, count, seeds, context_file, settings or Settings())
+    request = _request(source, config, prompts, count, seeds, first_seed, context_file, settings or Settings())
     made_by = {"config": _architecture(config), **settings_record(request)}
     entries = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(request.prompts, request.seeds, strict=True)]
     device_mesh = None if mesh is None else make_mesh(mesh)
@@ -99,7 +101,7 @@ def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"_class_name": config.get("_class_name"), **kept}
 
 
-def _request(source, config, prompts, count, seeds, context_file, settings: Settings) -> Request:
+def _request(source, config, prompts, count, seeds, first_seed, context_file, settings: Settings) -> Request:
     if not (source / FILE).exists():
         if context_file is None:
             raise UserError(
@@ -107,7 +109,7 @@ def _request(source, config, prompts, count, seeds, context_file, settings: Sett
                 remedy="give a file of text embeddings with --context",
             )
         parsed = models.parse_config(config)
-        return request_from_context(source, context_file, parsed, prompts, seeds or (FIRST_SEED,), settings)
+        return request_from_context(source, context_file, parsed, prompts, seeds or (first_seed,), settings)
     if context_file is not None:
         raise UserError(f"{source} encodes prompts itself", remedy="give prompts instead of --context")
     if prompts is None:
@@ -116,9 +118,9 @@ def _request(source, config, prompts, count, seeds, context_file, settings: Sett
         from experiments.moving_shapes import captions
 
         prompts = captions.prompts(count, CAPTION_ORDER)
-    request = request_from_pipeline(source, prompts, seeds or (FIRST_SEED,), settings)
+    request = request_from_pipeline(source, prompts, seeds or (first_seed,), settings)
     if seeds is None:
-        own = tuple(range(FIRST_SEED, FIRST_SEED + len(prompts)))
+        own = tuple(range(first_seed, first_seed + len(prompts)))
         request = dataclasses.replace(request, seeds=own)
     return request
 

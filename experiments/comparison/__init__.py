@@ -1,1 +1,1 @@
-"""Trained methods against each other on the bench: the same teacher, data, steps and learning rate for all."""
+"""Methods against each other on the bench, with everything else alike: `trained` ones and `quantized` ones."""

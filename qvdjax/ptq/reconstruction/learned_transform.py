@@ -21,26 +21,22 @@ class LearnedMatrix(nnx.Module):
 
     Attributes:
         start: [n, n] orthogonal, not trained.
-        left, right: [n, n]; A and B are what of them is skew.
+        skew: [2, n, n]; A and B are what of them is skew.
         log_singular_values: [n], s. FlatQuant trains e^s itself; a logarithm cannot cross zero.
     """
 
     def __init__(self, start: jax.Array):
         self.start = nnx.Variable(start)
-        self.left, self.right = (Learned(jnp.zeros_like(start), axes=(None, None)) for _ in range(2))
+        self.skew = Learned(jnp.zeros((2, *start.shape), start.dtype), axes=(None, None, None))
         self.log_singular_values = Learned(jnp.zeros(len(start), start.dtype), axes=(None,))
 
-    def __call__(self, *, inverse_transposed: bool = False) -> jax.Array:
-        """The matrix [n, n], or the inverse of its transpose."""
-        left, right = _cayley(self.left[...]), _cayley(self.right[...])
-        values = jnp.exp(-self.log_singular_values[...] if inverse_transposed else self.log_singular_values[...])
-        left = jnp.matmul(self.start[...], left, precision=_EXACT)
-        return jnp.matmul(left * values, right.T, precision=_EXACT)
-
-
-def _cayley(x: jax.Array) -> jax.Array:
-    skew, one = (x - x.T) / 2, jnp.eye(len(x), dtype=x.dtype)
-    return jnp.linalg.solve(one + skew, one - skew)
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        """The matrix and the inverse of its transpose, [n, n] each."""
+        x = self.skew[...]
+        skew, one = (x - x.mT) / 2, jnp.eye(x.shape[-1], dtype=x.dtype)
+        left, right = jnp.linalg.solve(one + skew, one - skew)
+        left, values = jnp.matmul(self.start[...], left, precision=_EXACT), jnp.exp(self.log_singular_values[...])
+        return tuple(jnp.matmul(left * scale, right.T, precision=_EXACT) for scale in (values, 1 / values))
 
 
 class LearnedTransform(nnx.Module):
@@ -68,15 +64,17 @@ class LearnedTransform(nnx.Module):
         """As it is now."""
         arrays = self._around()
         if self.left is not None:
-            arrays |= {"left": self.left(), "right": self.right()}
+            arrays |= {"left": self.left()[0], "right": self.right()[0]}
         return InputTransform(**arrays, rotation=self.rotation)
 
-    def on_weight(self, weight: jax.Array) -> jax.Array:
-        """weight [out, in] -> the weight that meets transformed inputs."""
-        weight = InputTransform(**self._around(), rotation=self.rotation).on_weight(weight)
+    def __call__(self, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [..., in] and weight [out, in] -> both transformed, their product the same."""
+        around = InputTransform(**self._around(), rotation=self.rotation)
+        x, weight = around(x), around.on_weight(weight)
         if self.left is None:
-            return weight
-        return kronecker_product(weight, self.left(inverse_transposed=True), self.right(inverse_transposed=True))
+            return x, weight
+        (left, left_inverse), (right, right_inverse) = self.left(), self.right()
+        return kronecker_product(x, left, right), kronecker_product(weight, left_inverse, right_inverse)
 
     def _around(self) -> dict[str, jax.Array]:
         """Scale and signs."""

@@ -52,7 +52,7 @@ class ReconstructedLinear(nnx.Module):
         dtype, weight = x.dtype, self.linear.weight[...]
         weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
         if self.transform is not None:
-            x, weight = self.transform.transform()(x), self.transform.on_weight(weight)
+            x, weight = self.transform(x, weight)
         if self.scheme.weight is not None:
             weight = _rounded(weight, self.scheme.weight, self._weight_factors())
         if self.scheme.activation is not None:

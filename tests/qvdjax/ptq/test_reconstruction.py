@@ -73,15 +73,15 @@ def test_transforms_keep_the_function():
 
 def test_a_learned_matrix_and_its_inverse_agree():
     matrix = LearnedMatrix(jax.random.orthogonal(jax.random.key(0), 12))
-    chex.assert_trees_all_close(matrix(), matrix.start[...], atol=1e-6)  # it starts there
-    keys = jax.random.split(jax.random.key(1), 3)
-    matrix.left[...], matrix.right[...] = (jax.random.normal(key, (12, 12)) for key in keys[:2])
-    matrix.log_singular_values[...] = jax.random.normal(keys[2], (12,))
+    chex.assert_trees_all_close(matrix()[0], matrix.start[...], atol=1e-6)  # it starts there
+    keys = jax.random.split(jax.random.key(1))
+    matrix.skew[...] = jax.random.normal(keys[0], (2, 12, 12))
+    matrix.log_singular_values[...] = jax.random.normal(keys[1], (12,))
+    found, inverse_transposed = matrix()
     # Float32 solves of matrices of condition up to about ten.
-    chex.assert_trees_all_close(matrix() @ matrix(inverse_transposed=True).T, jnp.eye(12), atol=1e-4)
-    chex.assert_trees_all_close(
-        jnp.linalg.svd(matrix(), compute_uv=False), jnp.sort(jnp.exp(matrix.log_singular_values[...]))[::-1], rtol=1e-3
-    )
+    chex.assert_trees_all_close(found @ inverse_transposed.T, jnp.eye(12), atol=1e-4)
+    wanted = jnp.sort(jnp.exp(matrix.log_singular_values[...]))[::-1]
+    chex.assert_trees_all_close(jnp.linalg.svd(found, compute_uv=False), wanted, rtol=1e-3)
 
 
 @pytest.mark.parametrize("inputs", ["full_precision", "propagated"])

@@ -1,14 +1,13 @@
-"""`python -m experiments.comparison.page`: tables and curves of docs/results/qat-* from the JSON files there."""
+"""`python -m experiments.comparison.trained.page`: tables and curves of docs/results/qat-* from the JSON there."""
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.comparison.rows import ROWS
-from experiments.comparison.run import RESULTS
+from experiments.comparison.results import RESULTS, load, missing
+from experiments.comparison.trained.rows import ROWS
 from qvdjax.errors import UserError
 
 COLUMNS = ("row", "recipe", "validation error", "before training", "PSNR dB", "colour", "shape", "direction")
@@ -16,9 +15,10 @@ SCORES = ("color", "shape", "direction")
 INTRODUCTION = """\
 # Trained methods, {bits} on the bench's {model}
 
-Made by `python -m experiments.comparison.page` from the JSON files in this folder, which
-`python -m experiments.comparison.run` wrote; do not edit it. All rows start from the same weights and have the same
-teacher, clips, noise, steps and learning rate (each recipe's own rates relative to it); only recipe and seed differ.
+Made by `python -m experiments.comparison.trained.page` from the JSON files in this folder, which
+`python -m experiments.comparison.trained.run` wrote; do not edit it. All rows start from the same weights and have the
+same teacher, clips, noise, steps and learning rate (each recipe's own rates relative to it); only recipe and seed
+differ.
 
 - **validation error** is the squared distance of predictions from the teacher's relative to their size, over
   {validation} held-out clips at noise levels as a sampler visits them; mean and range over the seeds. Lower is better.
@@ -36,20 +36,6 @@ EXPECTED = (
 MOST_COST = 0.01  # of rank decay against keeping Phi
 
 
-def load(folder: Path) -> dict[str, list[dict]]:
-    """Results by row, in the order of `ROWS`; UserError where there are none or protocols differ."""
-    found: dict[str, list[dict]] = {name: [] for name in ROWS}
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text())
-        found[result["row"]].append(result)
-    results = [one for many in found.values() for one in many]
-    if not results:
-        raise UserError(f"{folder} holds no results", remedy="run python -m experiments.comparison.run")
-    if any(one["protocol"] != results[0]["protocol"] for one in results):
-        raise UserError(f"{folder} holds results of different protocols", remedy="compare them in folders of their own")
-    return {name: many for name, many in found.items() if many}
-
-
 def page(folder: Path, results: dict[str, list[dict]]) -> str:
     """The page as Markdown."""
     _, model, bits = folder.name.split("-", 2)
@@ -60,7 +46,7 @@ def page(folder: Path, results: dict[str, list[dict]]) -> str:
         INTRODUCTION.format(model=model, bits=bits.upper(), seeds=seeds, **facts),
         f"| {' | '.join(COLUMNS)} |", f"| {' | '.join('---' for _ in COLUMNS)} |",
         _full_precision(every[0]["full_precision"]), *(_row(name, many) for name, many in results.items()),
-        "", *_missing(results), "![gradient norms](gradient-norms.png)", "",
+        "", *missing(results, list(ROWS)), "![gradient norms](gradient-norms.png)", "",
     ]  # fmt: skip
     if any("small_share" in one["curve"][0] for one in every):
         lines += ["![share of small singular values of Phi](small-shares.png)", ""]
@@ -83,13 +69,6 @@ def _row(name: str, many: list[dict]) -> str:
         *(f"{mean('result', score):.2f}" for score in SCORES),
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
-
-
-def _missing(results: dict[str, list[dict]]) -> list[str]:
-    """Rows that were not run, and those with fewer seeds than others."""
-    most = max(len(many) for many in results.values())
-    short = [f"{name} ({len(results.get(name, ()))} of {most})" for name in ROWS if len(results.get(name, ())) < most]
-    return [f"Seeds that are still to be run: {', '.join(short)}.", ""] if short else []
 
 
 def _full_precision(scores: dict[str, float]) -> str:
@@ -143,7 +122,7 @@ def plot(results: dict[str, list[dict]], key: str, label: str, path: Path) -> No
 
 def write(folder: Path) -> list[Path]:
     """Write the page and its plots into a folder of results; returns the files."""
-    results = load(folder)
+    results = load(folder, list(ROWS), "python -m experiments.comparison.trained.run")
     files = [folder / "README.md", folder / "gradient-norms.png"]
     files[0].write_text(page(folder, results))
     plot(results, "gradient_norm", "gradient norm before clipping", files[1])
@@ -155,13 +134,15 @@ def write(folder: Path) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit code 2 where there is nothing to make a page from."""
-    parser = argparse.ArgumentParser(prog="experiments.comparison.page", description=__doc__.partition(":")[2].strip())
+    parser = argparse.ArgumentParser(
+        prog="experiments.comparison.trained.page", description=__doc__.partition(":")[2].strip()
+    )
     parser.add_argument("folders", type=Path, nargs="*", help="folders of results (default: all of docs/results)")
     try:
         for folder in parser.parse_args(arguments).folders or sorted(RESULTS.glob("qat-*")):
             print("\n".join(map(str, write(folder))))
     except UserError as error:
-        print(f"experiments.comparison.page: {error}", file=sys.stderr)
+        print(f"experiments.comparison.trained.page: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import models
-from experiments.comparison import page, run
-from experiments.comparison.rows import ROWS
-from experiments.comparison.run import Protocol, Reference, compare, file_of, measure
+from experiments.comparison.trained import page, run
+from experiments.comparison.trained.rows import ROWS
+from experiments.comparison.trained.run import Protocol, Reference, compare, file_of, measure
 from experiments.moving_shapes import train
 from qvdjax.errors import UserError
 
@@ -117,7 +117,7 @@ def test_results_that_do_not_compare_are_refused(tmp_path):
     other = result("LSQ", 0, 0.1)
     other["protocol"]["steps"] = 9
     with pytest.raises(UserError, match="different protocols"):
-        page.load(fill(tmp_path / "mixed", other, result("Q-DM", 0, 0.1)))
+        page.write(fill(tmp_path / "mixed", other, result("Q-DM", 0, 0.1)))
     with pytest.raises(UserError, match="no results"):
-        page.load(fill(tmp_path / "empty"))
+        page.write(fill(tmp_path / "empty"))
     assert page.main([str(tmp_path / "empty")]) == 2

@@ -1,9 +1,9 @@
 """Train the rows of the comparison and measure what is left of the full-precision model.
 
-    python -m experiments.comparison.run [--bits w4a4] [--seeds 0-2] [--rows QVGen LSQ ...] [--steps 300]
+    python -m experiments.comparison.trained.run [--bits w4a4] [--seeds 0-2] [--rows QVGen LSQ ...] [--steps 300]
 
 One JSON file a row and seed, in docs/results/qat-<model>-<bits>; what is there is kept, so that an interrupted
-comparison goes on. `python -m experiments.comparison.page` makes tables and curves of them.
+comparison goes on. `python -m experiments.comparison.trained.page` makes tables and curves of them.
 """
 
 import argparse
@@ -21,7 +21,8 @@ import numpy as np
 
 import models
 from experiments.cli.values import seeds as parse_seeds
-from experiments.comparison.rows import ROWS, Row
+from experiments.comparison.results import RESULTS, file_of
+from experiments.comparison.trained.rows import ROWS, Row
 from experiments.moving_shapes.captions import prompts
 from experiments.moving_shapes.data import batch
 from experiments.moving_shapes.full_precision import CHECKPOINTS, mean_scores, sample_videos
@@ -35,7 +36,6 @@ from qvdjax.errors import UserError
 from qvdjax.metrics import psnr
 from qvdjax.nn import VideoModel
 
-RESULTS: Final = Path(__file__).resolve().parents[2] / "docs" / "results"
 HELD_OUT: Final = 2**20  # seed of validation clips; training seeds are small numbers
 CHUNK: Final = 10  # steps between two points of a curve
 
@@ -160,16 +160,10 @@ _draw = jax.jit(batch, static_argnums=2)
 _call = jax.jit(lambda model, *inputs: model(*inputs))
 
 
-def file_of(folder: Path, name: str, seed: int) -> Path:
-    """Where a row's result with a seed is kept."""
-    slug = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
-    return folder / f"{slug}-{seed}.json"
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.comparison.run", description=__doc__.split("\n\n")[0],
+        prog="python -m experiments.comparison.trained.run", description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     add, defaults = parser.add_argument, Protocol()

@@ -1,0 +1,1 @@
+"""Methods that quantize without training the weights, against each other: the same layers, bits and prompts."""

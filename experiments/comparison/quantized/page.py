@@ -1,0 +1,114 @@
+"""`python -m experiments.comparison.quantized.page`: tables of docs/results/ptq-* from the JSON files there."""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments.comparison.quantized.rows import ROWS
+from experiments.comparison.results import RESULTS, load, missing
+from qvdjax.errors import UserError
+from qvdjax.metrics import paired_difference
+
+SCORES = ("color", "shape", "direction")
+COLUMNS = ("row", "recipe", "teacher-forced error", "PSNR dB", "SSIM", "colour", "shape", "direction", "quantized in")
+INTRODUCTION = """\
+# Quantized without training weights, {bits} on the bench's {model}
+
+Made by `python -m experiments.comparison.quantized.page` from the JSON files in this folder, which
+`python -m experiments.comparison.quantized.run` wrote; do not edit it. All rows quantize the same layers to the same
+bits, and see the same calibration set; a seed is of that set and of the method.
+
+- **teacher-forced error** is the squared distance of predictions from the full-precision model's at its own latents,
+  relative to their size, over all steps of {clips} videos; mean and range over the seeds. Lower is better.
+- **PSNR** and **SSIM** are of these videos against the full-precision model's from the same noise; colour, shape and
+  direction are the oracle's scores of them ({reference} in full precision).
+
+Calibrated on {prompts} prompts; seeds {seeds}, {device}, jax {jax}.
+"""
+# Row, what it is expected to be ahead of (the paper's tables).
+EXPECTED = (("S2Q-VDiT", ("RTN", "SmoothQuant", "QuaRot", "ViDiT-Q")),)
+ABLATIONS = ("S2Q-VDiT, random samples", "S2Q-VDiT, tokens alike", "S2Q-VDiT, percentiles", "S2Q-VDiT, propagated")
+
+
+def page(folder: Path, results: dict[str, list[dict]]) -> str:
+    """The page as Markdown."""
+    model, _, bits = folder.name.removeprefix("ptq-").rpartition("-")
+    first = next(iter(results.values()))[0]
+    seeds = sorted({one["seed"] for many in results.values() for one in many})
+    reference = ", ".join(f"{first['oracle']['reference'][score]['mean']:.2f}" for score in SCORES)
+    facts = {**first["protocol"], "device": first["device"], "jax": first["jax"], "reference": reference}
+    return "\n".join([
+        INTRODUCTION.format(model=model, bits=bits.upper(), seeds=", ".join(map(str, seeds)), **facts),
+        f"| {' | '.join(COLUMNS)} |", f"| {' | '.join('---' for _ in COLUMNS)} |",
+        *(_row(name, many) for name, many in results.items()), "", *missing(results, list(ROWS)),
+        "## What was expected, and what was found", "", *_findings(results), "",
+    ])  # fmt: skip
+
+
+def _row(name: str, many: list[dict]) -> str:
+    errors = [one["teacher_forced_error"]["mean"] for one in many]
+    mean = lambda values: statistics.mean(values)  # noqa: E731
+    note = f" ({ROWS[name].note})" if ROWS[name].note else ""
+    cells = (
+        f"{name}{note}", f"`{many[0]['recipe']}`", f"{mean(errors):.4g} ({min(errors):.4g} to {max(errors):.4g})",
+        f"{mean(one['psnr']['mean'] for one in many):.2f}", f"{mean(one['ssim']['mean'] for one in many):.3f}",
+        *(f"{mean(one['oracle']['candidate'][score]['mean'] for one in many):.2f}" for score in SCORES),
+        f"{mean(one['seconds'] for one in many):.0f} s",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _errors(many: list[dict], seeds: list[int]) -> np.ndarray:
+    """Mean over seeds of the error of each prompt, (prompts,)."""
+    return np.mean([one["teacher_forced_error"]["per_prompt"] for one in many if one["seed"] in seeds], axis=0)
+
+
+def _findings(results: dict[str, list[dict]]) -> list[str]:
+    """A line for each expectation and each ablation whose rows are there, over the seeds that they share."""
+    pairs = [(ahead, behind, True) for ahead, others in EXPECTED for behind in others]
+    pairs += [(name, "S2Q-VDiT", False) for name in ABLATIONS]
+    lines = []
+    for one, other, expected in pairs:
+        if one not in results or other not in results:
+            continue
+        seeds = sorted({r["seed"] for r in results[one]} & {r["seed"] for r in results[other]})
+        ours, theirs = (_errors(results[name], seeds) for name in (one, other))
+        interval, size = paired_difference(ours, theirs), theirs.mean()
+        change, low, high = (100 * value / size for value in (interval.mean, interval.low, interval.high))
+        verdict = ("holds" if interval.high < 0 else "**does not hold**") + ", " if expected else ""
+        relation = f"{one} before {other}" if expected else f"{one} against {other}"
+        lines.append(
+            f"- {relation}: {verdict}{change:+.1f} % of error ({low:+.1f} to {high:+.1f}, 95 % over prompts, "
+            f"{len(seeds)} seeds)."
+        )
+    return lines
+
+
+def write(folder: Path) -> Path:
+    """Write the page into a folder of results."""
+    results = load(folder, list(ROWS), "python -m experiments.comparison.quantized.run")
+    (folder / "README.md").write_text(page(folder, results))
+    return folder / "README.md"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; exit code 2 where there is nothing to make a page from."""
+    parser = argparse.ArgumentParser(
+        prog="experiments.comparison.quantized.page", description=__doc__.partition(":")[2].strip()
+    )
+    parser.add_argument("folders", type=Path, nargs="*", help="folders of results (default: all of docs/results)")
+    try:
+        for folder in parser.parse_args(arguments).folders or sorted(RESULTS.glob("ptq-*")):
+            print(write(folder))
+    except UserError as error:
+        print(f"experiments.comparison.quantized.page: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
