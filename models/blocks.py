@@ -1,9 +1,11 @@
 """Parts of blocks that several families share, under diffusers' names."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from qvdjax.nn import Linear
+from qvdjax.nn.embeddings import timestep_sinusoid
 
 
 def modulate(normalised: jax.Array, scale: jax.Array, shift: jax.Array, dtype) -> jax.Array:
@@ -23,3 +25,19 @@ class FeedForward(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(batch, tokens, width) -> the same."""
         return self.net["2"](jax.nn.gelu(self.net["0"]["proj"](x), approximate=True))
+
+
+class TimestepEmbedding(nnx.Module):
+    """Sinusoid, Linear, SiLU, Linear; a float32 island."""
+
+    def __init__(self, frequencies: int, width: int, *, key: jax.Array, dtype):
+        keys = jax.random.split(key)
+        time = {"role": "time", "axes": ("embed", None), "dtype": dtype, "keep_float32": True}
+        self.linear_1 = Linear(frequencies, width, key=keys[0], **time)
+        self.linear_2 = Linear(width, width, key=keys[1], **time)
+        self.frequencies = frequencies
+
+    def __call__(self, timestep: jax.Array, dtype) -> jax.Array:
+        """(batch,) -> (batch, width), in `dtype` and at least float32."""
+        wide = jnp.promote_types(dtype, jnp.float32)
+        return self.linear_2(jax.nn.silu(self.linear_1(timestep_sinusoid(timestep, self.frequencies).astype(wide))))

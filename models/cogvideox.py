@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from models.blocks import FeedForward, modulate
+from models.blocks import FeedForward, TimestepEmbedding, modulate
 from models.cogvideox_config import CogVideoXConfig, check_sizes
 from models.cogvideox_positions import rotary_tables, sine_table
 from qvdjax.errors import UserError
@@ -28,7 +28,7 @@ from qvdjax.nn import (
     stacked,
     tables_of,
 )  # fmt: skip
-from qvdjax.nn.embeddings import rotate_adjacent_pairs, timestep_sinusoid
+from qvdjax.nn.embeddings import rotate_adjacent_pairs
 from qvdjax.parallel.rules import constrain
 
 OFS = 2.0  # what diffusers' image-to-video pipeline always passes
@@ -170,22 +170,6 @@ def _position_table(config: CogVideoXConfig, dtype) -> Param:
     text = jnp.zeros((config.max_text_seq_length, config.width), dtype)
     table = sine_table(config, config.grid(config.sample_size), dtype)
     return Param(jnp.concatenate([text, table])[None], axes=(None, None, "embed"))
-
-
-class TimestepEmbedding(nnx.Module):
-    """Sinusoid, Linear, SiLU, Linear; a float32 island."""
-
-    def __init__(self, frequencies: int, width: int, *, key: jax.Array, dtype):
-        keys = jax.random.split(key)
-        time = {"role": "time", "axes": ("embed", None), "dtype": dtype, "keep_float32": True}
-        self.linear_1 = Linear(frequencies, width, key=keys[0], **time)
-        self.linear_2 = Linear(width, width, key=keys[1], **time)
-        self.frequencies = frequencies
-
-    def __call__(self, timestep: jax.Array, dtype) -> jax.Array:
-        """(batch,) -> (batch, width), in `dtype` and at least float32."""
-        wide = jnp.promote_types(dtype, jnp.float32)
-        return self.linear_2(jax.nn.silu(self.linear_1(timestep_sinusoid(timestep, self.frequencies).astype(wide))))
 
 
 class AdaptiveHeadNorm(nnx.Module):
