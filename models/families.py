@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from models.cogvideox import CogVideoXModel
 from models.cogvideox_config import CogVideoXConfig
+from models.unet_motion import UNetMotionModel
+from models.unet_motion_config import UNetMotionConfig
 from models.wan import WanConfig, WanModel
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
@@ -28,6 +30,7 @@ MOST_LAYERS, MOST = 1000, 2**20
 
 FAMILIES = {
     "CogVideoXTransformer3DModel": Family("cogvideox", CogVideoXConfig, CogVideoXModel),
+    "UNetMotionModel": Family("animatediff", UNetMotionConfig, UNetMotionModel),
     "WanTransformer3DModel": Family("wan", WanConfig, WanModel),
 }
 

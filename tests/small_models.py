@@ -31,6 +31,14 @@ COGVIDEOX_VARIANTS = {
     "1.5-5b-i2v": {**_TEMPORAL, "in_channels": 10, "ofs_embed_dim": 20},
 }
 
+UNET = {
+    "_class_name": "UNetMotionModel", "in_channels": 5, "out_channels": 5, "block_out_channels": [16, 32],
+    "down_block_types": ["CrossAttnDownBlockMotion", "DownBlockMotion"],
+    "up_block_types": ["UpBlockMotion", "CrossAttnUpBlockMotion"], "layers_per_block": 1, "norm_num_groups": 4,
+    "cross_attention_dim": 24, "num_attention_heads": 2, "motion_num_attention_heads": 4, "motion_max_seq_length": 5,
+    "sample_size": 8, "mid_block_scale_factor": 1, "norm_eps": 1e-5,
+}  # fmt: skip
+
 
 def randomised(model, seed: int = 0):
     """Every parameter drawn anew, so that a zero or one of the initialisation cannot hide a mistake.
@@ -75,6 +83,21 @@ def cogvideox_inputs(variant: str = "5b", batch: int = 2, seed: int = 0, dtype=j
     frames, channels = 4 if variant.startswith("1.5") else 3, 10 if variant.endswith("i2v") else 5
     return {
         "latents": jax.random.normal(keys[0], (batch, frames, 8, 6, channels), dtype),
+        "timestep": jnp.linspace(317.0, 999.0, batch, dtype=dtype),
+        "context": jax.random.normal(keys[1], (batch, 7, 24), dtype),
+    }
+
+
+def unet(seed: int = 0, dtype=jnp.float32, **fields):
+    """A video UNet of two levels with random parameters and position tables."""
+    return randomised(models.abstract({**UNET, **fields}, dtype=dtype), seed)
+
+
+def unet_inputs(batch: int = 2, seed: int = 0, dtype=jnp.float32) -> dict:
+    """Inputs of that model: three frames, not square, two timesteps."""
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return {
+        "latents": jax.random.normal(keys[0], (batch, 3, 4, 6, 5), dtype),
         "timestep": jnp.linspace(317.0, 999.0, batch, dtype=dtype),
         "context": jax.random.normal(keys[1], (batch, 7, 24), dtype),
     }
