@@ -45,7 +45,7 @@ class Source:
 
     Attributes:
         path: The file or folder that holds the weights.
-        layout: "diffusers" or "wan-original".
+        layout: "diffusers", "wan-original", or "image UNet and motion adapter" where two checkpoints are one model.
         config: The fields of diffusers' config.json.
         config_from: Where they come from, in words.
         tensors: diffusers key -> tensor.
