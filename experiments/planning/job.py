@@ -75,7 +75,10 @@ def plan(
         if layers < 1:
             raise UserError(f"a model of {layers} layers", remedy="give at least 1")
         config = {**config, "num_layers": layers}
-    sizes = LATENT_SIZES[models.family_of(config).name]
+    family = models.family_of(config).name
+    if family not in LATENT_SIZES:
+        raise UserError(f"no plans are made for {family} models yet", remedy=f"known: {', '.join(LATENT_SIZES)}")
+    sizes = LATENT_SIZES[family]
     if size not in sizes:
         raise UserError(f"unknown size {size!r}", remedy=f"choose from {', '.join(sizes)}")
     if step not in ("sample", "train"):
