@@ -368,3 +368,9 @@ def test_targets_that_cannot_be_written(qvdjax, model_folder, tmp_path, place):
     target = tmp_path / place  # an absolute place replaces tmp_path
     assert refused(qvdjax("convert", model_folder, target), target)
     assert refused(qvdjax("quantize", model_folder, target, "-r", "rtn-w4a4"), target)
+
+
+def test_a_motion_adapter_is_for_an_image_unet(qvdjax, model_folder, tmp_path):
+    done = qvdjax("convert", model_folder, tmp_path / "out", "--motion-adapter", model_folder, "--json")
+    assert refused(done, model_folder, "not a UNet2DConditionModel", "UNet of Stable Diffusion 1.5")
+    assert not (tmp_path / "out").exists()
