@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import models
+from conversion.motion_adapter import merge, refuse_parts
 from conversion.source import Source, SourceTensor, open_source
 from qvdjax.checkpoint import (
     Expected,
@@ -31,6 +32,7 @@ def convert(
     source: str | os.PathLike,
     target: str | os.PathLike,
     *,
+    motion_adapter: str | os.PathLike | None = None,
     dtype: Any = None,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -43,6 +45,7 @@ def convert(
     Args:
         source: What `conversion.source.open_source` accepts.
         target: The new folder; it appears complete or not at all.
+        motion_adapter: A folder of AnimateDiff's motion modules; the source is then the image UNet to put them into.
         dtype: Floating type of the weights; None keeps each as it is, float64 too. Weights that a model
             keeps in float32 become no narrower than that.
         dry_run: Check names, shapes and types only; read no weight and write nothing.
@@ -55,14 +58,17 @@ def convert(
         type, and the side files copied along.
 
     Raises:
-        UserError: The source cannot be read or is no known model; tensors are unknown, missing or
-            mis-shaped (all named); weights are NaN, infinite or overflow `dtype`; the source is quantized;
-            the target exists or cannot be written.
+        UserError: The source cannot be read or is no known model; the motion adapter does not fit it; tensors are
+            unknown, missing or mis-shaped (all named); weights are NaN, infinite or overflow `dtype`; the source is
+            quantized; the target exists or cannot be written.
     """
     wanted = None if dtype is None else floating_dtype(dtype)
     opened = open_source(source)
     if "quantization_config" in opened.config:
         raise UserError(f"{source} is quantized", remedy="dequantize it with `qvdjax export --format diffusers`")
+    if motion_adapter is not None:
+        opened = merge(opened, open_source(motion_adapter))
+    refuse_parts(opened)
     expected = expected_tensors(models.abstract(opened.config))
     check_tensors(expected, opened.tensors, str(opened.path))
     tensors = [_written(opened, expected[key], wanted) for key in expected]

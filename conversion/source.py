@@ -60,7 +60,7 @@ class Source:
 
     Attributes:
         path: The file or folder that holds the weights.
-        layout: "diffusers", or one of `LAYOUTS`.
+        layout: "diffusers", one of `LAYOUTS`, or "image UNet and motion adapter" where two checkpoints are one model.
         config: The fields of diffusers' config.json.
         config_from: Where they come from, in words.
         tensors: diffusers key -> tensor.

@@ -11,6 +11,8 @@ from models.cogvideox import CogVideoXModel
 from models.cogvideox_config import CogVideoXConfig
 from models.hunyuanvideo import HunyuanVideoModel
 from models.hunyuanvideo_config import HunyuanVideoConfig
+from models.unet_motion import UNetMotionModel
+from models.unet_motion_config import UNetMotionConfig
 from models.wan import WanConfig, WanModel
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
@@ -31,6 +33,7 @@ MOST_LAYERS, MOST = 1000, 2**20
 FAMILIES = {
     "CogVideoXTransformer3DModel": Family("cogvideox", CogVideoXConfig, CogVideoXModel),
     "HunyuanVideoTransformer3DModel": Family("hunyuanvideo", HunyuanVideoConfig, HunyuanVideoModel),
+    "UNetMotionModel": Family("animatediff", UNetMotionConfig, UNetMotionModel),
     "WanTransformer3DModel": Family("wan", WanConfig, WanModel),
 }
 

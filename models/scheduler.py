@@ -34,7 +34,14 @@ PUBLISHED = {
     "cogvideox": SamplingDefaults(DDIM(), 50, 6.0),
     # Tencent-Hunyuan/HunyuanVideo:hyvideo/config.py; the guidance is embedded, so that there is one pass.
     "hunyuanvideo": SamplingDefaults(FlowMatchEuler(7.0), 50, 6.0),
-}
+    # guoyww/AnimateDiff:configs/inference and configs/prompts.
+    "animatediff": SamplingDefaults(
+        DDIM(
+            beta_schedule="linear", snr_shift_scale=1.0, rescale_betas_zero_snr=False, timestep_spacing="leading",
+            steps_offset=1, prediction_type="epsilon",
+        ), 25, 7.5,
+    ),
+}  # fmt: skip
 
 # diffusers' class -> (what it is here, our field: (its field, its default), what must hold: field: only value).
 # Fields that are in neither column do not change what is sampled.
@@ -48,6 +55,14 @@ _VARIANCE_PRESERVING = {
     "timestep_spacing": ("timestep_spacing", "leading"),
     "steps_offset": ("steps_offset", 0),
     "prediction_type": ("prediction_type", "epsilon"),
+}
+# diffusers' general DDIM, which AnimateDiff's folders name, has other defaults and no shift.
+_GENERAL_DDIM = {
+    **_VARIANCE_PRESERVING,
+    "beta_start": ("beta_start", 0.0001),
+    "beta_end": ("beta_end", 0.02),
+    "beta_schedule": ("beta_schedule", "linear"),
+    "snr_shift_scale": ("snr_shift_scale", 1.0),
 }
 _TRAINED = {"num_train_timesteps": 1000}
 _ONE_GRID = dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False)
@@ -67,11 +82,14 @@ KNOWN = {
         {"shift": ("shift", 1.0)},
         {**_FLOW, "invert_sigmas": False, "stochastic_sampling": False},
     ),
+    "DDIMScheduler": (
+        DDIM, _GENERAL_DDIM, {**_TRAINED, "trained_betas": None, "clip_sample": False, "thresholding": False},
+    ),
     "CogVideoXDDIMScheduler": (DDIM, _VARIANCE_PRESERVING, {**_TRAINED, "trained_betas": None}),
     "CogVideoXDPMScheduler": (DPMSolverSDE, _VARIANCE_PRESERVING, {**_TRAINED, "trained_betas": None}),
 }  # fmt: skip
 # Where a field that must hold is left out, diffusers' default holds, and for these it is another value.
-_OTHERWISE = {"use_flow_sigmas": False, "prediction_type": "epsilon"}
+_OTHERWISE = {"use_flow_sigmas": False, "prediction_type": "epsilon", "clip_sample": True}
 
 
 def scheduler_file(folder: str | os.PathLike) -> Path | None:

@@ -36,6 +36,13 @@ HUNYUANVIDEO = {
     "in_channels": 5, "out_channels": 5, "num_layers": 2, "num_single_layers": 2, "num_refiner_layers": 2,
     "mlp_ratio": 3.0, "text_embed_dim": 24, "pooled_projection_dim": 12, "rope_axes_dim": [8, 10, 14],
 }  # fmt: skip
+UNET = {
+    "_class_name": "UNetMotionModel", "in_channels": 5, "out_channels": 5, "block_out_channels": [16, 32],
+    "down_block_types": ["CrossAttnDownBlockMotion", "DownBlockMotion"],
+    "up_block_types": ["UpBlockMotion", "CrossAttnUpBlockMotion"], "layers_per_block": 1, "norm_num_groups": 4,
+    "cross_attention_dim": 24, "num_attention_heads": 2, "motion_num_attention_heads": 4, "motion_max_seq_length": 5,
+    "sample_size": 8, "mid_block_scale_factor": 1, "norm_eps": 1e-5,
+}  # fmt: skip
 
 
 def randomised(model, seed: int = 0):
@@ -100,6 +107,16 @@ def hunyuanvideo_inputs(batch: int = 2, seed: int = 0, dtype=jnp.float32) -> dic
         "pooled_projections": jax.random.normal(keys[2], (batch, 12), dtype),
         "guidance": jnp.full((batch,), 6000.0, dtype),
     }
+
+
+def unet(seed: int = 0, dtype=jnp.float32, **fields):
+    """A video UNet of two levels with random parameters and position tables."""
+    return randomised(models.abstract({**UNET, **fields}, dtype=dtype), seed)
+
+
+def unet_inputs(batch: int = 2, seed: int = 0, dtype=jnp.float32) -> dict:
+    """Inputs of that model: three frames, not square, two timesteps."""
+    return _latents_and_context(jax.random.split(jax.random.key(seed), 2), (batch, 3, 4, 6, 5), dtype)
 
 
 def pipeline(words: tuple[str, ...], text_dim: int, **fields) -> Pipeline:

@@ -13,6 +13,8 @@ and one CogVideoX or HunyuanVideo block, where text and video are one stream of 
     QK products       2 N N d
     PV products       the same
 
+A video UNet's operations are in `experiments.bench.unet_work`.
+
 A ceiling is Amdahl's law over these shares: if every product took time in proportion to its operations and
 those that are quantized ran `factor` times as fast, the whole would run
 
@@ -27,6 +29,8 @@ at its best.
 import dataclasses
 
 from experiments.bench.shapes import Shape
+from experiments.bench.unet_work import unet_operations
+from models.unet_motion_config import UNetMotionConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,9 @@ def block_work(shape: Shape) -> Work:
 
 def step_work(shape: Shape) -> Work:
     """One forward pass; embedders and the output projection (below 1 %) are left out."""
+    if isinstance(shape.parsed, UNetMotionConfig):
+        linear, products = unet_operations(shape.parsed, shape.latents[:3], shape.text_tokens)
+        return Work(linear, products, products)
     return block_work(shape) * shape.layers
 
 

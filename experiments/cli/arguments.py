@@ -41,6 +41,8 @@ class Convert(Common):
     """Folder or safetensors file to read."""
     target: Annotated[Positional[Path], arg(metavar="DST")]
     """New model folder."""
+    motion_adapter: hinted(Path, "FOLDER", "SRC is a whole model") = None
+    """AnimateDiff's motion modules (diffusers' MotionAdapter), to put into SRC, the UNet of Stable Diffusion 1.5."""
     dtype: hinted(Dtype, "{float64,float32,bfloat16,float16}", "the source's types") = None
     """Cast floating-point tensors to this type."""
     dry_run: bool = False

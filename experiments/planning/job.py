@@ -77,7 +77,10 @@ def plan(
             raise UserError(f"a model of {layers} layers", remedy="give at least 1")
         kinds = [name for name in ("num_layers", "num_single_layers") if hasattr(models.parse_config(config), name)]
         config = {**config, **dict.fromkeys(kinds, layers)}
-    sizes = LATENT_SIZES[models.family_of(config).name]
+    family = models.family_of(config).name
+    if family not in LATENT_SIZES:
+        raise UserError(f"no plans are made for {family} models yet", remedy=f"known: {', '.join(LATENT_SIZES)}")
+    sizes = LATENT_SIZES[family]
     if size not in sizes:
         raise UserError(f"unknown size {size!r}", remedy=f"choose from {', '.join(sizes)}")
     if step not in ("sample", "train"):

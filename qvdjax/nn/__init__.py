@@ -6,7 +6,7 @@ from qvdjax.nn.input_clip import InputClip
 from qvdjax.nn.layers import FLOAT_LAYERS, QUANTIZED_LAYERS, TABLE_LAYERS, layers_of
 from qvdjax.nn.linear import Linear, QuantizedLinear
 from qvdjax.nn.low_rank import LowRank, LowRankBranch
-from qvdjax.nn.norm import LayerNorm, RMSNorm, at_least_float32
+from qvdjax.nn.norm import GroupNorm, LayerNorm, RMSNorm, at_least_float32
 from qvdjax.nn.protocol import Stack, VideoModel, at_timestep, for_one_call, stacked
 from qvdjax.nn.scheme import EXECUTIONS, AttentionScheme, Execution, LayerScheme, Role, TableScheme
 from qvdjax.nn.swap import swap_layers
@@ -14,7 +14,7 @@ from qvdjax.nn.timestep import PerCall, TimestepReader
 from qvdjax.nn.timestep_table import TimestepTable, check_timesteps, refuse_tables, tables_of
 from qvdjax.nn.transforms import InputTransform, Kronecker, Rotation
 from qvdjax.nn.values import CarriesValues
-from qvdjax.nn.variables import Codes, Param, Scale, Statistic, Table
+from qvdjax.nn.variables import Buffer, Codes, Param, Scale, Statistic, Table
 
 __all__ = [
     "EXECUTIONS",
@@ -23,10 +23,12 @@ __all__ = [
     "TABLE_LAYERS",
     "Attention",
     "AttentionScheme",
+    "Buffer",
     "CarriesValues",
     "Codes",
     "Conv",
     "Execution",
+    "GroupNorm",
     "InputClip",
     "InputTransform",
     "Kronecker",

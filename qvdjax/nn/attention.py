@@ -73,7 +73,7 @@ def dot_product_attention(
         "xla": batched products; blocks of queries where the scores would be too large.
         "mapped": one head of one sample after the other, recomputed in the backward pass. Scores then stay in the cache
             of a CPU, where this is 5 to 10 times as fast; elsewhere it is slow.
-        "cudnn": cuDNN's flash attention, for half-precision arrays on a GPU.
+        "cudnn": cuDNN's flash attention, for half-precision arrays on a GPU and heads of at most 128 features.
         "splash": flash attention on TPU, for heads of 128 features or a multiple; under a mesh every device takes its
             own heads (see `splash_attention`).
         None: "cudnn" or "splash" where they apply, "mapped" on CPU outside meshes, otherwise "xla". "xla" by name turns
@@ -104,10 +104,15 @@ def _best_implementation(query, key) -> Implementation:
     mesh, backend = jax.sharding.get_abstract_mesh(), jax.default_backend()
     if _is_for_tpu(mesh):
         return "splash" if splash_suits(query, key) else "xla"
-    if backend == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16):
+    if backend == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and _cudnn_suits(query.shape[-1]):
         return "cudnn"
     # A mesh may describe other devices than this process has, and "mapped" would gather a sharded batch.
     return "mapped" if backend == "cpu" and mesh.empty else "xla"
+
+
+def _cudnn_suits(head_dim: int) -> bool:
+    """What cuDNN takes on every GPU that has it; Hopper and later would take heads of 256 features."""
+    return head_dim <= 128 and head_dim % 8 == 0
 
 
 def _is_for_tpu(mesh) -> bool:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from qvdjax.nn.variables import Param
@@ -26,6 +27,30 @@ class LayerNorm(nnx.Module):
         x = x - x.mean(axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + self.epsilon)
         return x if self.weight is None else x * self.weight[...] + self.bias[...]
+
+
+class GroupNorm(nnx.Module):
+    """(x - mean) / sqrt(var + eps) over all positions of a sample and the channels of a group, biased variance.
+
+    Attributes:
+        weight, bias: [width].
+        groups: Neighbouring channels, width / groups of them, share mean and variance.
+    """
+
+    def __init__(
+        self, width: int, groups: int, *, epsilon: float, axis: str | None = "embed", dtype=jnp.float32
+    ):  # fmt: skip
+        make = lambda fill: Param(jnp.full((width,), fill, dtype), axes=(axis,), keep_float32=True)  # noqa: E731
+        self.weight, self.bias = make(1), make(0)
+        self.groups, self.epsilon = groups, epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [batch, *space, width] -> the same shape, at least float32."""
+        grouped = rearrange(at_least_float32(x), "b ... (g c) -> b ... g c", g=self.groups)
+        over = (*range(1, x.ndim - 1), x.ndim)  # positions, and channels of a group
+        grouped = grouped - grouped.mean(axis=over, keepdims=True)
+        grouped = grouped * jax.lax.rsqrt((grouped * grouped).mean(axis=over, keepdims=True) + self.epsilon)
+        return rearrange(grouped, "b ... g c -> b ... (g c)") * self.weight[...] + self.bias[...]
 
 
 class RMSNorm(nnx.Module):

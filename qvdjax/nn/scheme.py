@@ -15,7 +15,7 @@ EXECUTIONS = ("simulate", "integer")
 
 Role = Literal[
     "embedder", "time", "modulation", "temporal_feature", "query", "key", "value", "attention", "attention_output",
-    "feed_forward_in", "feed_forward_out", "convolution", "head",
+    "feed_forward_in", "feed_forward_out", "projection", "convolution", "head",
 ]  # fmt: skip
 
 

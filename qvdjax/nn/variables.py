@@ -8,6 +8,10 @@ from flax import nnx
 Param = nnx.Param
 
 
+class Buffer(nnx.Variable):
+    """An array that belongs to a checkpoint and is never trained, as PyTorch has them. Metadata: `axes`."""
+
+
 class Codes(nnx.Variable):
     """Integer codes of a weight; never differentiated. Metadata: `axes` (one layer's logical axis names), `bits`."""
 

@@ -8,7 +8,7 @@ from qvdjax.ptq.reconstruction.plan import Reconstruction
 from qvdjax.recipes.rules import Recipe, Rule
 from qvdjax.recipes.training import Training
 
-PRODUCTS = ("query", "key", "value", "attention_output", "feed_forward_in", "feed_forward_out")
+PRODUCTS = ("query", "key", "value", "attention_output", "feed_forward_in", "feed_forward_out", "projection")
 FLOAT_ACTIVATION_BITS = 16
 
 

@@ -24,6 +24,14 @@ COGVIDEOX_2B = {
     "steps_offset": 0,
     "timestep_spacing": "trailing",
 }
+ANIMATEDIFF = {
+    "_class_name": "DDIMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "steps_offset": 1,
+}
 WAN = {
     "_class_name": "UniPCMultistepScheduler",
     "flow_shift": 3.0,
@@ -55,6 +63,7 @@ def write(repository, config):
             {**COGVIDEOX_2B, "_class_name": "CogVideoXDPMScheduler", "snr_shift_scale": 1},
             DPMSolverSDE(snr_shift_scale=1),
         ),
+        (ANIMATEDIFF, PUBLISHED["animatediff"].solver),
         (WAN, UniPCFlow(3.0)),
         ({**WAN, "solver_order": 3}, UniPCFlow(3.0, order=3)),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0}, FlowMatchEuler(7.0)),
@@ -71,10 +80,13 @@ def test_solvers_of_published_schedulers(repository, config, solver):
 def test_fields_and_defaults_are_those_of_diffusers(repository, name):
     """What is left out of a file means what it means to diffusers; what diffusers writes can be read."""
     scheduler = getattr(pytest.importorskip("diffusers"), name)
-    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if name.startswith("UniPC") else {}
-    path = write(repository, {"_class_name": name, **flow})
+    needed = {
+        "UniPCMultistepScheduler": {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+        "DDIMScheduler": {"clip_sample": False},
+    }.get(name, {})
+    path = write(repository, {"_class_name": name, **needed})
     sparse = read_scheduler(path)
-    scheduler(**flow).save_pretrained(repository / "scheduler")
+    scheduler(**needed).save_pretrained(repository / "scheduler")
     assert {"_class_name", "num_train_timesteps"} <= json.loads(path.read_text()).keys()
     assert read_scheduler(path) == sparse
 
@@ -106,6 +118,8 @@ def test_without_a_scheduler_the_familys_settings_hold(repository):
         ({"_class_name": ["DDIM"]}, r"asks for \['DDIM'\]"),
         ({**WAN, "use_flow_sigmas": False}, "use_flow_sigmas False"),
         ({"_class_name": "UniPCMultistepScheduler"}, "2: use_flow_sigmas False, prediction_type 'epsilon'"),
+        ({"_class_name": "DDIMScheduler"}, "DDIMScheduler does not have here .*clip_sample True"),
+        ({**ANIMATEDIFF, "thresholding": True}, "thresholding True"),
         ({**WAN, "flow_shift": "3"}, "'flow_shift' is '3'"),
         ({**WAN, "solver_order": 2.0}, "order is 2.0"),
         ({**COGVIDEOX_2B, "num_train_timesteps": 500}, "num_train_timesteps 500"),

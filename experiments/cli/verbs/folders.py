@@ -18,6 +18,7 @@ def convert(arguments: Convert, progress: Progress | None) -> Outcome:
     report = conversion.convert(
         arguments.source,
         arguments.target,
+        motion_adapter=arguments.motion_adapter,
         dtype=arguments.dtype,
         dry_run=arguments.dry_run,
         overwrite=arguments.overwrite,

@@ -52,7 +52,7 @@ def in_chunks(batches: Iterable[Inputs], batch: int, outer: VideoModel, memory: 
 
     Raises:
         UserError: There are none, they are of different shapes, hold values that are not finite, or `batch` does not
-            divide them.
+            divide them; a model whose stream is more than tokens.
     """
     rows = [{name: np.asarray(a)[i] for name, a in one.items()} for one in batches for i in range(len(one["latents"]))]
     if not rows:
@@ -71,6 +71,11 @@ def in_chunks(batches: Iterable[Inputs], batch: int, outer: VideoModel, memory: 
         for i in range(0, len(rows), batch)
     ]
     stream, _ = jax.eval_shape(lambda outer, inputs: outer.embed(**inputs), outer, examples[0])
+    if not isinstance(stream, jax.ShapeDtypeStruct):
+        raise UserError(
+            "the blocks of this model hand on more than one array, and are not reconstructed yet",
+            remedy="choose a recipe without reconstruction",
+        )
     size = 3 * stream.size * stream.dtype.itemsize + sum(a.nbytes for a in examples[0].values())
     limit = max(1, min(len(examples), int(memory * 2**30 / size)))
     count = next(n for n in range(limit, 0, -1) if len(examples) % n == 0)

@@ -1,8 +1,15 @@
-import pytest
+import math
 
+import jax
+import jax.numpy as jnp
+import pytest
+from small_models import UNET
+
+import models
 from experiments.bench.ceilings import Work, attention_work, ceiling, linear_work, step_work, training_work
-from experiments.bench.shapes import SHAPES, shape
+from experiments.bench.shapes import SHAPES, Shape, shape
 from qvdjax.errors import UserError
+from qvdjax.nn import Attention, layers_of
 
 
 def test_operations_count_two_for_each_multiply_add():
@@ -19,6 +26,42 @@ def test_the_work_of_a_wan_step(name, linear, attention):
     work = step_work(shape(name))
     assert work.linear / 1e12 == pytest.approx(linear, abs=0.5)  # given as whole numbers
     assert (work.qk + work.pv) / 1e12 == pytest.approx(attention, abs=0.5)
+
+
+def products_of(jaxpr) -> float:
+    """Two for each multiply-add of the products and convolutions of a program."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        inner = [p for value in equation.params.values() for p in (value if isinstance(value, tuple) else (value,))]
+        total += sum(products_of(getattr(p, "jaxpr", p)) for p in inner if hasattr(getattr(p, "jaxpr", p), "eqns"))
+        if equation.primitive.name == "dot_general":
+            ((contracted, _), _) = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+        if equation.primitive.name == "conv_general_dilated":
+            _, *weight = equation.invars[1].aval.shape  # out in *kernel
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(weight)
+    return total
+
+
+@pytest.mark.parametrize("fields", [{}, {"layers_per_block": 2, "use_motion_mid_block": False}])
+def test_the_work_of_a_unet_step_is_that_of_its_program(fields):
+    config, latents = {**UNET, **fields, "motion_max_seq_length": 16}, (16, 32, 48, 5)
+    model = models.abstract(config)
+    for _, _, layer in layers_of(model, (Attention,)):
+        layer.implementation = "xla"  # whose two products are in the program as they are
+
+    def blocks(model, latents):
+        stream, conditioning = model.embed(latents, jnp.zeros(1), jnp.zeros((1, 77, 24)))
+        for stack in model.stacks:
+            stream, _ = stack(stream, conditioning)
+        return stream.sample
+
+    program = jax.make_jaxpr(blocks)(model, jnp.zeros((1, *latents)))
+    work = step_work(Shape("", config, latents, 77))
+    # Left out are the first convolution and the layers of the timestep: 1 % at these narrow widths.
+    assert work.total == pytest.approx(products_of(program.jaxpr), rel=0.02)
+    assert work.qk == work.pv
 
 
 def test_training_is_three_passes_and_the_teachers():

@@ -379,3 +379,9 @@ def test_the_last_column_says_what_is_computed_online():
         "a product; online smooth_scale, rotation of 64 channels, branch of rank 8, 2 KiB: 5.0% of its multiply-adds"
     )
     assert _why({"reason": "a product", "online": None}) == "a product"
+
+
+def test_a_motion_adapter_is_for_an_image_unet(qvdjax, model_folder, tmp_path):
+    done = qvdjax("convert", model_folder, tmp_path / "out", "--motion-adapter", model_folder, "--json")
+    assert refused(done, model_folder, "not a UNet2DConditionModel", "UNet of Stable Diffusion 1.5")
+    assert not (tmp_path / "out").exists()

@@ -165,3 +165,9 @@ def test_wan_14b_fits_one_chip_in_w4a8_and_not_in_bfloat16():
 def test_what_cannot_be_planned_is_refused_before_compiling(arguments, options, words):
     with pytest.raises(UserError, match=words):
         plan(*arguments, **options)
+
+
+def test_a_family_without_plans_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "UNetMotionModel"}')
+    with pytest.raises(UserError, match="no plans are made for animatediff models yet.*wan"):
+        plan(str(tmp_path), "none", "v5e:2x4")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qvdjax.nn import AttentionScheme, dot_product_attention, quantized_attention
+from qvdjax.nn.attention import _best_implementation
 
 
 def qkv(queries=9, keys=13, heads=3, width=8, dtype=jnp.float32):
@@ -138,3 +139,12 @@ def test_ranges_and_means_leave_padding_out(scheme, execution):
 def test_unknown_implementation():
     with pytest.raises(ValueError, match="unknown"):
         dot_product_attention(*qkv(), implementation="magic")
+
+
+@pytest.mark.parametrize(("width", "dtype", "best"), [
+    (64, jnp.bfloat16, "cudnn"), (160, jnp.bfloat16, "xla"), (20, jnp.float16, "xla"), (64, jnp.float32, "xla"),
+])  # fmt: skip
+def test_cudnn_gets_only_heads_that_it_takes(monkeypatch, width, dtype, best):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    query, key, _ = qkv(width=width, dtype=dtype)
+    assert _best_implementation(query, key) == best

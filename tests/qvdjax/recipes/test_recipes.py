@@ -50,7 +50,7 @@ def test_the_exceptions_of_every_preset():
         products = [s for p, s in decision.schemes.items() if p.startswith("blocks") and isinstance(s, LayerScheme)]
         assert len(products) == 3 * 10
         assert all(s.weight == weight and s.activation is not None and s.reason for s in products)
-        assert set(decision.absent_roles) == {"convolution", "temporal_feature"}
+        assert set(decision.absent_roles) == {"convolution", "projection", "temporal_feature"}
 
 
 def test_layers_that_sources_choose_otherwise():

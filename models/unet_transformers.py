@@ -1,0 +1,166 @@
+"""The two transformers inside a layer of the video UNet: over the positions of a frame, and over the frames.
+
+Read in diffusers 0.42 `models/transformers/transformer_2d.py`, `models/unets/unet_motion_model.py`
+(AnimateDiffTransformer3D) and `models/attention.py` (BasicTransformerBlock).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+
+from models.blocks import merge_heads, split_heads
+from models.unet_motion_config import UNetMotionConfig
+from qvdjax.nn import Attention, Buffer, Conv, GroupNorm, LayerNorm, Linear
+
+EPSILON = 1e-6  # of both transformers' group norms, whatever `norm_eps` says
+
+
+def per_frame(layer, x: jax.Array) -> jax.Array:
+    """Apply a layer of images to every frame: (batch, frames, height, width, in) -> (..., height', width', out)."""
+    y = layer(rearrange(x, "b f h w c -> (b f) h w c"))
+    return rearrange(y, "(b f) h w c -> b f h w c", b=x.shape[0])
+
+
+class UNetAttention(nnx.Module):
+    """Attention of a token to others of its sequence, or to those of a context; only the output has a bias."""
+
+    def __init__(self, width: int, heads: int, context: int, *, key: jax.Array, dtype):
+        keys = jax.random.split(key, 4)
+        across = {"axes": ("heads", "embed"), "dtype": dtype, "bias": False}
+        self.to_q = Linear(width, width, role="query", key=keys[0], **across)
+        self.to_k = Linear(context, width, role="key", key=keys[1], **across)
+        self.to_v = Linear(context, width, role="value", key=keys[2], **across)
+        back = {"axes": ("embed", "heads"), "dtype": dtype}
+        self.to_out = nnx.Dict({"0": Linear(width, width, role="attention_output", key=keys[3], **back)})
+        self.attention = Attention(keys="context")  # tokens of a frame, a place or a text: never the whole stream
+        self.heads = heads
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """x (batch, tokens, width) attends to context (batch, keys, its width)."""
+        query, key, value = (split_heads(a, self.heads) for a in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return self.to_out["0"](merge_heads(self.attention(query, key, value)))
+
+
+class GatedFeedForward(nnx.Module):
+    """Linear to values and gates, values times the exact GELU of gates, Linear (diffusers' GEGLU)."""
+
+    def __init__(self, width: int, *, key: jax.Array, dtype):
+        up, down = jax.random.split(key)
+        hidden = 4 * width
+        wide = Linear(width, 2 * hidden, role="feed_forward_in", axes=("mlp", "embed"), key=up, dtype=dtype)
+        narrow = Linear(hidden, width, role="feed_forward_out", axes=("embed", "mlp"), key=down, dtype=dtype)
+        self.net = nnx.Dict({"0": nnx.Dict({"proj": wide}), "2": narrow})
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, tokens, width) -> the same."""
+        value, gate = jnp.split(self.net["0"]["proj"](x), 2, axis=-1)
+        return self.net["2"](value * jax.nn.gelu(gate, approximate=False))
+
+
+class _Block(nnx.Module):
+    """Three norms, two attentions and a feed-forward."""
+
+    def __init__(self, width: int, heads: int, context: int, *, key: jax.Array, dtype):
+        keys = jax.random.split(key, 3)
+        norm = functools.partial(LayerNorm, width, epsilon=1e-5, affine=True, dtype=dtype)
+        self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
+        self.attn1 = UNetAttention(width, heads, width, key=keys[0], dtype=dtype)
+        self.attn2 = UNetAttention(width, heads, context, key=keys[1], dtype=dtype)
+        self.ff = GatedFeedForward(width, key=keys[2], dtype=dtype)
+
+
+class SpatialBlock(_Block):
+    """Attention within each frame, attention to the text, feed-forward."""
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """x (batch, frames, positions, width) -> the same; context (batch, text tokens, text_dim)."""
+        batch = x.shape[0]
+        frames = rearrange(self.norm1(x).astype(x.dtype), "b f p c -> (b f) p c")
+        x = x + rearrange(self.attn1(frames, frames), "(b f) p c -> b f p c", b=batch)
+        # All frames of a video see the same text, so they are queries of one attention; nothing is repeated.
+        video = rearrange(self.norm2(x).astype(x.dtype), "b f p c -> b (f p) c")
+        x = x + self.attn2(video, context).reshape(x.shape)  # b (f p) c -> b f p c
+        return x + self.ff(self.norm3(x).astype(x.dtype))
+
+
+class PositionTable(nnx.Module):
+    """Sines (even features) and cosines (odd ones) of positions, `pe` (1, positions, width)."""
+
+    def __init__(self, positions: int, width: int, *, dtype):
+        frequencies = 10000.0 ** -(np.arange(0, width, 2) / width)
+        angles = np.arange(positions)[:, None] * frequencies  # (positions, width / 2)
+        pairs = np.stack([np.sin(angles), np.cos(angles)], axis=-1)
+        table = pairs.reshape(1, positions, width)  # (positions, width / 2, 2) -> (1, positions, width)
+        self.pe = Buffer(jnp.asarray(table, dtype), axes=(None, None, "embed"))
+
+
+class MotionBlock(_Block):
+    """Attention over the frames of a position, twice, and feed-forward; attention alone sees where a frame stands."""
+
+    def __init__(self, width: int, heads: int, positions: int, *, key: jax.Array, dtype):
+        super().__init__(width, heads, width, key=key, dtype=dtype)
+        self.pos_embed = PositionTable(positions, width, dtype=dtype)
+        # Sequences of some 16 frames, thousands of them: one batched product everywhere. Kernels of flash attention are
+        # made for long sequences, and one after the other these would take a CPU for ever.
+        self.attn1.attention.implementation = self.attn2.attention.implementation = "xla"
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (sequences, frames, width) -> the same."""
+        table = self.pos_embed.pe[...][:, : x.shape[1]]  # (1, frames, width)
+        for norm, attention in ((self.norm1, self.attn1), (self.norm2, self.attn2)):
+            placed = norm(x)
+            placed = (placed + table.astype(placed.dtype)).astype(x.dtype)
+            x = x + attention(placed, placed)
+        return x + self.ff(self.norm3(x).astype(x.dtype))
+
+
+class SpatialTransformer(nnx.Module):
+    """Group norm, projection, a SpatialBlock, projection, and the input added; the norm is over one frame."""
+
+    def __init__(self, config: UNetMotionConfig, width: int, *, key: jax.Array, dtype):
+        keys = jax.random.split(key, 3)
+        self.norm = GroupNorm(width, config.norm_num_groups, epsilon=EPSILON, dtype=dtype)
+        block = SpatialBlock(width, config.num_attention_heads, config.cross_attention_dim, key=keys[0], dtype=dtype)
+        self.transformer_blocks = nnx.Dict({"0": block})
+        self.proj_in, self.proj_out = (
+            _projection(width, linear=config.use_linear_projection, key=k, dtype=dtype) for k in keys[1:]
+        )
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """x (batch, frames, height, width, channels) -> the same; context (batch, text tokens, text_dim)."""
+        inner = per_frame(self.proj_in, per_frame(self.norm, x).astype(x.dtype))
+        tokens = rearrange(inner, "b f h w c -> b f (h w) c")
+        tokens = self.transformer_blocks["0"](tokens, context)
+        return x + per_frame(self.proj_out, tokens.reshape(x.shape))  # b f (h w) c -> b f h w c
+
+
+def _projection(width: int, *, linear: bool, key: jax.Array, dtype) -> Linear | Conv:
+    """Between the stream and a transformer: a linear layer, or as checkpoints of SD 1.5 have it a 1 x 1 convolution."""
+    common = {"axes": ("embed", None), "key": key, "dtype": dtype}
+    if linear:
+        return Linear(width, width, role="projection", **common)
+    return Conv(width, width, (1, 1), role="convolution", **common)
+
+
+class MotionModule(nnx.Module):
+    """Group norm, projection, a MotionBlock over the frames of each position, projection, and the input added."""
+
+    def __init__(self, config: UNetMotionConfig, width: int, *, key: jax.Array, dtype):
+        keys = jax.random.split(key, 3)
+        self.norm = GroupNorm(width, config.norm_num_groups, epsilon=EPSILON, dtype=dtype)
+        heads, positions = config.motion_num_attention_heads, config.motion_max_seq_length
+        self.transformer_blocks = nnx.Dict({"0": MotionBlock(width, heads, positions, key=keys[0], dtype=dtype)})
+        self.proj_in, self.proj_out = (_projection(width, linear=True, key=k, dtype=dtype) for k in keys[1:])
+        self.joint = config.motion_group_norm == "joint"
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (batch, frames, height, width, channels) -> the same."""
+        batch, _, height, _, _ = x.shape
+        normalised = (self.norm(x) if self.joint else per_frame(self.norm, x)).astype(x.dtype)
+        inner = self.proj_in(rearrange(normalised, "b f h w c -> (b h w) f c"))
+        inner = self.proj_out(self.transformer_blocks["0"](inner))
+        return x + rearrange(inner, "(b h w) f c -> b f h w c", b=batch, h=height)
