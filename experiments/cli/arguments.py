@@ -264,8 +264,9 @@ class Plan(Common):
     """Videos in the global batch."""
     mesh: hinted(str, "AXES", "tokens and weights over all chips") = None
     """Mesh of the slice, such as fsdp=2,context=4."""
-    step: Literal["sample", "train"] = "sample"
-    """One forward pass of the model, or one step of `qvdjax train`, teacher included."""
+    step: Literal["sample", "train", "reconstruct"] = "sample"
+    """One forward pass of the model; one step of `qvdjax train`, teacher included; or one step of a block's
+    reconstruction by `qvdjax quantize`."""
     size: Literal["480p", "720p"] = "480p"
     """Size of the videos: of 81 frames, CogVideoX's of 49, HunyuanVideo's of 129."""
     accumulate: Whole = 1

@@ -27,8 +27,9 @@ PEAKS = {
 
 
 def bound(
-    work: Work, device_kind: str, devices: int, argument_bytes: int | None, *, step: Literal["sample", "train"],
-    recipe: Recipe | None, teacher: Recipe | None = None, teacher_cache: bool = False,
+    work: Work, device_kind: str, devices: int, argument_bytes: int | None, *,
+    step: Literal["sample", "train", "reconstruct"], recipe: Recipe | None, teacher: Recipe | None = None,
+    teacher_cache: bool = False,
 ) -> dict:  # fmt: skip
     """What the matrix products and the memory of a step take at least.
 
@@ -37,7 +38,8 @@ def bound(
         device_kind: As jax names it.
         devices: Of the slice.
         argument_bytes: A device's part of weights and state, which is read at least once; None where not known.
-        step: "sample" is a forward pass; "train" is three, and one more of the teacher where a recipe has one.
+        step: "sample" is a forward pass; "train" and "reconstruct" are three, with one more of the teacher where a
+            recipe trains towards one.
         recipe: Quantized products run at the int8 rate when sampling; training rounds and multiplies floats.
         teacher: Recipe of a training step's teacher, whose products may run at the int8 rate; None for floats.
         teacher_cache: Whether the teacher's predictions are known, so that its pass is not made.

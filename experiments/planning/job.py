@@ -15,6 +15,7 @@ import qvdjax
 from experiments.bench.ceilings import step_work
 from experiments.bench.shapes import CONFIGS, LATENT_SIZES, Shape
 from experiments.planning.bounds import bound
+from experiments.planning.reconstruction import planned_reconstruction
 from experiments.training.checks import check_trainable
 from experiments.training.planned import planned_step
 from experiments.training.settings import check_micro_batches
@@ -25,6 +26,7 @@ from qvdjax.nn import VideoModel
 from qvdjax.recipes import Recipe, get
 
 FLOAT_RECIPES = ("none", "bf16")
+STEPS = ("sample", "train", "reconstruct")
 
 
 def plan(
@@ -34,7 +36,7 @@ def plan(
     *,
     batch: int = 1,
     mesh: Mapping[str, int] | str | None = None,
-    step: Literal["sample", "train"] = "sample",
+    step: Literal["sample", "train", "reconstruct"] = "sample",
     size: str = "480p",
     accumulate: int = 1,
     overrides: Mapping[str, Any] | None = None,
@@ -53,7 +55,9 @@ def plan(
         mesh: Axis sizes, as a mapping or as "fsdp=2,context=4"; by default as many devices as divide the
             number of heads split the tokens (`context`), and the rest spreads weights and batch (`fsdp`).
         step: "sample", one forward pass of the model (guidance takes two); or "train", one step of `qvdjax train`
-            in bfloat16 with blocks recomputed, teacher included (see `experiments.training.planned`).
+            in bfloat16 with blocks recomputed, teacher included (see `experiments.training.planned`); or "reconstruct",
+            one of `qvdjax quantize` with a recipe that reconstructs blocks, on `batch` model inputs, the float model
+            beside it (see `experiments.planning.reconstruction`).
         size: Video size, see `experiments.bench.shapes.LATENT_SIZES`.
         accumulate: Micro-batches that a training step's batch is cut into.
         overrides: Options of the recipe's method by name.
@@ -83,8 +87,8 @@ def plan(
     sizes = LATENT_SIZES[family]
     if size not in sizes:
         raise UserError(f"unknown size {size!r}", remedy=f"choose from {', '.join(sizes)}")
-    if step not in ("sample", "train"):
-        raise UserError(f"unknown step {step!r}", remedy="choose sample or train")
+    if step not in STEPS:
+        raise UserError(f"unknown step {step!r}", remedy=f"choose from {', '.join(STEPS)}")
     if step == "train":
         check_trainable(models.parse_config(config), model)
     if batch < 1:
@@ -93,14 +97,20 @@ def plan(
     if recipe in FLOAT_RECIPES and overrides:
         raise UserError(f"{recipe} has no options", remedy="leave --set out, or name a recipe")
     chosen, taught_by = None if recipe in FLOAT_RECIPES else get(recipe, **(overrides or {})), teacher_recipe(teacher)
-    if step == "sample" and (taught_by is not None or teacher_cache):
-        raise UserError("a sampling step has no teacher", remedy="plan --step train, or leave the teacher out")
+    if step != "train" and (taught_by is not None or teacher_cache):
+        raise UserError(f"a {step} step has no teacher", remedy="plan --step train, or leave the teacher out")
     described = _mesh(topology, parallel.parse_mesh(mesh) if isinstance(mesh, str) else mesh, config)
     latents, timestep, context, conditions = _inputs(config, sizes[size], batch, described)
     if step == "sample":
         weights = jax.eval_shape(lambda: _build(config, chosen))
         arguments = parallel.abstract(weights, described)
         report = parallel.plan(_sample_step, arguments, latents, timestep, context, conditions, mesh=described)
+    elif step == "reconstruct":
+        if chosen is None:
+            raise UserError(f"{recipe} reconstructs no blocks", remedy="choose flatquant or s2q-vdit")
+        given = {"latents": latents, "timestep": timestep, "context": context, **conditions}
+        function, arguments, weights, waiting = planned_reconstruction(config, chosen, described, given)
+        report = parallel.plan(function, *arguments, mesh=described, resident=waiting)
     else:
         data = {"latents": latents, "context": context}
         training = planned_step(
@@ -110,9 +120,10 @@ def plan(
         report = parallel.plan(training.function, *training.arguments, mesh=described)
     shape = Shape(model, config, (*latents.shape[1:],), context.shape[1])
     kind = described.devices.flat[0].device_kind
+    blocks = sum(stack.count or 1 for stack in weights.stacks) if step == "reconstruct" else 1
     least = bound(
-        step_work(shape) * batch, kind, described.devices.size, report["argument_bytes"], step=step, recipe=chosen,
-        teacher=taught_by, teacher_cache=teacher_cache,
+        step_work(shape) * (batch / blocks), kind, described.devices.size, report["argument_bytes"], step=step,
+        recipe=chosen, teacher=taught_by, teacher_cache=teacher_cache,
     )  # fmt: skip
     return {
         **report, **least, "model": model, "recipe": recipe, "overrides": dict(overrides or {}), "topology": topology,

@@ -14,7 +14,9 @@ from qvdjax.parallel.topology import chip_bytes
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def plan(step: Callable, *abstract_args: Any, mesh: Mesh, donate: tuple[int, ...] = ()) -> dict:
+def plan(
+    step: Callable, *abstract_args: Any, mesh: Mesh, donate: tuple[int, ...] = (), resident: int = 0
+) -> dict:  # fmt: skip
     """Compile a step for a mesh, described or real, and report what one device needs.
 
     Args:
@@ -22,6 +24,7 @@ def plan(step: Callable, *abstract_args: Any, mesh: Mesh, donate: tuple[int, ...
         abstract_args: Trees of ShapeDtypeStruct with shardings on `mesh` (see `abstract`).
         mesh: In scope while the step is traced, so that `constrain` takes hold.
         donate: Positions of arguments whose memory the results may reuse; a jitted step has its own.
+        resident: Bytes that lie on a device beside the step, and count in `bytes_per_chip`.
 
     Returns:
         `fits`: whether the program compiles and stays below `chip_bytes`.
@@ -65,13 +68,15 @@ def plan(step: Callable, *abstract_args: Any, mesh: Mesh, donate: tuple[int, ...
         + memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
+        + resident
     )
     program, cost = Program(compiled.as_text()), compiled.cost_analysis() or {}
     fits = limit is None or total <= limit
     reason = None if fits else f"needs {total / 2**30:.2f} GiB of {limit / 2**30:.2f} GiB"
     return {
         **report, "fits": fits, "bytes_per_chip": total, "collectives": program.collectives(),
-        "compile_seconds": seconds, "reason": reason, "argument_bytes": memory.argument_size_in_bytes,
+        "compile_seconds": seconds, "reason": reason,
+        "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes, "products": program.products(),
         "unknown_loops": program.unknown_loops, "compiler_flops": cost.get("flops"),
         "compiler_bytes": cost.get("bytes accessed"),

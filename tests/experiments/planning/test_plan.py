@@ -95,6 +95,19 @@ def test_teachers_of_codes_and_on_disk_take_less(folder):
 
 @pytest.mark.tpu_compile
 @pytest.mark.slow
+def test_a_step_of_reconstruction_is_planned(folder):
+    report = plan(folder, "s2q-vdit-w4a4", "v5e:2x2", size="tiny", step="reconstruct", batch=2)
+    assert report["fits"]
+    # One of four blocks is worked on; the model, two bytes a parameter over four chips, lies beside it.
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(SMALL)))
+    assert report["bytes_per_chip"] > report["temporary_bytes"] + 2 * parameters / 4 / 2
+    sampling = plan(folder, "none", "v5e:2x2", size="tiny", batch=2)
+    # Forward and backward of a quarter of the blocks.
+    assert report["model_flops"] == pytest.approx(sampling["model_flops"] * 3 / 4, rel=0.01)
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.slow
 def test_cogvideox_is_planned(tmp_path):
     config = {
         "_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": 8, "num_layers": 2, "text_embed_dim": 64,
@@ -151,11 +164,13 @@ def test_wan_14b_fits_one_chip_in_w4a8_and_not_in_bfloat16():
         (("wan2.1-1.3b", "rtn", "v5e:2x4"), {}, "rtn"),
         (("wan2.1-1.3b", "none", "v5e:2x4"), {"size": "4k"}, "480p"),
         (("wan2.1-1.3b", "none", "v5e:2x4"), {"batch": 0}, "batch of 0"),
-        (("wan2.1-1.3b", "none", "v5e:2x4"), {"step": "evaluate"}, "sample or train"),
+        (("wan2.1-1.3b", "none", "v5e:2x4"), {"step": "evaluate"}, "sample, train, reconstruct"),
         (("wan2.1-1.3b", "none", "v5e:2x4"), {"mesh": "rows=2"}, "rows"),
         (("wan2.1-1.3b", "minmax-w8a8", "v5e:2x4"), {"step": "train"}, "needs calibration"),
         (("wan2.1-1.3b", "none", "v5e:2x4"), {"step": "train", "batch": 6, "accumulate": 4}, "4 micro-batches"),
-        (("wan2.1-1.3b", "none", "v5e:2x4"), {"teacher": "rtn-w8a8"}, "a sampling step has no teacher"),
+        (("wan2.1-1.3b", "none", "v5e:2x4"), {"teacher": "rtn-w8a8"}, "a sample step has no teacher"),
+        (("wan2.1-1.3b", "none", "v5e:2x4"), {"step": "reconstruct"}, "choose flatquant or s2q-vdit"),
+        (("wan2.1-1.3b", "rtn-w4a4", "v5e:2x4"), {"step": "reconstruct"}, "rtn-w4a4 reconstructs no blocks"),
         (("wan2.1-1.3b", "none", "v5e:2x4"), {"step": "train", "teacher_cache": True}, "leave out --teacher-cache"),
         (("wan2.1-1.3b", "lsq-w4a4", "v5e:2x4"), {"step": "train", "teacher": "minmax-w8a8"}, "needs calibration"),
         (("cogvideox-2b", "none", "v5e:2x4"), {"size": "720p"}, "480p"),

@@ -1,0 +1,87 @@
+"""One step of block reconstruction of a model that is only described: what `qvdjax quantize` runs for every block."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import models
+from qvdjax import parallel
+from qvdjax.errors import UserError
+from qvdjax.nn import Linear
+from qvdjax.nn.variables import dotted, iterate, shape_of
+from qvdjax.ptq.reconstruction.examples import Examples, without_blocks
+from qvdjax.ptq.reconstruction.training import prepared, start, train
+from qvdjax.recipes import Recipe, decide
+
+STEPS = 600  # of a block: fifteen epochs of forty examples
+
+
+def planned_reconstruction(config: dict, recipe: Recipe, mesh: Mesh, inputs: dict) -> tuple[Any, tuple, Any, int]:
+    """The step that trains the first block's transforms and clips on one example.
+
+    Args:
+        config: Fields of config.json.
+        recipe: One that reconstructs.
+        mesh: Where everything lies.
+        inputs: Keyword arguments of the model's call, as ShapeDtypeStructs placed on the mesh.
+
+    Returns:
+        The function, its abstract arguments, the whole model's abstract parameters, and the bytes of these on one chip
+        that are no arguments: the other blocks, which wait.
+
+    Raises:
+        UserError: The recipe reconstructs nothing.
+    """
+    plan = recipe.reconstruction
+    if plan is None:
+        raise UserError(f"{recipe.name} reconstructs no blocks", remedy="choose flatquant or s2q-vdit, or another step")
+    model = jax.eval_shape(lambda: models.build(config, dtype=jnp.bfloat16))
+    schemes = decide(model, recipe).schemes
+    stack = model.stacks[0]
+    names = {dotted(path): stack.names(path)[0] for path, _ in iterate(stack.block, Linear)}
+
+    def parts():
+        whole = models.build(config, dtype=jnp.bfloat16)
+        block = whole.stacks[0].block
+        block = block if stack.count is None else jax.tree.map(lambda a: a[0], block)
+        ranges = {dotted(p): (jnp.zeros(shape_of(linear.weight)[-1:]),) * 2 for p, linear in iterate(block, Linear)}
+        student = prepared(block, {path: schemes[name] for path, name in names.items()}, recipe.transform, ranges)
+        return student, without_blocks(whole), start(student, plan=plan, steps=STEPS)
+
+    def lead(array, *axes):
+        """With a leading axis of one example."""
+        shape = (1, *array.shape)
+        spec, _ = parallel.partition_spec(shape, axes, mesh)
+        return jax.ShapeDtypeStruct(shape, array.dtype, sharding=NamedSharding(mesh, spec))
+
+    student, outer, state = jax.eval_shape(parts)
+    stream, _ = jax.eval_shape(lambda outer, inputs: outer.embed(**inputs), outer, inputs)
+    examples = Examples(
+        {name: lead(a, "batch", *(None,) * (a.ndim - 1)) for name, a in inputs.items()},
+        *(lead(stream, "batch", "tokens", None) for _ in range(2)),
+        lead(jax.ShapeDtypeStruct(stream.shape[:2], jnp.float32), "batch", "tokens"),
+    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), state)
+    arguments = (state, *(parallel.abstract(part, mesh) for part in (student, outer)), examples)
+    whole = parallel.abstract(model, mesh)
+    waiting = _bytes(whole) - _bytes(arguments[2]) - _bytes(parallel.abstract(_one(stack), mesh))
+    function = jax.jit(functools.partial(train, plan=plan, steps=STEPS), donate_argnums=0)
+    return function, arguments, whole, waiting
+
+
+def _one(stack) -> nnx.Module:
+    """One block of a stack, abstract."""
+    if stack.count is None:
+        return stack.block
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stack.block)
+
+
+def _bytes(tree: Any) -> int:
+    """Of one chip."""
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
