@@ -52,12 +52,22 @@ class LayerScheme:
             raise ValueError("a low-rank branch belongs to a quantized weight")
 
     def check_width(self, width: int) -> None:
-        """UserError where the groups of the weight, or a Kronecker factor, do not divide a layer's width [in]."""
+        """UserError where groups of the weight or the input, or a Kronecker factor, do not divide a layer's width."""
         if self.kronecker is not None:
             self.kronecker.sizes_of(width)
-        size = None if self.weight is None else self.weight.group_size
-        if size and width % size:
-            raise UserError(f"group_size {size} does not divide a width of {width}", remedy="choose a divisor")
+        sizes = {}
+        for name, quantizer in (("group_size", self.weight), ("activation_group_size", self.activation)):
+            if quantizer is not None and quantizer.group_size and width % quantizer.group_size:
+                raise UserError(
+                    f"{name} {quantizer.group_size} does not divide a width of {width}", remedy="choose a divisor"
+                )
+            sizes[name] = None if quantizer is None else quantizer.group_size
+        weight, inputs = sizes.values()
+        if weight and inputs and weight != inputs:
+            raise UserError(
+                f"group_size {weight} and activation_group_size {inputs} differ",
+                remedy="group both alike, or one alone",
+            )
 
     @property
     def quantizes(self) -> bool:

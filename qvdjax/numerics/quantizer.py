@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from qvdjax.numerics.grid import Grid
+from qvdjax.numerics.refinement import refined
 
 Granularity = Literal["tensor", "channel", "token", "group"]
 
@@ -28,7 +29,8 @@ class Quantizer:
         group_size: Width of a group; must divide the width of every array it meets.
         dynamic: Activations only: the range is taken from each input (True) or from calibration (False).
         range_method: "minmax" covers every value; "search" shrinks the range to the one with the smallest
-            `range_norm` error (QVD's released calibration uses the 2.4 norm).
+            `range_norm` error (QVD's released calibration uses the 2.4 norm); "refine" begins there and goes on to the
+            scale and zero point of least squared error (DVD-Quant, `qvdjax.numerics.refinement`).
         range_norm: Exponent of the searched error.
     """
 
@@ -37,7 +39,7 @@ class Quantizer:
     granularity: Granularity = "channel"
     group_size: int | None = None
     dynamic: bool = False
-    range_method: Literal["minmax", "search"] = "minmax"
+    range_method: Literal["minmax", "search", "refine"] = "minmax"
     range_norm: float = 2.4
 
     def __post_init__(self):
@@ -47,7 +49,7 @@ class Quantizer:
             raise ValueError(f"group_size must be positive, not {self.group_size}")
         if self.granularity not in ("tensor", "channel", "token", "group"):
             raise ValueError(f"unknown granularity {self.granularity!r}")
-        if self.range_method not in ("minmax", "search"):
+        if self.range_method not in ("minmax", "search", "refine"):
             raise ValueError(f"unknown range_method {self.range_method!r}")
         _ = self.grid
 
@@ -86,11 +88,21 @@ class Quantizer:
         `clip` narrows the range: factors of its low and its high end, each broadcastable to [..., rows or 1, groups].
         """
         low, high = self.range_of(x)
-        if self.range_method == "search":
+        if self.range_method != "minmax":
             low, high = self._search(x, low, high)
         if clip is not None:
             low, high = low * clip[0], high * clip[1]
-        return self.grid.from_range(low, high)
+        parameters = self.grid.from_range(low, high)
+        if self.range_method != "refine":
+            return parameters
+        groups, (scale, zero_point) = self.split_groups(x), parameters
+        scale, zero_point = (None if a is None else a[..., None] for a in (scale, zero_point))
+        best = refined(groups.astype(scale.dtype), self.grid, scale, zero_point, self._total)
+        return tuple(None if a is None else a[..., 0] for a in best)
+
+    def _total(self, groups: jax.Array) -> jax.Array:
+        """Sum over the values that share a range: [..., rows, groups, size] -> [..., rows or 1, groups, 1]."""
+        return groups.sum(axis=(-3, -1) if self.granularity == "tensor" else -1, keepdims=True)
 
     def _search(self, x: jax.Array, low: jax.Array, high: jax.Array, candidates: int = 80) -> tuple:
         """The best of `candidates` even shrinkings of [low, high] from 1/candidates to 1, for each range on its own.

@@ -27,7 +27,10 @@ class Method:
         activation_bits: 2 to 8, or 16 for float activations.
         weight_symmetric, activation_symmetric: No zero point.
         group_size: Input channels that share a weight range; None for one range an output channel.
-        weight_range: "minmax", or "search" for the range of least error.
+        activation_group_size: Channels of a token that share a range of the input; None for one range a token. Groups
+            are multiplied one after the other, each with scales of its own.
+        weight_range: "minmax", "search" for the range of least error, or "refine" for scale and zero point of least
+            squared error.
         attention_qk_bits, attention_pv_bits: Bits of the products of attention; None leaves them float, as
             the papers do.
         skip: Regular expression of further paths that stay float; empty for none.
@@ -38,6 +41,7 @@ class Method:
     weight_symmetric: bool = True
     activation_symmetric: bool = True
     group_size: int | None = None
+    activation_group_size: int | None = None
     weight_range: str = "minmax"
     attention_qk_bits: int | None = None
     attention_pv_bits: int | None = None
@@ -58,10 +62,12 @@ class Method:
         )
 
     def activation(self) -> Quantizer | None:
-        """The quantizer of the inputs of products: dynamic, one range a token."""
+        """The quantizer of the inputs of products: dynamic, one range a token or a group of its channels."""
         if self.activation_bits == FLOAT_ACTIVATION_BITS:
             return None
-        return Quantizer(self.activation_bits, self.activation_symmetric, "token", dynamic=True)
+        granularity = "token" if self.activation_group_size is None else "group"
+        bits, symmetric, size = self.activation_bits, self.activation_symmetric, self.activation_group_size
+        return Quantizer(bits, symmetric, granularity, size, dynamic=True)
 
     def transform(self):
         """What fits the transform of a product's input; None for none."""

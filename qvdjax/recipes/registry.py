@@ -8,12 +8,14 @@ import typing
 from qvdjax.errors import UserError
 from qvdjax.numerics import BITS
 from qvdjax.recipes.dsaquant import DSAQuant
+from qvdjax.recipes.dvd_quant import DVDQuant
 from qvdjax.recipes.efficientdm import EfficientDM
 from qvdjax.recipes.flatquant import FlatQuant
 from qvdjax.recipes.gptq import GPTQ
 from qvdjax.recipes.lsq import LearnedStepSize
 from qvdjax.recipes.method import FLOAT_ACTIVATION_BITS, Method
 from qvdjax.recipes.minmax import MinMax
+from qvdjax.recipes.q_dit import QDiT
 from qvdjax.recipes.q_dm import QDM
 from qvdjax.recipes.quarot import QuaRot
 from qvdjax.recipes.qvgen import QVGen, QVGenCode, QVGenPaper
@@ -24,7 +26,9 @@ from qvdjax.recipes.smoothquant import SmoothQuant
 from qvdjax.recipes.svdquant import SVDQuant
 from qvdjax.recipes.vidit_q import ViDiTQ
 
-POST_TRAINING = (RoundToNearest, MinMax, SmoothQuant, QuaRot, GPTQ, SVDQuant, ViDiTQ, FlatQuant, S2QVDiT)
+POST_TRAINING = (
+    RoundToNearest, MinMax, SmoothQuant, QuaRot, GPTQ, SVDQuant, ViDiTQ, QDiT, DVDQuant, FlatQuant, S2QVDiT,
+)  # fmt: skip
 TRAINED = (LearnedStepSize, QDM, EfficientDM, QVGen, QVGenPaper, QVGenCode, DSAQuant)
 METHODS = {method.name: method for method in (*POST_TRAINING, *TRAINED)}
 PRESET_BITS = ((8, 8), (6, 6), (4, 8), (4, 6), (4, 4), (3, 3))

@@ -165,3 +165,21 @@ def test_what_is_refused():
         LayerScheme(Quantizer(8), TOKENS, ("rotation", "smooth_scale"), rotation=Rotation())
     with pytest.raises(ValueError, match="belong together"):
         LayerScheme(Quantizer(8), TOKENS, ("rotation",))
+
+
+def test_groups_of_channels_have_ranges_of_their_own():
+    """DVD-Quant's blocks, Q-DiT's groups: integers as simulated, weights nearer, wrong sizes refused."""
+    model, inputs = wan(), wan_inputs()
+    grouped = get("dvd-quant-w4a4", activation_group_size=16)
+    quantized = qvdjax.quantize(model, grouped, execution="integer")
+    simulated = set_execution(nnx.clone(quantized), "simulate")
+    assert relative_error(run(simulated, inputs), run(quantized, inputs)) < 1e-4  # a flipped code of a thousand
+    nearer, plain = (
+        {row["path"]: row["sqnr_db"] for row in qvdjax.describe(one) if row["activation_bits"] == 4}
+        for one in (quantized, qvdjax.quantize(model, "quarot-w4a4"))
+    )
+    assert all(nearer[path] > plain[path] + 1 for path in plain)  # decibels, by a zero point and refinement
+    with pytest.raises(UserError, match="activation_group_size 48 does not divide a width of 64"):
+        qvdjax.quantize(model, get("dvd-quant-w4a4", activation_group_size=48))
+    with pytest.raises(UserError, match="group_size 32 and activation_group_size 16 differ"):
+        qvdjax.quantize(model, get("rtn-w4a4", group_size=32, activation_group_size=16))

@@ -39,7 +39,13 @@ def test_the_exceptions_of_every_preset():
         decision = decide(model, recipe)
         if name.startswith(("qvgen-code", "dsaquant")):
             continue  # other layers, on purpose: below
-        weight = Quantizer(int(name.split("-w")[1].split("a")[0]), symmetric=not name.startswith("qvgen-paper"))
+        # Other grids, on purpose: zero points, groups of channels, refined ranges.
+        others = {
+            "qvgen-paper": {"symmetric": False},
+            "q-dit": {"symmetric": False, "granularity": "group", "group_size": 128},
+            "dvd-quant": {"symmetric": False, "range_method": "refine"},
+        }
+        weight = Quantizer(int(name.split("-w")[1].split("a")[0]), **others.get(name.rpartition("-")[0], {}))
         floats = {p for p, s in decision.schemes.items() if isinstance(s, LayerScheme) and not s.quantizes}
         assert floats == {
             "patch_embedding", "proj_out",
