@@ -10,6 +10,7 @@ from qvdjax.calibration.selection import select
 from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, Execution, VideoModel, layers_of, refuse_tables
 from qvdjax.ptq import FitRotation, absorb_rotations, apply_schemes, reconstruct, rounded_layers
+from qvdjax.ptq.mixed_precision import with_mixed_precision
 from qvdjax.ptq.reconstruction import FinishedBlocks
 from qvdjax.ptq.reconstruction.engine import Progress
 from qvdjax.recipes import Recipe, decide, get
@@ -74,6 +75,8 @@ def quantize(
             calibration = select(calibration, plan.selection)
         if recipe.needs_ranges:
             ranges = input_ranges(model, calibration)
+        if recipe.mixed_precision is not None:
+            schemes = with_mixed_precision(model, schemes, calibration, recipe.mixed_precision, fit=fit, ranges=ranges)
         learned = None
         if plan is not None:
             done = reconstruct(

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,45 +131,67 @@ def _quantize_stack(
     return jax.lax.map(lambda a: one(*a), arguments) if stacked else one(*arguments)
 
 
-def _quantize_arrays(weight, input_range, moment, learned, *, scheme: LayerScheme, fit, rounding) -> dict:
-    """weight [out, in], input_range two [channels] or None, moment [in, in] or None, what was learned or None -> a
-    quantized layer's arrays."""
-    parts, dtype = {}, jnp.promote_types(weight.dtype, jnp.float32)
+class PreparedWeight(NamedTuple):
+    """A layer's weight on the way to its codes.
+
+    Attributes:
+        whole: [out, in], what meets the transformed input, at least float32.
+        taken: [out, in], what a low-rank branch takes of it; 0 without one.
+        moment: [in, in] second moments of the transformed input, or None.
+        low, high: Smallest and largest transformed input of each channel [in].
+        arrays: What the layer holds beside codes and scales: the arrays of `transform` and `low_rank`.
+    """
+
+    whole: jax.Array
+    taken: jax.Array | float
+    moment: jax.Array | None
+    low: jax.Array
+    high: jax.Array
+    arrays: dict
+
+
+def prepare_weight(weight, input_range, moment, learned, *, scheme: LayerScheme, fit) -> PreparedWeight:
+    """weight [out, in], input_range two [channels] or None, moment [in, in] or None, what was learned or None."""
+    arrays, dtype = {}, jnp.promote_types(weight.dtype, jnp.float32)
     # Ranges that are to be loaded later are zeros.
     low, high = (jnp.zeros(weight.shape[-1:], jnp.float32),) * 2 if input_range is None else input_range
-    quantized_from = weight.astype(dtype)
+    whole, taken = weight.astype(dtype), 0.0
     if scheme.transforms:
         if learned is not None:
             transform = InputTransform(**learned["transform"], rotation=scheme.rotation)
         elif fit is None:
             transform = InputTransform.blank(scheme.transforms, scheme.rotation, scheme.kronecker, weight.shape[-1])
         else:
-            transform = fit.fit(quantized_from, low, high)
-        quantized_from = transform.on_weight(quantized_from)
+            transform = fit.fit(whole, low, high)
+        whole = transform.on_weight(whole)
         # A channel's range passes through a scale as any input does; static ranges behind rotations are refused.
         low, high = transform(low), transform(high)
         moment = None if moment is None else transform(transform(moment).T)
-        parts["transform"] = transform.arrays()
-    if scheme.activation is not None and not scheme.activation.dynamic:
-        low, high = (rearrange(edge, "-> 1 1") for edge in (low.min(), high.max()))
-        parts["input_scale"], parts["input_zero_point"] = scheme.activation.grid.from_range(low, high)
-    if scheme.input_clip is not None:
-        parts["input_clip"] = scheme.input_clip.start_table(scheme.activation.symmetric)
-        if learned is not None:
-            parts["input_clip"] = learned["input_clip"]
-    if scheme.weight is None:
-        return {**parts, "weight": quantized_from.astype(weight.dtype)}
-    whole, taken = quantized_from, 0
+        arrays["transform"] = transform.arrays()
     if scheme.low_rank is not None:
         factors = leading_directions(whole, scheme.low_rank.rank_of(whole.shape))
         # What is rounded is what the branch leaves as it is held, in the type of the weights.
-        down, up = parts["low_rank"] = tuple(factor.astype(weight.dtype) for factor in factors)
+        down, up = arrays["low_rank"] = tuple(factor.astype(weight.dtype) for factor in factors)
         taken = jnp.matmul(up.astype(dtype), down.astype(dtype), precision=jax.lax.Precision.HIGHEST)
-        quantized_from = whole - taken
-    clip = None if learned is None else learned["weight_clip"]
+    return PreparedWeight(whole, taken, moment, low, high, arrays)
+
+
+def _quantize_arrays(weight, input_range, moment, learned, *, scheme: LayerScheme, fit, rounding) -> dict:
+    """What `prepare_weight` takes -> a quantized layer's arrays."""
+    prepared = prepare_weight(weight, input_range, moment, learned, scheme=scheme, fit=fit)
+    parts = dict(prepared.arrays)
+    if scheme.activation is not None and not scheme.activation.dynamic:
+        low, high = (rearrange(edge, "-> 1 1") for edge in (prepared.low.min(), prepared.high.max()))
+        parts["input_scale"], parts["input_zero_point"] = scheme.activation.grid.from_range(low, high)
+    if scheme.input_clip is not None:
+        start = scheme.input_clip.start_table(scheme.activation.symmetric)
+        parts["input_clip"] = start if learned is None else learned["input_clip"]
+    if scheme.weight is None:
+        return {**parts, "weight": prepared.whole.astype(weight.dtype)}
+    rest, clip = prepared.whole - prepared.taken, None if learned is None else learned["weight_clip"]
     if rounding is None:
-        quantized = encode(quantized_from, scheme.weight.grid, *scheme.weight.scale_of(quantized_from, clip))
+        quantized = encode(rest, scheme.weight.grid, *scheme.weight.scale_of(rest, clip))
     else:
-        quantized, parts["factored"] = rounding.round(quantized_from, moment, scheme.weight, clip)
-    parts["weight_sqnr_db"] = sqnr_db(whole, taken + quantized.dequantize())
+        quantized, parts["factored"] = rounding.round(rest, prepared.moment, scheme.weight, clip)
+    parts["weight_sqnr_db"] = sqnr_db(prepared.whole, prepared.taken + quantized.dequantize())
     return {**parts, "weight": quantized}

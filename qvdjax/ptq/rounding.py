@@ -1,6 +1,6 @@
 """Weights rounded with regard to the inputs of their layers, a few layers at a time."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -36,27 +36,34 @@ def rounded_layers(
     """
     if iter(batches) is batches:
         batches = list(batches)
-    quantized = {
-        name for name, scheme in schemes.items() if isinstance(scheme, LayerScheme) and scheme.weight is not None
-    }
-    rows = {
-        name: (layer, i if path[0] == "stacks" and layer.weight.get_value().ndim > 2 else ...)
-        for names, path, layer in layers_of(model, (Linear,))
-        for i, name in enumerate(names)
-    }
+    weights = quantized_weights(model, schemes)
 
     def moments():
         if rounding is None:
-            yield from ((name, None) for name in rows if name in quantized)
+            yield from ((name, None) for name in weights)
             return
-        for names in passes(model, quantized, rounding.memory):
+        for names in passes(model, weights, rounding.memory):
             yield from second_moments(model, batches, names)
 
     arrays = {}
     for name, moment in moments():
-        layer, row = rows[name]
         arrays[name] = quantized_arrays(
-            layer.weight[...][row], schemes[name], name=name, fit=fit, rounding=rounding, moment=moment,
+            weights[name](), schemes[name], name=name, fit=fit, rounding=rounding, moment=moment,
             input_range=None if ranges is None else ranges[name], learned=(learned or {}).get(name),
         )  # fmt: skip
     return arrays
+
+
+def quantized_weights(model: VideoModel, schemes: Mapping[str, Any]) -> dict[str, Callable[[], jax.Array]]:
+    """Functions that give the float weight [out, in] of every linear layer that is to be quantized, by name."""
+
+    def getter(layer: Linear, row):
+        return lambda: layer.weight[...][row]
+
+    weights = {}
+    for names, path, layer in layers_of(model, (Linear,)):
+        stacked = path[0] == "stacks" and layer.weight.get_value().ndim > 2
+        for i, name in enumerate(names):
+            if isinstance(schemes[name], LayerScheme) and schemes[name].weight is not None:
+                weights[name] = getter(layer, i if stacked else ...)
+    return weights

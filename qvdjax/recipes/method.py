@@ -4,6 +4,7 @@ import dataclasses
 
 from qvdjax.nn import AttentionScheme, InputClip, LayerScheme, LowRank
 from qvdjax.numerics import Quantizer
+from qvdjax.ptq.mixed_precision import MixedPrecision
 from qvdjax.ptq.reconstruction.plan import Reconstruction
 from qvdjax.recipes.rules import Recipe, Rule
 from qvdjax.recipes.training import Training
@@ -34,6 +35,9 @@ class Method:
         attention_qk_bits, attention_pv_bits: Bits of the products of attention; None leaves them float, as
             the papers do.
         skip: Regular expression of further paths that stay float; empty for none.
+        average_bits: Bits a weight on average, shared out among layers by what rounding each does to the prediction
+            (`qvdjax.ptq.mixed_precision`), in the place of one number for all. Blocks whose layers differ are compiled
+            one by one.
     """
 
     weight_bits: int = 8
@@ -46,6 +50,7 @@ class Method:
     attention_qk_bits: int | None = None
     attention_pv_bits: int | None = None
     skip: str = ""
+    average_bits: float | None = None
 
     name = ""  # of the method, as recipes spell it
 
@@ -122,6 +127,9 @@ class Method:
                 self.attention_qk_bits, self.attention_pv_bits, reason="the option attention_*_bits"
             )
             rules.append(Rule(products, roles=("attention",)))
+        mixed = None if self.average_bits is None else MixedPrecision(self.average_bits)
+        if mixed is not None and self.training() is not None:
+            raise ValueError("the bits of a trained method are one number: average_bits is for methods that calibrate")
         return Recipe(
-            self.recipe_name, tuple(rules), transform, self.training(), self.rounding(), self.reconstruction()
+            self.recipe_name, tuple(rules), transform, self.training(), self.rounding(), self.reconstruction(), mixed
         )  # fmt: skip

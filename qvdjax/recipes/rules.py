@@ -45,6 +45,7 @@ class Recipe:
         rounding: How the weights of linear layers are rounded (see `qvdjax.ptq.gptq`), None for the nearest code.
         reconstruction: How transforms and clips are trained block by block (see `qvdjax.ptq.reconstruction`), None for
             not at all.
+        mixed_precision: How bits of weights are shared out (see `qvdjax.ptq.mixed_precision`), None for as rules say.
     """
 
     name: str
@@ -53,11 +54,13 @@ class Recipe:
     training: Training | None = None
     rounding: Any = None
     reconstruction: Any = None
+    mixed_precision: Any = None
 
     @property
     def needs_calibration(self) -> bool:
         """Whether quantizing needs to see the inputs of layers."""
-        return self.needs_ranges or self.rounding is not None or self.reconstruction is not None
+        inputs = (self.rounding, self.reconstruction, self.mixed_precision)
+        return self.needs_ranges or any(part is not None for part in inputs)
 
     @property
     def needs_ranges(self) -> bool:
