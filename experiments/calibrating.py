@@ -18,7 +18,7 @@ from qvdjax.checkpoint import CheckpointFolder
 from qvdjax.diffusion import compile_sampler, initial_noise, sample
 from qvdjax.errors import UserError
 from qvdjax.nn import refuse_tables
-from qvdjax.parallel import make_mesh
+from qvdjax.parallel import make_mesh, to_host, together
 
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total)."""
@@ -71,7 +71,7 @@ def calibrate_folder(
     made_by = {"config": _architecture(config), **settings_record(request)}
     entries = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(request.prompts, request.seeds, strict=True)]
     device_mesh = None if mesh is None else make_mesh(mesh)
-    model = models.load(source, mesh=device_mesh, progress=progress)
+    model = together(models.load, source, mesh=device_mesh, progress=progress)
     with contextlib.nullcontext() if device_mesh is None else jax.set_mesh(device_mesh):
         made = collect(target, made_by, entries, _recorder(model, request), progress=progress)
     branches = 1 if request.negative_context is None else 2
@@ -152,7 +152,7 @@ def _recorder(model, request: Request) -> Callable[[int], Trajectory]:
     def record(number: int) -> Trajectory:
         given = inputs(number)
         trajectory = sample(model, **given).trajectory
-        latents = np.asarray(trajectory, np.float32)[:, 0]  # steps 1 f h w c -> steps f h w c
+        latents = to_host(trajectory).astype(np.float32)[:, 0]  # steps 1 f h w c -> steps f h w c
         if not np.isfinite(latents).all():
             raise UserError("the model sampled latents that are not finite", remedy="try a lower guidance scale")
         context, negative = given["context"][0], given["negative_context"]

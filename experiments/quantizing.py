@@ -3,11 +3,12 @@
 import contextlib
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 import models
 import qvdjax
@@ -15,10 +16,10 @@ from experiments.calibrating import calibrate_folder, open_calibration
 from experiments.reconstruction_record import reconstruction_record, record_files
 from models.pipeline import side_files
 from qvdjax import recipes
-from qvdjax.calibration import CalibrationSet
 from qvdjax.calibration.selection import SelectedInputs, select
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
+from qvdjax.parallel import check_same, make_mesh, on_first, together, with_the_others
 from qvdjax.ptq.reconstruction import FinishedBlocks
 
 Progress = Callable[[str, int, int], None]
@@ -32,10 +33,14 @@ def quantize_folder(
     *,
     overrides: Mapping[str, Any] | None = None,
     calibration: Path | None = None,
+    mesh: Mapping[str, int] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Quantize a model folder, and take along what sampling needs beside the weights.
+
+    Several processes (`qvdjax.parallel.initialize_distributed`) all call this with the same arguments and see the same
+    folders; the first one writes.
 
     Args:
         source: Full-precision model folder.
@@ -44,11 +49,13 @@ def quantize_folder(
         overrides: Options of the method by name; text is read as the option's type.
         calibration: Folder made by `calibrate_folder`. Without one, a recipe that needs it is calibrated on
             the shipped prompts.
+        mesh: Devices to spread the model over, axis name to size; by default the first device, of several processes
+            "fsdp=-1", all devices of all of them.
         overwrite: Replace a folder that is there already.
         progress: Called with the stage, what is done of it and its total.
 
-    A recipe that reconstructs blocks keeps what is finished in `<target>.work`, the calibration set it made among it;
-    the same call goes on from there, and deletes it in the end.
+    A calibration set that is made, and blocks that are reconstructed, are kept in `<target>.work`; the same call goes
+    on from there after an interruption, and deletes it in the end.
 
     Returns:
         {recipe, calibration, quantized_layers, weight_bytes, float_bytes, ratio, seconds, layers}; the bytes are those
@@ -59,31 +66,36 @@ def quantize_folder(
     Raises:
         UserError: See `models.load`, `qvdjax.recipes.get`, `qvdjax.quantize` and `models.save`.
     """
-    check_new(target, overwrite=overwrite)
+    on_first(check_new, target, overwrite=overwrite)
     started = time.perf_counter()
     chosen = recipes.get(recipe, **(overrides or {}))
-    model = models.load(source, progress=progress)
-    work = target.with_name(f"{target.name}.work")
-    with contextlib.ExitStack() as exits:
-        finished = batches = None
-        if chosen.needs_calibration:
-            batches = _calibration(source, calibration, work if chosen.reconstruction else None, exits, progress)
-        if chosen.reconstruction is not None:
-            made_by = {"source": str(source.resolve()), "recipe": repr(chosen), "calibration": dict(batches.manifest)}
-            finished = FinishedBlocks.open(work / "blocks", made_by)
-            if chosen.reconstruction.selection is not None:
-                batches = select(batches, chosen.reconstruction.selection)
-        elif calibration is not None:
-            batches = open_calibration(calibration, source)  # refuses one that does not fit, needed or not
+    check_same("options", {"source": source, "target": target, "recipe": repr(chosen), "mesh": mesh})
+    if mesh is None and jax.process_count() > 1:
+        mesh = {"fsdp": -1}
+    devices = None if mesh is None else make_mesh(mesh)
+    work = target.absolute().with_name(f"{target.absolute().name}.work")
+    finished = batches = None
+    if chosen.needs_calibration:
+        if calibration is None:
+            calibrate_folder(source, work / "calibration", mesh=mesh, progress=progress)
+        batches = together(open_calibration, calibration or work / "calibration", source)
+    elif calibration is not None:
+        together(open_calibration, calibration, source)  # refuses one that does not fit, needed or not
+    if chosen.reconstruction is not None:
+        made_by = {"source": str(source.resolve()), "recipe": repr(chosen), "calibration": dict(batches.manifest)}
+        finished = FinishedBlocks.open(work / "blocks", made_by)
+        if chosen.reconstruction.selection is not None:
+            batches = select(batches, chosen.reconstruction.selection)
+    model = together(models.load, source, mesh=devices, progress=progress)
+    with contextlib.nullcontext() if devices is None else jax.set_mesh(devices), with_the_others():
         quantized = qvdjax.quantize(model, chosen, batches, finished=finished, progress=progress)
     record = None
     if finished is not None:
         selected = batches if isinstance(batches, SelectedInputs) else None
         record = reconstruction_record(finished.reports(), selected)
     files = {} if record is None else record_files(record)
-    save_quantized(quantized, source, target, overwrite=overwrite, progress=progress, files=files)
-    if finished is not None:
-        shutil.rmtree(work)
+    together(save_quantized, quantized, source, target, overwrite=overwrite, progress=progress, files=files)
+    on_first(shutil.rmtree, work, ignore_errors=True)  # may not be there
     return {
         "recipe": chosen.name,
         "calibration": None if calibration is None else str(calibration),
@@ -91,14 +103,6 @@ def quantize_folder(
         **weights_report(quantized),
         **({} if record is None else {"reconstruction": record}),
     }
-
-
-def _calibration(source, folder, work, exits, progress) -> CalibrationSet:
-    """The set of a folder, or one that is made of the shipped prompts, in the work folder or a temporary one."""
-    if folder is None:
-        folder = Path(exits.enter_context(tempfile.TemporaryDirectory())) if work is None else work / "calibration"
-        calibrate_folder(source, folder, progress=progress)
-    return open_calibration(folder, source)
 
 
 def save_quantized(

@@ -77,8 +77,11 @@ class Calibrate(Sampler, Prompts, Common):
 
 
 @dataclass(frozen=True)
-class Quantize(Common):
-    """Quantize a model folder with a named recipe."""
+class Quantize(Processes, Common):
+    """Quantize a model folder with a named recipe.
+
+    What is calibrated and reconstructed is kept in OUT.work; the same command goes on where an interrupted one stopped.
+    """
 
     dir: Dir
     """Full-precision model folder."""
@@ -90,6 +93,8 @@ class Quantize(Common):
     """Folder made by `calibrate`."""
     set: Annotated[Names, arg(metavar="KEY=VALUE")] = ()
     """Override one option of the recipe's method; may be repeated."""
+    mesh: hinted(str, "AXES", "one device; of several processes, fsdp over all devices") = None
+    """Devices as a mesh, such as fsdp=2,context=4; axes are data, fsdp, context and tensor."""
     overwrite: bool = False
     """Replace OUT if it is there already."""
 

@@ -22,6 +22,7 @@ import numpy as np
 from qvdjax.checkpoint import SafetensorsFile, TensorSource, read_json, write_file
 from qvdjax.checkpoint.atomic import disk_errors, new_file
 from qvdjax.errors import UserError
+from qvdjax.parallel import on_first, together
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "qvdjax-calibration", 1
@@ -141,7 +142,8 @@ def collect(
     path: str | os.PathLike, made_by: Mapping[str, Any], samples: list[Mapping[str, Any]],
     make: Callable[[int], Trajectory], *, progress: Callable[[str, int, int], None] | None = None,
 ) -> CalibrationSet:  # fmt: skip
-    """Fill a folder, going on where an earlier call was interrupted.
+    """Fill a folder, going on where an earlier call was interrupted. Several processes all call this; the first one
+    writes, and all of them see the folder.
 
     Args:
         path: The folder; made if it is not there.
@@ -155,7 +157,20 @@ def collect(
     """
     path = Path(path)
     entries = [{"file": f"sample-{i:04d}.safetensors", **sample} for i, sample in enumerate(samples)]
-    manifest = {"format": FORMAT, "version": VERSION, **made_by, "samples": entries}
+    on_first(_begin, path, {"format": FORMAT, "version": VERSION, **made_by, "samples": entries})
+    for number, entry in enumerate(entries):
+        # No process writes this file before all have looked: its trajectory takes all of them.
+        if not (path / entry["file"]).exists():
+            sample = make(number)
+            sources = [TensorSource(name, a.shape, a.dtype, lambda a=a: a) for name, a in sample.arrays.items()]
+            on_first(write_file, path / entry["file"], sources)
+        if progress:
+            progress("calibrating", number + 1, len(entries))
+    return together(CalibrationSet.open, path)
+
+
+def _begin(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest, or check that it is there already."""
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         if (path / MANIFEST).exists():
@@ -166,11 +181,3 @@ def collect(
         else:
             with new_file(path / MANIFEST) as temporary:
                 temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    for number, entry in enumerate(entries):
-        if not (path / entry["file"]).exists():
-            sample = make(number)
-            sources = [TensorSource(name, a.shape, a.dtype, lambda a=a: a) for name, a in sample.arrays.items()]
-            write_file(path / entry["file"], sources)
-        if progress:
-            progress("calibrating", number + 1, len(entries))
-    return CalibrationSet.open(path)

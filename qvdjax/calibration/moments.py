@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qvdjax.calibration.watching import Kept, Watcher, by_layer, observe
 from qvdjax.errors import UserError
@@ -83,8 +82,9 @@ def second_moments(
         raise UserError("the calibration set is empty", remedy="make one with `qvdjax calibrate`")
     for found, kept in by_layer(watched, totals):
         rows = kept["moment"].reshape(len(found), *kept["moment"].shape[-2:])  # ([layers,] in in) -> layers in in
-        for name, moment in zip(found, rows, strict=True):
-            if not np.isfinite(np.asarray(jnp.diagonal(moment))).all():
+        for i, name in enumerate(found):
+            moment = rows[i]  # iterating over what other processes hold parts of is not possible
+            if not bool(jnp.isfinite(jnp.diagonal(moment)).all()):
                 raise UserError(
                     "calibration met values that are not finite", remedy="check the calibration set", items=[name]
                 )

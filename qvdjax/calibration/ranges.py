@@ -11,6 +11,7 @@ from qvdjax.calibration.watching import Kept, Watcher, by_layer, observe
 from qvdjax.errors import UserError
 from qvdjax.nn import Conv, Linear, Statistic, VideoModel, layers_of
 from qvdjax.nn.variables import replace, shape_of
+from qvdjax.parallel import to_host
 
 
 class Watched(Watcher):
@@ -59,7 +60,7 @@ def input_ranges(model: VideoModel, batches: Iterable[Mapping[str, jax.Array]]) 
     """
     watched, total = watch(model), None
     for inputs in batches:
-        new = jax.device_get(_observe(watched, dict(inputs)))
+        new = jax.tree.map(to_host, _observe(watched, dict(inputs)))
         total = new if total is None else _wider(total, new)
     if total is None:
         raise UserError("the calibration set is empty", remedy="make one with `qvdjax calibrate`")

@@ -26,6 +26,7 @@ from qvdjax.checkpoint.variables import (
 )
 from qvdjax.errors import UserError
 from qvdjax.numerics.packing import pack_bits, unpack_bits
+from qvdjax.parallel.processes import to_host
 
 # A shard up to this size is put together on the host and sent at once. A larger one is filled row by row on
 # its device, because a host copy would double the memory of the largest stack on a CPU. That way compiles
@@ -230,12 +231,7 @@ def tensor_sources(model: nnx.Module) -> list[TensorSource]:
 
 
 def _fetch(one: StoredVariable, i: int) -> np.ndarray:
-    value = _row(one.value, i) if one.stacked else one.value
-    if not value.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        value = multihost_utils.process_allgather(value, tiled=True)
-    host = np.asarray(value)
+    host = to_host(_row(one.value, i) if one.stacked else one.value)
     return host.astype(np.int8) if one.codes else host
 
 

@@ -2,7 +2,7 @@
 
 from qvdjax.parallel.mesh import MESH_AXES, make_mesh, parse_mesh
 from qvdjax.parallel.planning import plan
-from qvdjax.parallel.processes import check_same, on_first, together, with_the_others
+from qvdjax.parallel.processes import check_same, on_first, to_host, together, with_the_others
 from qvdjax.parallel.program import Program
 from qvdjax.parallel.row_parallel import row_parallel
 from qvdjax.parallel.rules import (
@@ -41,6 +41,7 @@ __all__ = [
     "row_parallel",
     "shard_batch",
     "shardings",
+    "to_host",
     "together",
     "topology_mesh",
     "with_the_others",

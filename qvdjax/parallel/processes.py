@@ -53,6 +53,15 @@ def on_first(task: Callable[..., Result], *args: Any, **more: Any) -> Result | N
     return together(lambda: task(*args, **more) if jax.process_index() == 0 else None)
 
 
+def to_host(array: jax.Array) -> np.ndarray:
+    """A whole array in the memory of every process. All have to call this where some of it lies on others' devices."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
 @contextlib.contextmanager
 def with_the_others() -> Iterator[None]:
     """The body trains with other processes; where one of them has ended, that is what is said.

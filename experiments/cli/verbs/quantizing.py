@@ -65,19 +65,21 @@ def _options(method: type) -> dict[str, Any]:
 
 
 def quantize(arguments: Quantize, progress: Progress | None) -> Outcome:
-    """Quantize a folder with a named recipe."""
-    from experiments.quantizing import quantize_folder
+    """Quantize a folder with a named recipe; of several processes the first one tells."""
+    with joined(arguments) as first:
+        from experiments.quantizing import quantize_folder
 
-    report = quantize_folder(
-        arguments.dir,
-        arguments.out,
-        arguments.recipe,
-        overrides=values.overrides(arguments.set),
-        calibration=arguments.calibration,
-        overwrite=arguments.overwrite,
-        progress=progress,
-    )
-    return Outcome(report, _facts(report, arguments.out))
+        report = quantize_folder(
+            arguments.dir,
+            arguments.out,
+            arguments.recipe,
+            overrides=values.overrides(arguments.set),
+            calibration=arguments.calibration,
+            mesh=values.mesh(arguments.mesh),
+            overwrite=arguments.overwrite,
+            progress=progress if first else None,
+        )
+    return Outcome(report, _facts(report, arguments.out) if first else [])
 
 
 def train(arguments: Train, progress: Progress | None) -> Outcome:

@@ -11,6 +11,7 @@ from flax import nnx
 from qvdjax.errors import UserError
 from qvdjax.nn import LayerScheme, Linear, Stack, VideoModel
 from qvdjax.nn.variables import dotted, iterate
+from qvdjax.parallel import to_host
 from qvdjax.ptq.reconstruction.examples import (
     Examples,
     Inputs,
@@ -86,8 +87,7 @@ def reconstruct(
             if finished is not None:
                 finished.put(report, _flat(nnx.state(student, Learned)))
         reports.append(report)
-        found = {dotted(path): layer for path, layer in iterate(student, ReconstructedLinear)}
-        layers |= {names[path]: layer.learned() for path, layer in found.items()}
+        layers |= {names[path]: jax.tree.map(to_host, found) for path, found in _learned(student).items()}
         if plan.inputs == "propagated":
             met = Streams([outputs(student, outer, c, on_device(s)) for c, s in zip(chunks, met)])
         else:
@@ -130,6 +130,12 @@ def _trained(student, outer, chunks, met, wanted, weights, plan: Reconstruction,
             remedy="lower `rate`, or check the calibration set",
         )
     return student, report
+
+
+@jax.jit
+def _learned(block: nnx.Module) -> dict[str, dict]:
+    """What was learned of each layer, by its path in the block."""
+    return {dotted(path): layer.learned() for path, layer in iterate(block, ReconstructedLinear)}
 
 
 def _blocks(model: VideoModel) -> Iterator[tuple[str, nnx.Module, dict[str, str]]]:

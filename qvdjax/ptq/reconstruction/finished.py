@@ -15,6 +15,7 @@ import numpy as np
 from qvdjax.checkpoint import SafetensorsFile, TensorSource, read_json, write_file
 from qvdjax.checkpoint.atomic import disk_errors, new_file
 from qvdjax.errors import UserError
+from qvdjax.parallel import on_first, to_host, together
 
 MANIFEST = "reconstruction.json"
 
@@ -58,12 +59,8 @@ class FinishedBlocks:
             UserError: It holds blocks of something else, or cannot be written.
         """
         made_by = json.loads(json.dumps(made_by))
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / MANIFEST).exists():
-                with new_file(folder / MANIFEST) as temporary:
-                    temporary.write_text(json.dumps(made_by, indent=2), encoding="utf-8")
-        if read_json(folder / MANIFEST) != made_by:
+        on_first(_begin, folder, made_by)
+        if together(read_json, folder / MANIFEST) != made_by:
             raise UserError(
                 f"{folder} holds blocks that were reconstructed from something else",
                 remedy="delete it or choose another folder",
@@ -92,8 +89,16 @@ class FinishedBlocks:
         return [self.get(path.name.removesuffix(".safetensors"))[1] for path in paths]
 
     def put(self, report: BlockReport, arrays: Mapping[str, Any]) -> None:
-        """Keep a block; the file appears complete or not at all."""
-        arrays = {name: np.asarray(a) for name, a in arrays.items()}
+        """Keep a block; the file appears complete or not at all, written by the first of several processes."""
+        arrays = {name: to_host(a) for name, a in arrays.items()}
         sources = [TensorSource(name, a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()]
         path = self.folder / f"{report.name}.safetensors"
-        write_file(path, sources, {"report": json.dumps(dataclasses.asdict(report))})
+        on_first(write_file, path, sources, {"report": json.dumps(dataclasses.asdict(report))})
+
+
+def _begin(folder: Path, made_by: Mapping[str, Any]) -> None:
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / MANIFEST).exists():
+            with new_file(folder / MANIFEST) as temporary:
+                temporary.write_text(json.dumps(made_by, indent=2), encoding="utf-8")

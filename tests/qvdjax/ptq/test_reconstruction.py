@@ -53,11 +53,14 @@ def test_every_block_of_every_family_comes_nearer(family):
     }  # fmt: skip
     assert set(done.layers) == products
     exact = run(model, inputs(seed=3))
+    # Layers outside the blocks are not trained: here they stay float.
+    skip = {"skip": r"context_embedder\..*"} if family == "hunyuanvideo" else {}
 
-    def error(recipe):
-        return relative_error(run(qvdjax.quantize(model, recipe, batches), inputs(seed=3)), exact)
+    def error(name, **options):
+        quantized = qvdjax.quantize(model, get(name, **options, **skip), batches)
+        return relative_error(run(quantized, inputs(seed=3)), exact)
 
-    assert error(recipe) < error("rtn-w4a4")
+    assert error("s2q-vdit-w4a4", **QUICK) < error("rtn-w4a4")
 
 
 def test_transforms_keep_the_function():
