@@ -72,8 +72,8 @@ def reconstruct(
     met = exact
     layers: dict[str, dict] = {}
     reports = []
-    blocks = list(_blocks(model))
-    for number, (name, block, names) in enumerate(blocks):
+    count = sum(stack.count or 1 for stack in model.stacks)
+    for number, (name, block, names) in enumerate(_blocks(model)):
         own = {path: schemes[full] for path, full in names.items()}
         student = prepared(block, own, fit, {path: (ranges or {}).get(full) for path, full in names.items()})
         known = None if finished is None else finished.get(name)
@@ -94,7 +94,7 @@ def reconstruct(
             met = wanted
         exact = wanted
         if progress:
-            progress("reconstructing", number + 1, len(blocks))
+            progress("reconstructing", number + 1, count)
     return Reconstructed(layers, tuple(reports))
 
 
@@ -139,7 +139,10 @@ def _learned(block: nnx.Module) -> dict[str, dict]:
 
 
 def _blocks(model: VideoModel) -> Iterator[tuple[str, nnx.Module, dict[str, str]]]:
-    """Name of every block, the block without a layer axis, and the full names of its linear layers by their paths."""
+    """Name of every block, the block without a layer axis, and the full names of its linear layers by their paths.
+
+    A block is a copy of its part of a stack, made when its turn comes.
+    """
     for stack in model.stacks:
         paths = [path for path, _ in iterate(stack.block, Linear)]
         for i in range(stack.count or 1):
