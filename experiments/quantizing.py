@@ -17,6 +17,7 @@ from experiments.reconstruction_record import reconstruction_record, record_file
 from models.pipeline import side_files
 from qvdjax import recipes
 from qvdjax.calibration.selection import SelectedInputs, select
+from qvdjax.checkpoint import CheckpointFolder, fingerprint
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
 from qvdjax.parallel import check_same, make_mesh, on_first, together, with_the_others
@@ -82,7 +83,8 @@ def quantize_folder(
     elif calibration is not None:
         together(open_calibration, calibration, source)  # refuses one that does not fit, needed or not
     if chosen.reconstruction is not None:
-        made_by = {"source": str(source.resolve()), "recipe": repr(chosen), "calibration": dict(batches.manifest)}
+        weights = together(fingerprint, CheckpointFolder.open(source))
+        made_by = {"weights": weights, "recipe": repr(chosen), "calibration": dict(batches.manifest)}
         finished = FinishedBlocks.open(work / "blocks", made_by)
         if chosen.reconstruction.selection is not None:
             batches = select(batches, chosen.reconstruction.selection)

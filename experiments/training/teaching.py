@@ -1,7 +1,6 @@
 """How a run is taught: by a model beside the student, or by predictions that were made before."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,10 @@ from experiments.cli.outcome import size
 from experiments.training.settings import Settings
 from experiments.training.teacher import check_teaches, frozen, prediction_of, predictor
 from experiments.training.teacher_cache import Taught, TeacherCache
-from qvdjax.checkpoint import CheckpointFolder
+from qvdjax.checkpoint import CheckpointFolder, fingerprint
 from qvdjax.diffusion import solver_name
 from qvdjax.nn import VideoModel
 from qvdjax.recipes import Recipe
-
-# Of each tensor, for `fingerprint`: so many pieces of so many bytes.
-_PIECES, _PIECE_BYTES = 8, 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,20 +126,3 @@ def what_predictions_depend_on(
         # Tells generators of random numbers apart: some differ by device, and a setting of jax chooses.
         "noise": np.asarray(jax.random.bits(settings.noise_key(0), (2,))).tolist(),
     }  # fmt: skip
-
-
-def fingerprint(folder: CheckpointFolder) -> str:
-    """SHA-256 of every tensor's name, type, shape and a few pieces of its bytes: another training gives another one.
-
-    All of the weights would have to be read to notice a change of single values. How the folder is cut into files does
-    not enter.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(folder.keys):
-        info = folder.info(name)
-        digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
-        with folder.files[name].path.open("rb") as file:
-            for start in range(info.start, info.stop, max(_PIECE_BYTES, -(-info.nbytes // _PIECES))):
-                file.seek(start)
-                digest.update(file.read(min(_PIECE_BYTES, info.stop - start)))
-    return digest.hexdigest()

@@ -75,6 +75,8 @@ def candidates(calibration: CalibrationSet, norm: Norm = "frobenius") -> list[Ca
     for number in range(len(calibration)):
         sample = calibration.trajectory(number)
         latents = sample.latents
+        if len(latents) < 2:
+            continue
         difference = jax.device_get(_differences(latents))
         quantization = jax.device_get(_quantization(latents[:-1], norm=norm))
         pairs = zip(difference.tolist(), quantization.tolist(), strict=True)
@@ -104,7 +106,7 @@ def _quantization(latents: jax.Array, norm: Norm) -> jax.Array:
 
 
 def scored(pool: list[Candidate], by: By) -> list[Candidate]:
-    """The candidates with the score that they are chosen by; nothing for choices that look at no score."""
+    """The candidates with the score that they are chosen by; the product for choices that look at no score."""
     difference, quantization = (
         _unit(np.array([getattr(one, name) for one in pool])) for name in ("difference", "quantization")
     )
@@ -124,12 +126,13 @@ def select(calibration: CalibrationSet, selection: Selection) -> "SelectedInputs
     Raises:
         UserError: The set holds fewer candidates than are asked for.
     """
-    pool = scored(candidates(calibration, selection.norm), selection.by)
+    pool = candidates(calibration, selection.norm)
     if selection.count > len(pool):
         raise UserError(
             f"{selection.count} samples are to be selected from {len(pool)} candidates",
             remedy="select fewer, or calibrate with more prompts or steps",
         )
+    pool = scored(pool, selection.by)
     chosen = _choose(pool, selection)
     return SelectedInputs(calibration, tuple(pool), tuple(sorted(chosen, key=lambda one: (one.sample, one.step))))
 

@@ -20,8 +20,8 @@ from experiments.training.latents import DataFolder, stream
 from experiments.training.objective import Objective
 from experiments.training.settings import Settings
 from experiments.training.teacher import frozen, held_bytes, prediction_of, predictor, teacher_recipe
-from experiments.training.teaching import fingerprint, teaching_of
-from qvdjax.checkpoint import CheckpointFolder
+from experiments.training.teaching import teaching_of
+from qvdjax.checkpoint import CheckpointFolder, fingerprint
 from qvdjax.errors import UserError
 from qvdjax.nn import QuantizedLinear, layers_of
 from qvdjax.parallel import make_mesh, place, shardings

@@ -88,6 +88,15 @@ def test_inputs_are_those_of_both_branches(calibration):
     assert sum(row["chosen"] for row in table) == 5
 
 
+def test_sets_of_one_step_have_no_candidates(tmp_path):
+    def one_step(number):
+        sample = trajectory(number)
+        return Trajectory(sample.latents[:1], sample.timestep[:1], sample.context, sample.negative_context)
+
+    with pytest.raises(UserError, match="1 samples are to be selected from 0 candidates"):
+        select(collect(tmp_path / "set", {}, SAMPLES, one_step), Selection(1))
+
+
 def test_more_than_there_are_and_unknown_ways_are_refused(calibration):
     with pytest.raises(UserError, match="16 samples .* 15 candidates; select fewer"):
         select(calibration, Selection(16))
