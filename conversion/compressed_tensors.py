@@ -17,6 +17,7 @@ import numpy as np
 from conversion.stored_layers import StoredLayer
 from qvdjax.checkpoint import TensorSource
 from qvdjax.errors import UserError
+from qvdjax.nn import LayerScheme
 from qvdjax.numerics import Quantizer
 from qvdjax.numerics.packing import pack_bits
 
@@ -37,16 +38,20 @@ class RoundedZeroPoints:
 
 
 def refuse_transforms(layers: Iterable[StoredLayer]):
-    """UserError for layers whose input is transformed, or its range clipped, or that have a branch, which the layout
-    cannot say."""
-    parts = ("input_clip", "low_rank")
-    changes = {
-        layer.name: [*layer.scheme.transforms, *(part for part in parts if getattr(layer.scheme, part) is not None)]
-        for layer in layers
-    }
+    """UserError for layers whose input is transformed, or its range clipped, or that have a branch or a codebook,
+    which the layout cannot say."""
+
+    def unsaid(scheme: LayerScheme) -> list[str]:
+        quantizers = (scheme.weight, scheme.activation)
+        books = any(quantizer is not None and quantizer.codebook is not None for quantizer in quantizers)
+        parts = [part for part in ("input_clip", "low_rank") if getattr(scheme, part) is not None]
+        return [*scheme.transforms, *parts, *(["codebook"] if books else [])]
+
+    changes = {layer.name: unsaid(layer.scheme) for layer in layers}
     if names := [f"{name} ({', '.join(what)})" for name, what in changes.items() if what]:
         raise UserError(
-            "layers that transform their input, clip its range or have a branch have no form in compressed-tensors",
+            "layers that transform their input, clip its range, have a branch or a codebook have no form in "
+            "compressed-tensors",
             remedy="export to diffusers, or quantize with a recipe without transforms",
             items=names,
         )

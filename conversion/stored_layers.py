@@ -55,6 +55,9 @@ class StoredLayer:
         if not self.has_codes:
             return self._untransformed(self.tensor("weight"))
         codes, scale, zero_point = self.codes(), self.tensor("weight_scale"), self.tensor("weight_zero_point")
+        grid = self.scheme.weight.grid
+        if grid.codebook is not None:
+            codes = grid.levels[codes.astype(np.int32) - grid.low]
         groups = scale.shape[-1]
         # [out, (groups size)] -> [out, groups, size]
         real = codes.astype(scale.dtype).reshape(len(codes), groups, -1)

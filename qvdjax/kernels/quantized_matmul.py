@@ -34,7 +34,7 @@ def quantized_matmul(x: QTensor, weight: QTensor, *, implementation: Implementat
     if x.shape[-1] // groups > MAXIMUM_WIDTH:
         raise ValueError(f"a sum over {x.shape[-1]} products does not fit int32; the limit is {MAXIMUM_WIDTH}")
     if groups == 1:
-        return _one_group(x.codes, x.scale, x.zero_point, weight.codes, weight.scale, weight.zero_point)
+        return _one_group(x.operands, x.scale, x.zero_point, weight.operands, weight.scale, weight.zero_point)
     return _grouped(x, weight, groups)
 
 
@@ -103,8 +103,8 @@ def _grouped(x: QTensor, weight: QTensor, groups: int) -> jax.Array:
         return total + _one_group(*parts), None
 
     parts = (
-        codes(x.codes), leading(x.scale, groups), leading(x.zero_point, groups),
-        codes(weight.codes), leading(weight.scale, groups), leading(weight.zero_point, groups),
+        codes(x.operands), leading(x.scale, groups), leading(x.zero_point, groups),
+        codes(weight.operands), leading(weight.scale, groups), leading(weight.zero_point, groups),
     )  # fmt: skip
     shape = jax.eval_shape(lambda p: _one_group(*jax.tree.map(lambda a: a[0], p)), parts)
     return jax.lax.scan(add, jnp.zeros(shape.shape, shape.dtype), parts)[0]

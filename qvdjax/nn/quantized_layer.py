@@ -41,4 +41,5 @@ class QuantizedLayer(nnx.Module):
     def qweight(self) -> QTensor:
         """The weight as a QTensor [out, in]."""
         zero_point = None if self.weight_zero_point is None else self.weight_zero_point[...]
-        return QTensor(self.codes[...], self.weight_scale[...], zero_point, self.scheme.weight.bits)
+        quantizer = self.scheme.weight
+        return QTensor(self.codes[...], self.weight_scale[...], zero_point, quantizer.bits, quantizer.codebook)

@@ -21,7 +21,7 @@ class QTensor:
       2. `scale` is floating, at least float32, positive and finite, shaped [..., rows or 1, groups], where
          groups * group width = width; leading axes are those of `codes`, or 1.
       3. `zero_point` is None (symmetric) or has the shape and type of `scale`; it is in units of codes.
-      4. real = (codes - zero_point) * scale, group by group along the last axis.
+      4. real = (codes - zero_point) * scale, group by group along the last axis; with a `codebook`, level * scale.
       5. Quantizing the real values again with the same scale and zero point gives the same codes.
       6. `bits` is the logical width: `logical_bits` and every reported size use it, never `nbytes`, because
          some devices keep one sub-byte code in a whole byte.
@@ -31,6 +31,12 @@ class QTensor:
     scale: jax.Array
     zero_point: jax.Array | None
     bits: int = dataclasses.field(metadata={"static": True})
+    codebook: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def operands(self) -> jax.Array:
+        """The int8 that integer products multiply."""
+        return self.grid.operands(self.codes)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,7 +51,7 @@ class QTensor:
     @property
     def grid(self) -> Grid:
         """The grid the codes live on."""
-        return Grid(self.bits, self.zero_point is None)
+        return Grid(self.bits, self.zero_point is None, self.codebook)
 
     @property
     def logical_bits(self) -> int:
@@ -78,7 +84,7 @@ def encode(x: jax.Array, grid: Grid, scale: jax.Array, zero_point: jax.Array | N
     grouped = rearrange(x, "... (groups size) -> ... groups size", groups=scale.shape[-1])
     codes = grid.encode(grouped, scale[..., None], None if zero_point is None else zero_point[..., None])
     codes = rearrange(codes, "... groups size -> ... (groups size)")
-    return QTensor(codes.astype(dtype or storage_dtype(grid.bits)), scale, zero_point, grid.bits)
+    return QTensor(codes.astype(dtype or storage_dtype(grid.bits)), scale, zero_point, grid.bits, grid.codebook)
 
 
 def quantize(x: jax.Array, quantizer: Quantizer, dtype=None) -> QTensor:

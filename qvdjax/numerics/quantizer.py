@@ -32,6 +32,8 @@ class Quantizer:
             `range_norm` error (QVD's released calibration uses the 2.4 norm); "refine" begins there and goes on to the
             scale and zero point of least squared error (DVD-Quant, `qvdjax.numerics.refinement`).
         range_norm: Exponent of the searched error.
+        codebook: Levels that are not evenly spaced (`qvdjax.numerics.codebook`), scaled by the root mean square of the
+            values that share a range; None for an even grid. Symmetric, "minmax", and for activations dynamic.
     """
 
     bits: int
@@ -41,6 +43,7 @@ class Quantizer:
     dynamic: bool = False
     range_method: Literal["minmax", "search", "refine"] = "minmax"
     range_norm: float = 2.4
+    codebook: str | None = None
 
     def __post_init__(self):
         if (self.granularity == "group") != (self.group_size is not None):
@@ -51,12 +54,14 @@ class Quantizer:
             raise ValueError(f"unknown granularity {self.granularity!r}")
         if self.range_method not in ("minmax", "search", "refine"):
             raise ValueError(f"unknown range_method {self.range_method!r}")
+        if self.codebook is not None and (self.range_method != "minmax" or not self.symmetric):
+            raise ValueError("a codebook is symmetric and has no range to search")
         _ = self.grid
 
     @property
     def grid(self) -> Grid:
         """The integer grid."""
-        return Grid(self.bits, self.symmetric)
+        return Grid(self.bits, self.symmetric, self.codebook)
 
     def to_dict(self) -> dict:
         """Plain fields, for a config file."""
@@ -87,6 +92,11 @@ class Quantizer:
 
         `clip` narrows the range: factors of its low and its high end, each broadcastable to [..., rows or 1, groups].
         """
+        if self.codebook is not None:
+            wide = self.split_groups(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+            mean = self._total(jnp.square(wide)) / self._total(jnp.ones_like(wide))
+            deviation = jnp.sqrt(mean)[..., 0]
+            return self.grid.from_deviation(deviation if clip is None else deviation * clip[1]), None
         low, high = self.range_of(x)
         if self.range_method != "minmax":
             low, high = self._search(x, low, high)

@@ -32,6 +32,12 @@ def fake_quantize(x: jax.Array, grid: Grid, scale: jax.Array, zero_point: jax.Ar
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     grouped = rearrange(x.astype(dtype), "... (groups size) -> ... groups size", groups=scale.shape[-1])
     scale = scale[..., None]
+    if grid.codebook is not None:
+        # The nearest level straight through: towards x 1, towards the scale level - x / scale.
+        level = jax.lax.stop_gradient(grid.decode(grid.encode(grouped, scale, None), jnp.ones_like(scale), None))
+        ratio = grouped / scale
+        codes = ratio + jax.lax.stop_gradient(level - ratio)
+        return rearrange(codes * scale, "... groups size -> ... (groups size)")
     codes = grouped / scale
     if zero_point is not None:
         codes = codes + zero_point[..., None]

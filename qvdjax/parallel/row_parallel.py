@@ -41,6 +41,8 @@ def row_parallel(
     """
     if weight.groups != 1 or activation.granularity not in ("token", "tensor"):
         raise ValueError("a row-parallel product takes one range along the contraction: no groups")
+    if activation.codebook is not None or weight.codebook is not None:
+        raise ValueError("a row-parallel product has no codebooks: their scale is no largest value")
     if keep_integers and not (activation.symmetric and weight.zero_point is None):
         raise ValueError("only symmetric codes are summed as integers; leave keep_integers off")
 

@@ -59,7 +59,7 @@ class ErrorCompensation:
         ordered = [None if a is None else a[:, order].T for a in (weight, *columns)]  # [out, in] -> [in, out]
         codes = _round_rows(*ordered, factor, grid=quantizer.grid, block=self.block)
         codes = codes[jnp.argsort(order)].T.astype(storage_dtype(quantizer.bits))  # [in, out] -> [out, in]
-        return QTensor(codes, scale, zero_point, quantizer.bits), jnp.isfinite(factor).all()
+        return QTensor(codes, scale, zero_point, quantizer.bits, quantizer.codebook), jnp.isfinite(factor).all()
 
 
 def _inverse_factor(moment: jax.Array, damping: float) -> jax.Array:

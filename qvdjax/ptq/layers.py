@@ -56,6 +56,8 @@ def quantize_layer(
         )
     if convolution and scheme.input_clip is not None:
         raise UserError("a convolution cannot clip its input's range", remedy="give its role a rule without input clip")
+    if convolution and any(q is not None and q.codebook is not None for q in (scheme.weight, scheme.activation)):
+        raise UserError("a convolution has no codebook", remedy="give its role a rule without one")
     if convolution and scheme.low_rank is not None:
         raise UserError("a convolution has no low-rank branch", remedy="give its role a rule without one")
     static = scheme.activation is not None and not scheme.activation.dynamic

@@ -104,8 +104,12 @@ class Method:
         transforms, rotation, kronecker = (), None, None
         if transform is not None:
             transforms, rotation, kronecker = transform.names, transform.rotation, transform.kronecker
-        tensor = None if activation is None else dataclasses.replace(activation, granularity="tensor", group_size=None)
-        channel = dataclasses.replace(weight, granularity="channel", group_size=None)
+        # Codebooks are for rotated inputs and weights alone.
+        plain = dataclasses.replace(weight, codebook=None)
+        tensor = None
+        if activation is not None:
+            tensor = dataclasses.replace(activation, granularity="tensor", group_size=None, codebook=None)
+        channel = dataclasses.replace(plain, granularity="channel", group_size=None)
         rules = []
         if self.skip:
             rules.append(Rule(LayerScheme(reason="the option `skip` keeps it float"), path=self.skip))
@@ -114,7 +118,7 @@ class Method:
                  roles=("embedder", "time")),
             Rule(LayerScheme(reason="the output projection stays float: its error is the prediction's"),
                  roles=("head",)),
-            Rule(LayerScheme(weight, reason="weights only: its input is one vector a step"),
+            Rule(LayerScheme(plain, reason="weights only: its input is one vector a step"),
                  roles=("modulation", "temporal_feature")),
             Rule(LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation,
                              self.low_rank(), kronecker),

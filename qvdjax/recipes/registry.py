@@ -15,6 +15,7 @@ from qvdjax.recipes.gptq import GPTQ
 from qvdjax.recipes.lsq import LearnedStepSize
 from qvdjax.recipes.method import FLOAT_ACTIVATION_BITS, Method
 from qvdjax.recipes.minmax import MinMax
+from qvdjax.recipes.orbitquant import OrbitQuant
 from qvdjax.recipes.q_dit import QDiT
 from qvdjax.recipes.q_dm import QDM
 from qvdjax.recipes.quarot import QuaRot
@@ -27,7 +28,7 @@ from qvdjax.recipes.svdquant import SVDQuant
 from qvdjax.recipes.vidit_q import ViDiTQ
 
 POST_TRAINING = (
-    RoundToNearest, MinMax, SmoothQuant, QuaRot, GPTQ, SVDQuant, ViDiTQ, QDiT, DVDQuant, FlatQuant, S2QVDiT,
+    RoundToNearest, MinMax, SmoothQuant, QuaRot, GPTQ, SVDQuant, ViDiTQ, QDiT, DVDQuant, OrbitQuant, FlatQuant, S2QVDiT,
 )  # fmt: skip
 TRAINED = (LearnedStepSize, QDM, EfficientDM, QVGen, QVGenPaper, QVGenCode, DSAQuant)
 METHODS = {method.name: method for method in (*POST_TRAINING, *TRAINED)}

@@ -39,6 +39,7 @@ ROWS = {
     "SVDQuant": Row("svdquant", {"rank": 8}, "rank 8: the bench's layers are 128 wide"),
     "Q-DiT": Row("q-dit", {"group_size": 64, "activation_group_size": 64}, "groups of 64 channels"),
     "DVD-Quant": Row("dvd-quant", {"activation_group_size": 64}, "groups of 64 channels, the same bits at all steps"),
+    "OrbitQuant": Row("orbitquant"),
     "FlatQuant": Row("flatquant"),
     "S2Q-VDiT": Row("s2q-vdit"),
     "S2Q-VDiT, random samples": Row("s2q-vdit", {"select": "random"}, "an ablation of the selection"),
