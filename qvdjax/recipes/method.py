@@ -4,6 +4,7 @@ import dataclasses
 
 from qvdjax.nn import AttentionScheme, InputClip, LayerScheme, LowRank
 from qvdjax.numerics import Quantizer
+from qvdjax.numerics.codebook import MOST_BITS
 from qvdjax.ptq.mixed_precision import MixedPrecision
 from qvdjax.ptq.reconstruction.plan import Reconstruction
 from qvdjax.recipes.rules import Recipe, Rule
@@ -35,6 +36,8 @@ class Method:
         attention_qk_bits, attention_pv_bits: Bits of the products of attention; None leaves them float, as
             the papers do.
         skip: Regular expression of further paths that stay float; empty for none.
+        codebook: "gaussian" for the levels of least error for a normal distribution in the place of even grids, up to 7
+            bits (`qvdjax.numerics.codebook`); for rotated inputs and weights, which are nearly normal.
         average_bits: Bits a weight on average, shared out among layers by what rounding each does to the prediction
             (`qvdjax.ptq.mixed_precision`), in the place of one number for all. Blocks whose layers differ are compiled
             one by one.
@@ -50,6 +53,7 @@ class Method:
     attention_qk_bits: int | None = None
     attention_pv_bits: int | None = None
     skip: str = ""
+    codebook: str | None = None
     average_bits: float | None = None
 
     name = ""  # of the method, as recipes spell it
@@ -63,8 +67,9 @@ class Method:
         """The quantizer of weights."""
         granularity = "channel" if self.group_size is None else "group"
         return Quantizer(
-            self.weight_bits, self.weight_symmetric, granularity, self.group_size, range_method=self.weight_range
-        )
+            self.weight_bits, self.weight_symmetric, granularity, self.group_size, range_method=self.weight_range,
+            codebook=self._codebook_of(self.weight_bits),
+        )  # fmt: skip
 
     def activation(self) -> Quantizer | None:
         """The quantizer of the inputs of products: dynamic, one range a token or a group of its channels."""
@@ -72,7 +77,11 @@ class Method:
             return None
         granularity = "token" if self.activation_group_size is None else "group"
         bits, symmetric, size = self.activation_bits, self.activation_symmetric, self.activation_group_size
-        return Quantizer(bits, symmetric, granularity, size, dynamic=True)
+        return Quantizer(bits, symmetric, granularity, size, dynamic=True, codebook=self._codebook_of(bits))
+
+    def _codebook_of(self, bits: int) -> str | None:
+        """int8 has no finer levels to choose from for codes of 8 bits."""
+        return self.codebook if bits <= MOST_BITS else None
 
     def transform(self):
         """What fits the transform of a product's input; None for none."""
@@ -134,6 +143,10 @@ class Method:
         mixed = None if self.average_bits is None else MixedPrecision(self.average_bits)
         if mixed is not None and self.training() is not None:
             raise ValueError("the bits of a trained method are one number: average_bits is for methods that calibrate")
+        if self.codebook is not None and self.training() is not None:
+            raise ValueError("the grids of a trained method are even: leave codebook out")
+        if mixed is not None and self.codebook is not None and max(mixed.choices) > MOST_BITS:
+            raise ValueError("a codebook has no codes of 8 bits to share out: leave codebook or average_bits out")
         return Recipe(
             self.recipe_name, tuple(rules), transform, self.training(), self.rounding(), self.reconstruction(), mixed
         )  # fmt: skip

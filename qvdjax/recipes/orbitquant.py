@@ -3,8 +3,6 @@
 import dataclasses
 
 from qvdjax.nn import Rotation
-from qvdjax.numerics import Quantizer
-from qvdjax.numerics.codebook import MOST_BITS
 from qvdjax.ptq.transforms import FitRotation
 from qvdjax.recipes.method import Method
 
@@ -31,24 +29,12 @@ class OrbitQuant(Method):
         seed: Of the rotation's signs.
     """
 
+    codebook: str | None = "gaussian"
     block: int | None = None
     seed: int = 0
 
     name = "orbitquant"
 
-    def weight(self) -> Quantizer:
-        """A codebook a row."""
-        return _with_codebook(super().weight())
-
-    def activation(self) -> Quantizer | None:
-        """A codebook a token."""
-        plain = super().activation()
-        return None if plain is None else _with_codebook(plain)
-
     def transform(self) -> FitRotation:
         """The rotation."""
         return FitRotation(Rotation(self.block), self.seed)
-
-
-def _with_codebook(quantizer: Quantizer) -> Quantizer:
-    return dataclasses.replace(quantizer, codebook="gaussian") if quantizer.bits <= MOST_BITS else quantizer

@@ -15,6 +15,7 @@ import models
 import qvdjax
 from conversion.stored_layers import stored_layers
 from qvdjax.checkpoint import CheckpointFolder
+from qvdjax.errors import UserError
 from qvdjax.kernels import quantized_matmul
 from qvdjax.numerics import Grid, Quantizer, encode, fake_quantize, quantize
 from qvdjax.numerics.codebook import levels
@@ -106,6 +107,16 @@ def test_a_model_of_codebooks_is_an_ordinary_one(tmp_path):
     layer = stored_layers(CheckpointFolder.open(tmp_path / "model"))["blocks.1.ffn.net.2"]
     weight = np.asarray(model.stacks[0].block.ffn.net["2"].weight[...][1])
     assert np.square(layer.weight() - weight).sum() < 0.02 * np.square(weight).sum()
+
+
+def test_every_method_may_have_one():
+    assert get("quarot-w4a6", codebook="gaussian").rules == get("orbitquant-w4a6").rules
+    model, batches = wan(), [wan_inputs(batch=1)]
+    quantized = qvdjax.quantize(model, get("flatquant-w4a4", codebook="gaussian", batch=1, epochs=1), batches)
+    assert quantized.stacks[0].block.attn1.to_q.qweight.codebook == "gaussian"
+    for name, options in (("lsq-w4a4", {}), ("rtn-w4a4", {"average_bits": 4})):
+        with pytest.raises(UserError, match="codebook"):
+            get(name, codebook="gaussian", **options)
 
 
 def test_what_a_codebook_is_not_for_is_refused():
