@@ -1,6 +1,5 @@
 """`python -m experiments.comparison.quantized.page`: tables of docs/results/ptq-* from the JSON files there."""
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
@@ -8,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.comparison.command import make_pages
 from experiments.comparison.quantized.rows import ROWS
-from experiments.comparison.results import RESULTS, load, missing
-from qvdjax.errors import UserError
+from experiments.comparison.results import load, missing
 from qvdjax.metrics import paired_difference
 
 SCORES = ("color", "shape", "direction")
@@ -88,26 +87,19 @@ def _findings(results: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
-def write(folder: Path) -> Path:
-    """Write the page into a folder of results."""
+def write(folder: Path) -> list[Path]:
+    """Write the page into a folder of results; returns the file."""
     results = load(folder, list(ROWS), "python -m experiments.comparison.quantized.run")
     (folder / "README.md").write_text(page(folder, results))
-    return folder / "README.md"
+    return [folder / "README.md"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit code 2 where there is nothing to make a page from."""
-    parser = argparse.ArgumentParser(
-        prog="experiments.comparison.quantized.page", description=__doc__.partition(":")[2].strip()
-    )
-    parser.add_argument("folders", type=Path, nargs="*", help="folders of results (default: all of docs/results)")
-    try:
-        for folder in parser.parse_args(arguments).folders or sorted(RESULTS.glob("ptq-*")):
-            print(write(folder))
-    except UserError as error:
-        print(f"experiments.comparison.quantized.page: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return make_pages(
+        arguments, program="experiments.comparison.quantized.page", purpose=__doc__.partition(":")[2].strip(),
+        kind="ptq", write=write,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

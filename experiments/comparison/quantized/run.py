@@ -7,30 +7,25 @@ comparison goes on. `python -m experiments.comparison.quantized.page` makes tabl
 and noise of the calibration set, and the method's own random numbers; what is measured is the same for all.
 """
 
-import argparse
 import dataclasses
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, Final
 
-import jax
-
 import models
 import qvdjax
 from experiments.calibrating import CAPTION_ORDER, FIRST_SEED, calibrate_folder, open_calibration
-from experiments.cli.values import seeds as parse_seeds
-from experiments.comparison.quantized.rows import ROWS, Row
-from experiments.comparison.results import RESULTS, file_of
+from experiments.comparison.command import asked, run
+from experiments.comparison.quantized.rows import ROWS
+from experiments.comparison.row import Row
 from experiments.evaluation import evaluate_many
 from experiments.moving_shapes.captions import prompts
 from experiments.moving_shapes.full_precision import CHECKPOINTS
 from experiments.quantizing import save_quantized
 from qvdjax.calibration import CalibrationSet
-from qvdjax.errors import UserError
 
+TOGETHER: Final = 4  # rows that the full-precision model is sampled once for
 MEASURED: Final = ("teacher_forced_error", "psnr", "ssim", "oracle", "weight_bytes")
 
 
@@ -82,38 +77,18 @@ def compare(folder: Path, rows: dict[str, Row], bits: str, seed: int, protocol: 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run what is missing."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.comparison.quantized.run", description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    """Run what is missing, `TOGETHER` rows of a seed at a time."""
+    wanted = asked(
+        argv, program="experiments.comparison.quantized.run", purpose=__doc__.split("\n\n")[0], rows=ROWS,
+        protocol=Protocol, kind="ptq",
     )  # fmt: skip
-    add, defaults = parser.add_argument, Protocol()
-    add("--model", default="wan", help="shipped bench model")
-    add("--bits", default="w4a4", help="of weights and activations")
-    add("--seeds", default="0-2", help="one, a list or a range")
-    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help="rows of the table")
-    add("--out", type=Path, help="folder of results (default: docs/results/ptq-MODEL-BITS)")
-    for field in dataclasses.fields(Protocol):
-        flag = f"--{field.name.replace('_', '-')}"
-        add(flag, type=type(field.default), default=getattr(defaults, field.name), help="see Protocol")
-    options = vars(parser.parse_args(argv))
-    protocol = Protocol(**{field.name: options[field.name] for field in dataclasses.fields(Protocol)})
-    out = options["out"] or RESULTS / f"ptq-{options['model']}-{options['bits']}"
-    out.mkdir(parents=True, exist_ok=True)
-    versions = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    for seed in parse_seeds(options["seeds"]):
-        missing = {name: ROWS[name] for name in options["rows"] if not file_of(out, name, seed).exists()}
-        if not missing:
-            continue
-        for name, found in compare(CHECKPOINTS / options["model"], missing, options["bits"], seed, protocol).items():
-            facts = {"row": name, "seed": seed, **found, "protocol": dataclasses.asdict(protocol), **versions}
-            file_of(out, name, seed).write_text(json.dumps(facts, indent=1) + "\n")
-            print(f"{name}, seed {seed}: error {found['teacher_forced_error']['mean']:.4g}", flush=True)
+    for seed in wanted.seeds:
+        while names := wanted.missing(seed)[:TOGETHER]:
+            rows = {name: ROWS[name] for name in names}
+            for name, found in compare(CHECKPOINTS / wanted.model, rows, wanted.bits, seed, wanted.protocol).items():
+                wanted.keep(name, seed, found)
+                print(f"{name}, seed {seed}: error {found['teacher_forced_error']['mean']:.4g}", flush=True)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"comparison: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -1,14 +1,13 @@
 """`python -m experiments.comparison.trained.page`: tables and curves of docs/results/qat-* from the JSON there."""
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.comparison.results import RESULTS, load, missing
+from experiments.comparison.command import make_pages
+from experiments.comparison.results import load, missing
 from experiments.comparison.trained.rows import ROWS
-from qvdjax.errors import UserError
 
 COLUMNS = ("row", "recipe", "validation error", "before training", "PSNR dB", "colour", "shape", "direction")
 SCORES = ("color", "shape", "direction")
@@ -134,17 +133,10 @@ def write(folder: Path) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit code 2 where there is nothing to make a page from."""
-    parser = argparse.ArgumentParser(
-        prog="experiments.comparison.trained.page", description=__doc__.partition(":")[2].strip()
-    )
-    parser.add_argument("folders", type=Path, nargs="*", help="folders of results (default: all of docs/results)")
-    try:
-        for folder in parser.parse_args(arguments).folders or sorted(RESULTS.glob("qat-*")):
-            print("\n".join(map(str, write(folder))))
-    except UserError as error:
-        print(f"experiments.comparison.trained.page: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return make_pages(
+        arguments, program="experiments.comparison.trained.page", purpose=__doc__.partition(":")[2].strip(),
+        kind="qat", write=write,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,32 +1,8 @@
 """What is compared: recipes by the name of their row in the table."""
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
-from qvdjax import recipes
-from qvdjax.recipes import Recipe
+from experiments.comparison.row import Row
 
 RANK = 8  # of Phi and adapters: the bench's layers are 128 wide, where 32 directions would be a quarter of a weight
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        method: Its recipe without the bits.
-        options: Of the method, where they are not its defaults.
-        note: What the row is there for.
-    """
-
-    method: str
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    note: str = ""
-
-    def recipe(self, bits: str) -> Recipe:
-        """At some bits, such as "w4a4"."""
-        return recipes.get(f"{self.method}-{bits}", **self.options)
 
 
 _PHI = {"rank": RANK}

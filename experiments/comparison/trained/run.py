@@ -6,11 +6,8 @@ One JSON file a row and seed, in docs/results/qat-<model>-<bits>; what is there 
 comparison goes on. `python -m experiments.comparison.trained.page` makes tables and curves of them.
 """
 
-import argparse
 import dataclasses
 import functools
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -20,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import models
-from experiments.cli.values import seeds as parse_seeds
-from experiments.comparison.results import RESULTS, file_of
-from experiments.comparison.trained.rows import ROWS, Row
+from experiments.comparison.command import asked, run
+from experiments.comparison.row import Row
+from experiments.comparison.trained.rows import ROWS
 from experiments.moving_shapes.captions import prompts
 from experiments.moving_shapes.data import batch
 from experiments.moving_shapes.full_precision import CHECKPOINTS, mean_scores, sample_videos
@@ -32,7 +29,6 @@ from experiments.training.settings import Settings
 from experiments.training.student import student_of
 from experiments.training.trainer import Trainer
 from models.pipeline import Pipeline
-from qvdjax.errors import UserError
 from qvdjax.metrics import psnr
 from qvdjax.nn import VideoModel
 
@@ -161,40 +157,18 @@ _call = jax.jit(lambda model, *inputs: model(*inputs))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run what is missing."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.comparison.trained.run", description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    """Run what is missing, all rows of a seed before the next seed."""
+    wanted = asked(
+        argv, program="experiments.comparison.trained.run", purpose=__doc__.split("\n\n")[0], rows=ROWS,
+        protocol=Protocol, kind="qat",
     )  # fmt: skip
-    add, defaults = parser.add_argument, Protocol()
-    add("--model", default="wan", help="shipped bench model")
-    add("--bits", default="w4a4", help="of weights and activations")
-    add("--seeds", default="0-2", help="one, a list or a range")
-    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help="rows of the table")
-    add("--out", type=Path, help="folder of results (default: docs/results/qat-MODEL-BITS)")
-    for field in dataclasses.fields(Protocol):
-        flag = f"--{field.name.replace('_', '-')}"
-        add(flag, type=type(field.default), default=getattr(defaults, field.name), help="see Protocol")
-    options = vars(parser.parse_args(argv))
-    protocol = Protocol(**{field.name: options[field.name] for field in dataclasses.fields(Protocol)})
-    out = options["out"] or RESULTS / f"qat-{options['model']}-{options['bits']}"
-    out.mkdir(parents=True, exist_ok=True)
-    reference = Reference(CHECKPOINTS / options["model"], protocol)
-    versions = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    for seed in parse_seeds(options["seeds"]):  # all rows of a seed before the next seed
-        for name in options["rows"]:
-            path = file_of(out, name, seed)
-            if path.exists():
-                continue
-            found = compare(reference, ROWS[name], options["bits"], seed)
-            facts = {"row": name, "seed": seed, **found, "protocol": dataclasses.asdict(protocol), **versions}
-            path.write_text(json.dumps(facts, indent=1) + "\n")
+    reference = Reference(CHECKPOINTS / wanted.model, wanted.protocol)
+    for seed in wanted.seeds:
+        for name in wanted.missing(seed):
+            found = compare(reference, ROWS[name], wanted.bits, seed)
+            wanted.keep(name, seed, found)
             print(f"{name}, seed {seed}: {found['result']} in {found['seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"comparison: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import models
+from experiments.comparison.results import file_of
 from experiments.comparison.trained import page, run
 from experiments.comparison.trained.rows import ROWS
-from experiments.comparison.trained.run import Protocol, Reference, compare, file_of, measure
+from experiments.comparison.trained.run import Protocol, Reference, compare, measure
 from experiments.moving_shapes import train
 from qvdjax.errors import UserError
 
