@@ -30,7 +30,9 @@ Calibrated on {prompts} prompts; seeds {seeds}, {device}, jax {jax}.
 """
 # Row, what it is expected to be ahead of (the paper's tables).
 EXPECTED = (("S2Q-VDiT", ("RTN", "SmoothQuant", "QuaRot", "ViDiT-Q")),)
-ABLATIONS = ("S2Q-VDiT, random samples", "S2Q-VDiT, tokens alike", "S2Q-VDiT, percentiles", "S2Q-VDiT, propagated")
+ABLATIONS = tuple(f"S2Q-VDiT, {change}" for change in (
+    "random samples", "tokens alike", "percentiles", "codebook", "propagated",
+))  # fmt: skip
 
 
 def page(folder: Path, results: dict[str, list[dict]]) -> str:

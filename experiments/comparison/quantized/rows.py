@@ -18,5 +18,6 @@ ROWS = {
     "S2Q-VDiT, random samples": Row("s2q-vdit", {"select": "random"}, "an ablation of the selection"),
     "S2Q-VDiT, tokens alike": Row("s2q-vdit", {"token_weights": "none"}, "an ablation of the token weights"),
     "S2Q-VDiT, percentiles": Row("s2q-vdit", {"token_weights": "percentile"}, "token weights by rank"),
+    "S2Q-VDiT, codebook": Row("s2q-vdit", {"codebook": "gaussian"}, "OrbitQuant's levels behind learned transforms"),
     "S2Q-VDiT, propagated": Row("s2q-vdit", {"inputs": "propagated"}, "blocks meet the errors of those before"),
 }
