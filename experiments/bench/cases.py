@@ -191,7 +191,7 @@ def _quantized(model: VideoModel, recipe) -> VideoModel:
 
 def _first_block(model: VideoModel) -> nnx.Module:
     """The block of the first layer, without the layer axis."""
-    return jax.tree.map(lambda a: a[0], model.stacks[0].block)
+    return model.stacks[0].layer(0)
 
 
 def _inputs(shape: Shape, dtype) -> tuple[jax.Array, ...]:

@@ -120,7 +120,7 @@ def plan(
         report = parallel.plan(training.function, *training.arguments, mesh=described)
     shape = Shape(model, config, (*latents.shape[1:],), context.shape[1])
     kind = described.devices.flat[0].device_kind
-    blocks = sum(stack.count or 1 for stack in weights.stacks) if step == "reconstruct" else 1
+    blocks = sum(map(len, weights.stacks)) if step == "reconstruct" else 1
     least = bound(
         step_work(shape) * (batch / blocks), kind, described.devices.size, report["argument_bytes"], step=step,
         recipe=chosen, teacher=taught_by, teacher_cache=teacher_cache,

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import models
@@ -47,8 +46,7 @@ def planned_reconstruction(config: dict, recipe: Recipe, mesh: Mesh, inputs: dic
 
     def parts():
         whole = models.build(config, dtype=jnp.bfloat16)
-        block = whole.stacks[0].block
-        block = block if stack.count is None else jax.tree.map(lambda a: a[0], block)
+        block = whole.stacks[0].layer(0)
         ranges = {dotted(p): (jnp.zeros(shape_of(linear.weight)[-1:]),) * 2 for p, linear in iterate(block, Linear)}
         student = prepared(block, {path: schemes[name] for path, name in names.items()}, recipe.transform, ranges)
         return student, without_blocks(whole), start(student, plan=plan, steps=STEPS)
@@ -70,16 +68,13 @@ def planned_reconstruction(config: dict, recipe: Recipe, mesh: Mesh, inputs: dic
     state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), state)
     arguments = (state, *(parallel.abstract(part, mesh) for part in (student, outer)), examples)
     whole = parallel.abstract(model, mesh)
-    waiting = _bytes(whole) - _bytes(arguments[2]) - _bytes(parallel.abstract(_one(stack), mesh))
+    waiting = (
+        _bytes(whole)
+        - _bytes(arguments[2])
+        - _bytes(parallel.abstract(jax.eval_shape(lambda stack: stack.layer(0), stack), mesh))
+    )
     function = jax.jit(functools.partial(train, plan=plan, steps=STEPS), donate_argnums=0)
     return function, arguments, whole, waiting
-
-
-def _one(stack) -> nnx.Module:
-    """One block of a stack, abstract."""
-    if stack.count is None:
-        return stack.block
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stack.block)
 
 
 def _bytes(tree: Any) -> int:

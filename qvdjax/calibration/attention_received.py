@@ -6,7 +6,8 @@ from einops import rearrange
 from flax import nnx
 
 from qvdjax.nn import Attention, Statistic
-from qvdjax.nn.variables import iterate, replace
+from qvdjax.nn.attention import mask_uncounted
+from qvdjax.nn.variables import iterate, replace, shallow_copy
 from qvdjax.parallel.rules import constrain
 
 # Scores held at a time (256 MiB of float32, a block's queries by all keys), so that memory grows with the number of
@@ -37,10 +38,8 @@ def attention_received(
     blocks = -(-queries // block)
     # Padded queries count nothing: their rows are multiplied by zero.
     counts = jnp.ones((batch, queries), wide)
-    allowed = None
-    if key_lengths is not None:
-        allowed = jnp.arange(keys) < key_lengths[:, None]  # [batch, keys]
-        counts = allowed.astype(wide) if queries == keys else counts
+    if key_lengths is not None and queries == keys:
+        counts = (jnp.arange(keys) < key_lengths[:, None]).astype(wide)
     rest = blocks * block - queries
     query = jnp.pad(query, ((0, 0), (0, rest), (0, 0), (0, 0)))
     counts = jnp.pad(counts, ((0, 0), (0, rest)))
@@ -49,8 +48,7 @@ def attention_received(
     def one_block(total, arrays):
         rows, row_counts = arrays  # [batch, block, heads, head_dim], [batch, block]
         scores = jnp.einsum("bqhd,bkhd->bhqk", rows, key, preferred_element_type=wide)
-        if allowed is not None:
-            scores = jnp.where(allowed[:, None, None, :], scores, jnp.finfo(wide).min)
+        scores = mask_uncounted(scores, key_lengths)
         normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)  # [batch, heads, block, 1]
         got = jnp.exp(scores - normaliser) * row_counts[:, None, :, None]
         return total + got.sum(axis=(1, 2)), None
@@ -89,7 +87,7 @@ def block_attention(block: nnx.Module, stream: jax.Array, conditioning) -> tuple
     Returns:
         The stream after the block, and (batch, tokens) float32; ones for a block that has no such attention.
     """
-    block = nnx.merge(*nnx.split(block))  # shares its arrays; what is replaced below is the copy's
+    block = shallow_copy(block)
     for path, attention in iterate(block, Attention):
         if attention.keys == "stream":
             replace(block, path, Receiving(attention, *stream.shape[:2]))

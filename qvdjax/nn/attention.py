@@ -93,7 +93,7 @@ def dot_product_attention(
 
     def attend(query):
         product = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=_wide(query))
-        scores = _counted(_scores(query, product), key_lengths)
+        scores = mask_uncounted(_scores(query, product), key_lengths)
         probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         return jnp.einsum("bhqk,bkhd->bqhd", probabilities, value).astype(query.dtype)
 
@@ -127,7 +127,7 @@ def _mapped(query, key, value, key_lengths):
     def one_head(arrays):  # [queries, head_dim], [keys, head_dim] twice, [1] or None
         q, k, v, length = arrays
         product = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=_wide(q))
-        scores = _counted(_scores(q, product), length)
+        scores = mask_uncounted(_scores(q, product), length)
         return jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
 
     batch, _, heads, _ = query.shape
@@ -145,7 +145,7 @@ def _scores(query, product):
     return product * (1 / math.sqrt(query.shape[-1]))
 
 
-def _counted(scores, key_lengths):
+def mask_uncounted(scores, key_lengths):
     """Scores [batch, ..., keys] whose keys beyond `key_lengths` [batch] are so low that they get no probability."""
     if key_lengths is None:
         return scores
@@ -195,7 +195,7 @@ def quantized_attention(
             product = _batched(quantize(q, tokens, jnp.int8), key, execution)
         else:
             product = _einsum_transposed(q, key)
-        scores = _counted(_scores(q, product), key_lengths)
+        scores = mask_uncounted(_scores(q, product), key_lengths)
         unnormalised = jnp.exp(scores - scores.max(axis=-1, keepdims=True))  # [b, h, q, k] in (0, 1]
         out, total = _weigh(unnormalised, value, scheme.pv_bits, execution)
         return rearrange(out / total, "b h t d -> b t h d").astype(dtype)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from qvdjax.nn.scheme import Role
 from qvdjax.nn.timestep import PerCall, TimestepReader
-from qvdjax.nn.variables import at, dotted, iterate
+from qvdjax.nn.variables import at, dotted, iterate, shallow_copy
 
 
 class Stack(nnx.Module):
@@ -41,11 +41,20 @@ class Stack(nnx.Module):
         step = jax.checkpoint(body) if remat else body
         return step(stream, self.block) if self.count is None else jax.lax.scan(step, stream, self.block)
 
+    def __len__(self) -> int:
+        return 1 if self.count is None else self.count
+
+    def layer(self, number: int) -> nnx.Module:
+        """One block without a layer axis, copied out of the stack; a lone block is itself."""
+        return self.block if self.count is None else jax.tree.map(lambda a: a[number], self.block)
+
+    def name(self, number: int) -> str:
+        """One block's name in diffusers."""
+        return self.prefix if self.count is None else f"{self.prefix}.{self.start + number}"
+
     def names(self, path: tuple) -> list[str]:
         """Diffusers' names, one a block, of what lies at `path` inside the block."""
-        if self.count is None:
-            return [f"{self.prefix}.{dotted(path)}"]
-        return [f"{self.prefix}.{self.start + i}.{dotted(path)}" for i in range(self.count)]
+        return [f"{self.name(number)}.{dotted(path)}" for number in range(len(self))]
 
 
 class VideoModel(nnx.Module):
@@ -121,7 +130,7 @@ def at_timestep(model: VideoModel, timestep: jax.Array) -> VideoModel:
     if not paths:
         return model
     of_sample = timestep if timestep.ndim == 1 else timestep.max(axis=1)  # (batch, tokens) -> (batch,)
-    model = nnx.merge(*nnx.split(model))
+    model = shallow_copy(model)
     for path in paths:
         layer = at(model, path)
         layer.timestep = for_one_call(model, path, timestep if layer.reads_tokens else of_sample)

@@ -55,14 +55,10 @@ class LayerScheme:
         """UserError where groups of the weight or the input, or a Kronecker factor, do not divide a layer's width."""
         if self.kronecker is not None:
             self.kronecker.sizes_of(width)
-        sizes = {}
-        for name, quantizer in (("group_size", self.weight), ("activation_group_size", self.activation)):
-            if quantizer is not None and quantizer.group_size and width % quantizer.group_size:
-                raise UserError(
-                    f"{name} {quantizer.group_size} does not divide a width of {width}", remedy="choose a divisor"
-                )
-            sizes[name] = None if quantizer is None else quantizer.group_size
-        weight, inputs = sizes.values()
+        weight, inputs = (None if q is None else q.group_size for q in (self.weight, self.activation))
+        for name, size in (("group_size", weight), ("activation_group_size", inputs)):
+            if size and width % size:
+                raise UserError(f"{name} {size} does not divide a width of {width}", remedy="choose a divisor")
         if weight and inputs and weight != inputs:
             raise UserError(
                 f"group_size {weight} and activation_group_size {inputs} differ",

@@ -48,6 +48,14 @@ def replace(root: nnx.Module, path: tuple, new: nnx.Module) -> None:
         setattr(parent, path[-1], new)
 
 
+def shallow_copy(module: nnx.Module) -> nnx.Module:
+    """Other modules around the same Variables: attributes may be set without a trace on the given module.
+
+    A Variable that is written to changes in both; put another one in its place instead.
+    """
+    return nnx.merge(*nnx.split(module))
+
+
 def dotted(path: tuple) -> str:
     """A path as diffusers spells it."""
     return ".".join(map(str, path))

@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from qvdjax.calibration.moments import passes, second_moments
 from qvdjax.errors import UserError
 from qvdjax.nn import InputTransform, LayerScheme, Linear, VideoModel, layers_of
-from qvdjax.nn.variables import at, shape_of
+from qvdjax.nn.variables import at, shallow_copy, shape_of
 from qvdjax.numerics import BITS, encode
 from qvdjax.ptq.apply import Ranges
 from qvdjax.ptq.layers import prepare_weight
@@ -97,7 +96,7 @@ def _predict(model: VideoModel, inputs: Mapping[str, jax.Array]) -> jax.Array:
 
 def _with_error(model: VideoModel, path: tuple, number: int, error: jax.Array) -> VideoModel:
     """The model with an error [out, in] added to one weight, in one block where it is one of a stack."""
-    model = nnx.merge(*nnx.split(model))  # other modules of the same Variables, of which one is replaced
+    model = shallow_copy(model)
     layer = at(model, path)
     value = layer.weight[...]
     row = number if value.ndim > error.ndim else ...

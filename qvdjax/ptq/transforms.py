@@ -81,7 +81,6 @@ class FitProduct:
     seed: int = 0
 
     needs_calibration = True
-    absorb = False
 
     @property
     def rotation(self) -> Rotation | None:

@@ -6,7 +6,7 @@ from flax import nnx
 
 from qvdjax.errors import UserError
 from qvdjax.nn import Param, VideoModel
-from qvdjax.nn.variables import Scale
+from qvdjax.nn.variables import Scale, shallow_copy
 from qvdjax.qat.learned_linear import rounded_layers
 
 
@@ -70,7 +70,7 @@ def with_adapters(model: VideoModel, rank: int, *, key: jax.Array | None = None)
     Raises:
         UserError: A rank below 1.
     """
-    model = nnx.merge(*nnx.split(model))  # other modules around the same arrays
+    model = shallow_copy(model)
     for layer, own in rounded_layers(model, key):
         layer.adapter = adapter(layer.weight[...].shape, layer.weight_scale[...], rank, axes=layer.axes, key=own)
     return model

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 
 import jax
-from flax import nnx
 
 from qvdjax.nn import VideoModel, for_one_call
-from qvdjax.nn.variables import iterate
+from qvdjax.nn.variables import iterate, shallow_copy
 from qvdjax.qat import phi
 from qvdjax.qat.learned_linear import LearnedLinear, rounded_layers
 
@@ -25,7 +24,7 @@ def with_low_rank(
     Raises:
         UserError: See `qvdjax.qat.phi.low_rank`.
     """
-    model = nnx.merge(*nnx.split(model))  # other modules around the same arrays
+    model = shallow_copy(model)
     for layer, own in rounded_layers(model, key):
         layer.auxiliary = phi.low_rank(_residual(layer), rank, axes=layer.axes, start=start, key=own)
     return model
@@ -38,7 +37,7 @@ def with_gamma(model: VideoModel, gamma: jax.Array) -> VideoModel:
         model: Left as it is.
         gamma: [rank], the same for all layers, see `qvdjax.qat.rank_decay`.
     """
-    model = nnx.merge(*nnx.split(model))
+    model = shallow_copy(model)
     for path, layer in _with_auxiliary(model):
         layer.gamma = for_one_call(model, path, gamma)
     return model
@@ -46,7 +45,7 @@ def with_gamma(model: VideoModel, gamma: jax.Array) -> VideoModel:
 
 def without_auxiliary(model: VideoModel) -> VideoModel:
     """The model without auxiliary modules, as their last gamma, all zeros, leaves it."""
-    model = nnx.merge(*nnx.split(model))
+    model = shallow_copy(model)
     for _, layer in _with_auxiliary(model):
         del layer.auxiliary
     return model

@@ -3,11 +3,10 @@
 import functools
 
 import jax
-from flax import nnx
 
 from qvdjax.errors import UserError
 from qvdjax.nn import Attention, Execution, LayerScheme, QuantizedLinear, VideoModel
-from qvdjax.nn.variables import dotted, iterate, replace
+from qvdjax.nn.variables import dotted, iterate, replace, shallow_copy
 from qvdjax.numerics import encode, sqnr_db
 from qvdjax.qat import learned_clips
 from qvdjax.qat.learned_linear import LearnedLinear
@@ -30,7 +29,7 @@ def deploy(model: VideoModel, *, execution: Execution | None = None, recipe_name
         UserError: A layer that still has an auxiliary module, whose part would be lost.
     """
     execution = execution or best_execution()[0]
-    model = nnx.merge(*nnx.split(model))  # other modules around the same arrays
+    model = shallow_copy(model)
     if left := [dotted(path) for path, layer in iterate(model, LearnedLinear) if layer.auxiliary is not None]:
         raise UserError(
             "layers still have their auxiliary modules",

@@ -1,9 +1,9 @@
 """`python -m experiments.comparison.quantized.page`: tables of docs/results/ptq-* from the JSON files there."""
 
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 
@@ -52,7 +52,6 @@ def page(folder: Path, results: dict[str, list[dict]]) -> str:
 
 def _row(name: str, many: list[dict]) -> str:
     errors = [one["teacher_forced_error"]["mean"] for one in many]
-    mean = lambda values: statistics.mean(values)  # noqa: E731
     note = f" ({ROWS[name].note})" if ROWS[name].note else ""
     cells = (
         f"{name}{note}", f"`{many[0]['recipe']}`", f"{mean(errors):.4g} ({min(errors):.4g} to {max(errors):.4g})",

@@ -9,15 +9,15 @@ import jax
 from flax import nnx
 
 from qvdjax.errors import UserError
-from qvdjax.nn import LayerScheme, Linear, Stack, VideoModel
+from qvdjax.nn import LayerScheme, Linear, VideoModel
 from qvdjax.nn.variables import dotted, iterate
 from qvdjax.parallel import to_host
 from qvdjax.ptq.reconstruction.examples import (
     Examples,
     Inputs,
-    Streams,
     embedded,
     in_chunks,
+    kept,
     on_device,
     outputs,
     targets,
@@ -68,17 +68,17 @@ def reconstruct(
     """
     outer = without_blocks(model)
     chunks = in_chunks(batches, plan.batch, outer, plan.memory)
-    exact = Streams([embedded(outer, chunk) for chunk in chunks])
+    exact = kept([embedded(outer, chunk) for chunk in chunks])
     met = exact
     layers: dict[str, dict] = {}
     reports = []
-    count = sum(stack.count or 1 for stack in model.stacks)
+    count = sum(map(len, model.stacks))
     for number, (name, block, names) in enumerate(_blocks(model)):
         own = {path: schemes[full] for path, full in names.items()}
         student = prepared(block, own, fit, {path: (ranges or {}).get(full) for path, full in names.items()})
         known = None if finished is None else finished.get(name)
         results = [targets(block, outer, c, on_device(s), plan.token_weights) for c, s in zip(chunks, exact)]
-        wanted, weights = Streams([out for out, _ in results]), [w for _, w in results]
+        wanted, weights = kept([out for out, _ in results]), [w for _, w in results]
         if known is not None:
             learned, report = known
             nnx.update(student, _like(nnx.state(student, Learned), learned))
@@ -89,7 +89,7 @@ def reconstruct(
         reports.append(report)
         layers |= {names[path]: jax.tree.map(to_host, found) for path, found in _learned(student).items()}
         if plan.inputs == "propagated":
-            met = Streams([outputs(student, outer, c, on_device(s)) for c, s in zip(chunks, met)])
+            met = kept([outputs(student, outer, c, on_device(s)) for c, s in zip(chunks, met)])
         else:
             met = wanted
         exact = wanted
@@ -145,13 +145,8 @@ def _blocks(model: VideoModel) -> Iterator[tuple[str, nnx.Module, dict[str, str]
     """
     for stack in model.stacks:
         paths = [path for path, _ in iterate(stack.block, Linear)]
-        for i in range(stack.count or 1):
-            block = stack.block if stack.count is None else jax.tree.map(lambda a, i=i: a[i], stack.block)
-            yield _name(stack, i), block, {dotted(path): stack.names(path)[i] for path in paths}
-
-
-def _name(stack: Stack, number: int) -> str:
-    return stack.prefix if stack.count is None else f"{stack.prefix}.{stack.start + number}"
+        for i in range(len(stack)):
+            yield stack.name(i), stack.layer(i), {dotted(path): stack.names(path)[i] for path in paths}
 
 
 def _flat(state: nnx.State) -> dict[str, jax.Array]:

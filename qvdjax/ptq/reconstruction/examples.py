@@ -1,17 +1,19 @@
 """Examples of what a block gets and should give, in chunks that fit on the devices."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 
 from qvdjax.calibration.attention_received import block_attention
 from qvdjax.calibration.token_weights import TokenWeights
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
+from qvdjax.nn.variables import shallow_copy
 
 Inputs = Mapping[str, jax.Array]
 
@@ -36,7 +38,7 @@ class Examples:
 
 def without_blocks(model: VideoModel) -> VideoModel:
     """A model's embedders and head alone; it shares their arrays."""
-    model = nnx.merge(*nnx.split(model))
+    model = shallow_copy(model)
     model.stacks = nnx.List([])
     return model
 
@@ -66,21 +68,20 @@ def in_chunks(batches: Iterable[Inputs], batch: int, outer: VideoModel, memory: 
         raise UserError(
             f"{len(rows)} calibration inputs do not divide into batches of {batch}", remedy="choose another batch"
         )
-    examples = [
-        {name: np.stack([row[name] for row in rows[i : i + batch]]) for name in rows[0]}
-        for i in range(0, len(rows), batch)
-    ]
-    stream, _ = jax.eval_shape(lambda outer, inputs: outer.embed(**inputs), outer, examples[0])
+    whole = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    example = {name: a[:batch] for name, a in whole.items()}
+    stream, _ = jax.eval_shape(lambda outer, inputs: outer.embed(**inputs), outer, example)
     if not isinstance(stream, jax.ShapeDtypeStruct):
         raise UserError(
             "the blocks of this model hand on more than one array, and are not reconstructed yet",
             remedy="choose a recipe without reconstruction",
         )
-    size = 3 * stream.size * stream.dtype.itemsize + sum(a.nbytes for a in examples[0].values())
-    limit = max(1, min(len(examples), int(memory * 2**30 / size)))
-    count = next(n for n in range(limit, 0, -1) if len(examples) % n == 0)
-    parts = (examples[i : i + count] for i in range(0, len(examples), count))
-    return [{name: np.stack([one[name] for one in part]) for name in part[0]} for part in parts]
+    size = 3 * stream.size * stream.dtype.itemsize + sum(a.nbytes for a in example.values())
+    examples = len(rows) // batch
+    limit = max(1, min(examples, int(memory * 2**30 / size)))
+    count = next(n for n in range(limit, 0, -1) if examples % n == 0)
+    chunks = {name: rearrange(a, "(c e b) ... -> c e b ...", e=count, b=batch) for name, a in whole.items()}
+    return [{name: a[i] for name, a in chunks.items()} for i in range(examples // count)]
 
 
 @jax.jit
@@ -112,18 +113,9 @@ def outputs(block: nnx.Module, outer: VideoModel, inputs: dict, stream: jax.Arra
     return jax.lax.map(lambda one: block(one[1], outer.embed(**one[0])[1]), (inputs, stream))
 
 
-class Streams:
-    """The stream of every chunk between two blocks. What is not in use lies in the memory of the hosts."""
-
-    def __init__(self, chunks: list[jax.Array]):
-        alone = len(chunks) == 1
-        self._chunks = chunks if alone else [_to_host(chunk) for chunk in chunks]
-
-    def __iter__(self) -> Iterator[jax.Array]:
-        return iter(self._chunks)
-
-    def __getitem__(self, number: int) -> jax.Array:
-        return self._chunks[number]
+def kept(chunks: list[jax.Array]) -> list[jax.Array]:
+    """The stream of every chunk between two blocks, in the memory of the hosts where there are several."""
+    return chunks if len(chunks) == 1 else [_to_host(chunk) for chunk in chunks]
 
 
 def _to_host(array: jax.Array) -> jax.Array:

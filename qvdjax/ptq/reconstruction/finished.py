@@ -77,16 +77,12 @@ class FinishedBlocks:
         if not path.exists():
             return None
         file = SafetensorsFile(path)
-        try:
-            report = BlockReport(**json.loads(file.metadata["report"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is no finished block: {error}", remedy="delete it and go on") from error
-        return {name: np.asarray(file.read(name)) for name in file.tensors}, report
+        return {name: np.asarray(file.read(name)) for name in file.tensors}, _report(file)
 
     def reports(self) -> list[BlockReport]:
         """Of all blocks, in the order in which they were finished."""
         paths = sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-        return [self.get(path.name.removesuffix(".safetensors"))[1] for path in paths]
+        return [_report(SafetensorsFile(path)) for path in paths]
 
     def put(self, report: BlockReport, arrays: Mapping[str, Any]) -> None:
         """Keep a block; the file appears complete or not at all, written by the first of several processes."""
@@ -94,6 +90,14 @@ class FinishedBlocks:
         sources = [TensorSource(name, a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()]
         path = self.folder / f"{report.name}.safetensors"
         on_first(write_file, path, sources, {"report": json.dumps(dataclasses.asdict(report))})
+
+
+def _report(file: SafetensorsFile) -> BlockReport:
+    """What a block's file says of it in its header."""
+    try:
+        return BlockReport(**json.loads(file.metadata["report"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file.path} is no finished block: {error}", remedy="delete it and go on") from error
 
 
 def _begin(folder: Path, made_by: Mapping[str, Any]) -> None:

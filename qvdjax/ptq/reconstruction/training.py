@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from qvdjax.nn import LayerScheme, Linear, VideoModel
-from qvdjax.nn.variables import dotted, iterate, replace
+from qvdjax.nn.variables import dotted, iterate, replace, shallow_copy
 from qvdjax.ptq.reconstruction.examples import Examples
 from qvdjax.ptq.reconstruction.learned_transform import Learned
 from qvdjax.ptq.reconstruction.plan import Reconstruction
@@ -29,7 +29,7 @@ def prepared(
         fit: What transforms start as (`qvdjax.ptq.transforms`), None without.
         ranges: Smallest and largest input of each channel, by path; None for those that no calibration saw.
     """
-    block = nnx.merge(*nnx.split(block))
+    block = shallow_copy(block)
     for path, layer in iterate(block, Linear):
         scheme = schemes.get(dotted(path))
         if scheme is None or not (scheme.transforms or scheme.input_clip):
