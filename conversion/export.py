@@ -74,6 +74,11 @@ def export(
     skeleton = models.skeleton(folder)  # which also checks every tensor's name, shape and type
     refuse_tables(skeleton, str(folder.path), "export the folder it was made from: no other format has tables")
     layers = stored_layers(folder)
+    if shifted := [name for name, layer in layers.items() if "shift" in layer.scheme.transforms]:
+        raise UserError(
+            "layers that shift their input have no form in other formats: they keep an exact product of the shift",
+            remedy="quantize with --set shift=false", items=shifted,
+        )  # fmt: skip
     side_files = {name: folder.path / name for name in SIDE_FILES if (folder.path / name).is_file()}
     report: dict[str, Any] = {"source": str(source), "target": str(target), "format": format}
     if format == "compressed-tensors":

@@ -59,7 +59,11 @@ def _row(layer) -> dict[str, Any]:
     shape, scheme = weight_shape(layer), layer.scheme
     quantized = not isinstance(layer, Linear | Conv)
     bias = 0 if layer.bias is None else shape[0]
-    activation = scheme.activation.bits if quantized and scheme.activation else _float_bits(layer)
+    activation = _float_bits(layer)
+    if quantized and scheme.activation:
+        activation = scheme.activation.bits
+    elif quantized and scheme.feature_grid:
+        activation = scheme.feature_grid.stored_bits
     return {
         "role": layer.role, "shape": list(shape),
         "weight_bits": scheme.weight.bits if quantized and scheme.weight else _float_bits(layer),
@@ -76,11 +80,11 @@ def _online(layer, shape: tuple[int, ...]) -> dict[str, Any] | None:
     if transform is None and branch is None:
         return None
     rotation = layer.scheme.rotation
-    multiply_adds = 0 if transform is None else transform.multiply_adds(shape[-1])
+    multiply_adds = 0 if transform is None else transform.multiply_adds(shape[1])
     multiply_adds += 0 if branch is None else branch.rank * sum(shape)
     return {
         "transforms": list(layer.scheme.transforms),
-        "rotation_block": None if rotation is None else rotation.block_of(shape[-1]),
+        "rotation_block": None if rotation is None else rotation.block_of(shape[1]),
         "rank": None if branch is None else branch.rank,
         "branch_bytes": 0 if branch is None else layer_bytes(branch),
         "multiply_adds": multiply_adds, "share": multiply_adds / math.prod(shape),

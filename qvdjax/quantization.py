@@ -7,9 +7,19 @@ import jax
 from qvdjax.calibration.dataset import CalibrationSet
 from qvdjax.calibration.ranges import input_ranges
 from qvdjax.calibration.selection import select
+from qvdjax.calibration.steps import first_steps, timesteps_of
 from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, Execution, VideoModel, layers_of, refuse_tables
-from qvdjax.ptq import FitRotation, absorb_rotations, apply_schemes, reconstruct, rounded_layers
+from qvdjax.ptq import (
+    FitRotation,
+    absorb_rotations,
+    apply_schemes,
+    fill_feature_grids,
+    fit_feature_grids,
+    reconstruct,
+    rounded_layers,
+    search_ranges,
+)  # fmt: skip
 from qvdjax.ptq.mixed_precision import with_mixed_precision
 from qvdjax.ptq.reconstruction import FinishedBlocks
 from qvdjax.ptq.reconstruction.engine import Progress
@@ -65,7 +75,8 @@ def quantize(
     schemes = decide(model, recipe).schemes
     if isinstance(recipe.transform, FitRotation) and recipe.transform.absorb:
         model, schemes = absorb_rotations(model, schemes, recipe.transform)
-    ranges = rounded = None
+    ranges = rounded = edges = None
+    features = {}
     if recipe.needs_calibration:
         if calibration is None:
             raise UserError(f"recipe {recipe.name} needs a calibration set", remedy="make one with `qvdjax calibrate`")
@@ -74,7 +85,10 @@ def quantize(
         if plan is not None and plan.selection is not None and isinstance(calibration, CalibrationSet):
             calibration = select(calibration, plan.selection)
         if recipe.needs_ranges:
-            ranges = input_ranges(model, calibration)
+            first = recipe.channel_statistics == "first"
+            ranges = input_ranges(model, first_steps(calibration) if first else calibration)
+        if recipe.range_search is not None:
+            edges = search_ranges(model, schemes, calibration, recipe.range_search, fit=fit, ranges=ranges)
         if recipe.mixed_precision is not None:
             schemes = with_mixed_precision(model, schemes, calibration, recipe.mixed_precision, fit=fit, ranges=ranges)
         learned = None
@@ -87,7 +101,12 @@ def quantize(
             rounded = rounded_layers(
                 model, schemes, calibration, recipe.rounding, fit=fit, ranges=ranges, learned=learned
             )
+        if recipe.feature_grids is not None:
+            schemes, features = fit_feature_grids(model, schemes, recipe.feature_grids, timesteps_of(calibration))
     execution = execution or best_execution()[0]
-    quantized = apply_schemes(model, schemes, execution=execution, fit=recipe.transform, ranges=ranges, rounded=rounded)
+    quantized = apply_schemes(
+        model, schemes, execution=execution, fit=recipe.transform, ranges=ranges, edges=edges, rounded=rounded
+    )
+    fill_feature_grids(quantized, features)
     quantized.recipe_name = recipe.name
     return quantized

@@ -9,7 +9,8 @@ from flax import nnx
 
 from qvdjax.nn.quantized_layer import QuantizedLayer
 from qvdjax.nn.scheme import LayerScheme, Role
-from qvdjax.nn.variables import Param
+from qvdjax.nn.transforms import InputTransform
+from qvdjax.nn.variables import Param, Scale
 from qvdjax.numerics import QTensor, encode, fake_quantize
 
 Padding = tuple[tuple[int, int], ...]
@@ -75,14 +76,19 @@ class QuantizedConv(QuantizedLayer):
 
     Attributes, beside those of every quantized layer (`in` is in * kernel here):
         kernel, stride, padding: One entry a spatial axis.
+        transform: A shift or a scale of the input's channels, or None.
+        shifted: [out, positions of the kernel] float32, what a shift takes off the product at each position, or None.
+            Positions over a zero-padded border lose nothing, so it cannot be part of the bias.
     """
 
     def __init__(
-        self, *, weight: QTensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: Padding, **shared,
+        self, *, weight: QTensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: Padding,
+        transform: InputTransform | None = None, shifted=None, **shared,
     ):  # fmt: skip
         """`shared` as `QuantizedLayer` takes it."""
         super().__init__(weight=weight, **shared)
-        self.kernel, self.stride, self.padding = kernel, stride, padding
+        self.kernel, self.stride, self.padding, self.transform = kernel, stride, padding, transform
+        self.shifted = None if shifted is None else Scale(shifted, axes=(self.axes[0], None))
 
     def _unflatten(self, rows):
         """[out, in * kernel] -> [out, in, *kernel]."""
@@ -91,13 +97,20 @@ class QuantizedConv(QuantizedLayer):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [batch, *space, in] -> [batch, *space', out], in x's type."""
         dtype, activation = x.dtype, self.scheme.activation
+        if self.transform is not None:
+            x = self.transform(x)
         if activation is None:
+            x = x.astype(dtype)
             y = convolve(x, self._unflatten(self.qweight.dequantize()).astype(dtype), self.stride, self.padding)
         else:
             rows = rearrange(x, "b ... c -> b (...) c")
             scale, zero_point = self._input_range(rows)
             integer = self.execution == "integer" and len(self.kernel) < 3 and jax.default_backend() != "gpu"
             y = (self._integer if integer else self._simulated)(x, rows, scale, zero_point)
+        if self.shifted is not None:
+            # Where the kernel lies inside the input: the same in all samples, and a product of one channel.
+            inside = jnp.ones((1, *x.shape[1:-1], 1), y.dtype)
+            y = y + convolve(inside, self._unflatten(self.shifted[...]).astype(y.dtype), self.stride, self.padding)
         return y.astype(dtype) if self.bias is None else (y + self.bias[...].astype(y.dtype)).astype(dtype)
 
     def _input_range(self, rows):

@@ -9,8 +9,9 @@ from qvdjax.nn.low_rank import LowRankBranch
 from qvdjax.nn.quantized_layer import QuantizedLayer
 from qvdjax.nn.scheme import LayerScheme, Role
 from qvdjax.nn.timestep import TimestepReader
+from qvdjax.nn.transforms import InputTransform
 from qvdjax.nn.variables import Param, Scale
-from qvdjax.numerics import QTensor, encode, fake_quantize, fake_quantize_dynamic
+from qvdjax.numerics import QTensor, encode, fake_quantize, fake_quantize_dynamic, to_levels
 
 
 class Linear(nnx.Module):
@@ -55,11 +56,12 @@ class QuantizedLinear(QuantizedLayer, TimestepReader):
         input_clip: [count, sides] float32 factors of the dynamic range (`qvdjax.nn.input_clip`), or None.
         transform: What the input passes through first, or None.
         low_rank: A branch in full precision, whose product of the transformed input is added, or None.
+        input_levels, input_edges: [count] and [count - 1] float32 of a grid of temporal features, or None.
     """
 
     def __init__(
-        self, *, weight: QTensor | jax.Array, axes: tuple, input_clip=None, transform: nnx.Module | None = None,
-        low_rank: LowRankBranch | None = None, **shared,
+        self, *, weight: QTensor | jax.Array, axes: tuple, input_clip=None, transform: InputTransform | None = None,
+        low_rank: LowRankBranch | None = None, input_levels=None, input_edges=None, **shared,
     ):  # fmt: skip
         """`weight` as codes or as floats [out, in]; `shared` as `QuantizedLayer` takes it."""
         quantized = isinstance(weight, QTensor)
@@ -67,6 +69,9 @@ class QuantizedLinear(QuantizedLayer, TimestepReader):
         self.weight = None if quantized else Param(weight, axes=axes)
         self.input_clip = None if input_clip is None else Scale(input_clip, axes=(None, None))
         self.transform, self.low_rank = transform, low_rank
+        self.input_levels, self.input_edges = (
+            None if values is None else Scale(values, axes=(None,)) for values in (input_levels, input_edges)
+        )
 
     def _clip(self, x):
         if self.input_clip is None:
@@ -83,7 +88,10 @@ class QuantizedLinear(QuantizedLayer, TimestepReader):
         dtype, activation = x.dtype, self.scheme.activation
         if self.transform is not None:
             x = self.transform(x)
-        if activation is None:
+        if self.input_levels is not None:
+            x = to_levels(x, self.input_levels[...], self.input_edges[...])
+            y = _contract(x, self._float_weight(x.dtype), jax.lax.Precision.HIGHEST)
+        elif activation is None:
             y = _contract(x.astype(dtype), self._float_weight(dtype))
         elif self.codes is None or self.execution == "simulate":
             y = self._simulated(x)

@@ -8,7 +8,7 @@ from qvdjax.errors import UserError
 from qvdjax.nn.input_clip import InputClip
 from qvdjax.nn.low_rank import LowRank
 from qvdjax.nn.transforms import Kronecker, Rotation, check_transforms
-from qvdjax.numerics import Quantizer
+from qvdjax.numerics import FeatureGrid, Quantizer
 
 Execution = Literal["simulate", "integer"]
 EXECUTIONS = ("simulate", "integer")
@@ -33,6 +33,8 @@ class LayerScheme:
         rotation: How the transform "rotation" rotates, None without it.
         kronecker: How the transform "kronecker" is cut in two, None without it.
         low_rank: The branch in full precision beside the product, None for none. What it leaves is quantized.
+        feature_grid: The grid of an input that is the timestep's alone, in the place of `activation`, None for none.
+            Its levels are the layer's own, and the product is of floats.
     """
 
     weight: Quantizer | None = None
@@ -43,6 +45,7 @@ class LayerScheme:
     rotation: Rotation | None = None
     low_rank: LowRank | None = None
     kronecker: Kronecker | None = None
+    feature_grid: FeatureGrid | None = None
 
     def __post_init__(self):
         check_transforms(self.transforms, self.rotation, self.kronecker)
@@ -50,6 +53,8 @@ class LayerScheme:
             raise ValueError("an input clip belongs to a dynamic activation quantizer")
         if self.low_rank is not None and self.weight is None:
             raise ValueError("a low-rank branch belongs to a quantized weight")
+        if self.feature_grid is not None and self.activation is not None:
+            raise ValueError("an input has a quantizer or a feature grid, not both")
 
     def check_width(self, width: int) -> None:
         """UserError where groups of the weight or the input, or a Kronecker factor, do not divide a layer's width."""
@@ -68,7 +73,7 @@ class LayerScheme:
     @property
     def quantizes(self) -> bool:
         """Whether anything about the layer is quantized."""
-        return self.weight is not None or self.activation is not None
+        return any(part is not None for part in (self.weight, self.activation, self.feature_grid))
 
     def to_dict(self) -> dict:
         """Plain fields, for a config file."""
@@ -88,7 +93,10 @@ class LayerScheme:
         return cls(**{**fields, **quantizers, **rest, "transforms": tuple(fields.get("transforms", ()))})
 
 
-_OPTIONAL = {"input_clip": InputClip, "rotation": Rotation, "low_rank": LowRank, "kronecker": Kronecker}
+_OPTIONAL = {
+    "input_clip": InputClip, "rotation": Rotation, "low_rank": LowRank, "kronecker": Kronecker,
+    "feature_grid": FeatureGrid,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from qvdjax.errors import UserError
 from qvdjax.nn.variables import Scale, shape_of
 from qvdjax.numerics import hadamard
 
-ORDER = ("smooth_scale", "rotation", "kronecker")
+ORDER = ("shift", "smooth_scale", "rotation", "kronecker")
 """Names of transforms, in the order in which an input passes through them."""
 
 
@@ -81,12 +81,14 @@ def check_transforms(names: tuple[str, ...], rotation: Rotation | None, kronecke
 
 
 class InputTransform(nnx.Module):
-    """Divides each input channel by a scale (SmoothQuant), rotates (QuaRot), multiplies by a Kronecker product
-    (FlatQuant); each of them may be absent.
+    """Subtracts a shift from each input channel (QVD's SCRI), divides it by a scale (SmoothQuant), rotates (QuaRot),
+    multiplies by a Kronecker product (FlatQuant); each of them may be absent.
 
-    The weight is changed by the inverses, so that the product stays the same.
+    The weight is changed by the inverses, so that the product stays the same; what a shift takes off the product is
+    added again (`qvdjax.ptq.layers`).
 
     Attributes:
+        shift: [in] float32, or None.
         smooth_scale: [in] float32, or None.
         signs: [in] float32 of +1 and -1, or None.
         left, right: [a, a] and [b, b] float32 with a b = in, or None. A row x is multiplied by left (x) right from the
@@ -95,10 +97,11 @@ class InputTransform(nnx.Module):
     """
 
     def __init__(
-        self, *, smooth_scale: jax.Array | None = None, signs: jax.Array | None = None, left: jax.Array | None = None,
-        right: jax.Array | None = None, rotation: Rotation | None = None,
+        self, *, shift: jax.Array | None = None, smooth_scale: jax.Array | None = None, signs: jax.Array | None = None,
+        left: jax.Array | None = None, right: jax.Array | None = None, rotation: Rotation | None = None,
     ):  # fmt: skip
         vector, matrix = {"axes": (None,)}, {"axes": (None, None)}
+        self.shift = None if shift is None else Scale(shift, **vector)
         self.smooth_scale = None if smooth_scale is None else Scale(smooth_scale, **vector)
         self.signs = None if signs is None else Scale(signs, **vector)
         self.left, self.right = (None if a is None else Scale(a, **matrix) for a in (left, right))
@@ -112,17 +115,19 @@ class InputTransform(nnx.Module):
         signs = rotation is not None and rotation.signs
         left, right = (None, None) if kronecker is None else map(jnp.eye, kronecker.sizes_of(width))
         return cls(
+            shift=jnp.zeros((width,), jnp.float32) if "shift" in names else None,
             smooth_scale=jnp.ones((width,), jnp.float32) if "smooth_scale" in names else None,
             signs=jnp.ones((width,), jnp.float32) if signs else None, left=left, right=right, rotation=rotation,
         )  # fmt: skip
 
     def arrays(self) -> dict[str, jax.Array]:
         """What the constructor takes beside the rotation."""
-        held = {"smooth_scale": self.smooth_scale, "signs": self.signs, "left": self.left, "right": self.right}
+        held = {name: getattr(self, name) for name in ("shift", "smooth_scale", "signs", "left", "right")}
         return {name: variable[...] for name, variable in held.items() if variable is not None}
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., in], at least float32, as the quantizer wants it."""
+        x = x if self.shift is None else x - self.shift[...]
         x = self._rotate(x if self.smooth_scale is None else x / self.smooth_scale[...])
         return x if self.left is None else kronecker_product(x, self.left[...], self.right[...])
 
@@ -147,10 +152,11 @@ class InputTransform(nnx.Module):
         return hadamard.rotate(x, self.rotation.block_of(x.shape[-1]))
 
     def multiply_adds(self, width: int) -> int:
-        """Of one vector of this width; a division is counted as one, a sign as none."""
+        """Of one vector of this width; a subtraction or a division is counted as one, a sign as none."""
         rotation = 0 if self.rotation is None else hadamard.multiply_adds(width, self.rotation.block_of(width))
         kronecker = 0 if self.left is None else width * (shape_of(self.left)[-1] + shape_of(self.right)[-1])
-        return rotation + kronecker + (0 if self.smooth_scale is None else width)
+        one_each = sum(width for vector in (self.shift, self.smooth_scale) if vector is not None)
+        return rotation + kronecker + one_each
 
 
 def kronecker_product(x: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:

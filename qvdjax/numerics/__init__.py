@@ -1,5 +1,6 @@
 """Which integers a method produces, and how they lie in memory and on disk."""
 
+from qvdjax.numerics.feature_grid import FeatureGrid, to_levels
 from qvdjax.numerics.grid import BITS, Grid
 from qvdjax.numerics.qtensor import QTensor, encode, quantize, sqnr_db, storage_dtype
 from qvdjax.numerics.quantizer import Quantizer
@@ -7,6 +8,7 @@ from qvdjax.numerics.straight_through import fake_quantize, fake_quantize_dynami
 
 __all__ = [
     "BITS",
+    "FeatureGrid",
     "Grid",
     "QTensor",
     "Quantizer",
@@ -16,4 +18,5 @@ __all__ = [
     "quantize",
     "sqnr_db",
     "storage_dtype",
+    "to_levels",
 ]

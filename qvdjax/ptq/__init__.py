@@ -2,22 +2,30 @@
 
 from qvdjax.ptq.absorb import absorb_rotations
 from qvdjax.ptq.apply import apply_schemes, set_execution
+from qvdjax.ptq.feature_grids import ChooseGrid, fill_feature_grids, fit_feature_grids
 from qvdjax.ptq.gptq import ErrorCompensation
 from qvdjax.ptq.layers import quantize_layer
+from qvdjax.ptq.range_search import RangeSearch, search_ranges
 from qvdjax.ptq.reconstruction import Reconstruction, reconstruct
 from qvdjax.ptq.rounding import rounded_layers
-from qvdjax.ptq.transforms import FitChannelScale, FitProduct, FitRotation
+from qvdjax.ptq.transforms import FitChannelScale, FitProduct, FitRotation, FitShift
 
 __all__ = [
+    "ChooseGrid",
     "ErrorCompensation",
     "FitChannelScale",
     "FitProduct",
     "FitRotation",
+    "FitShift",
+    "RangeSearch",
     "Reconstruction",
     "absorb_rotations",
     "apply_schemes",
+    "fill_feature_grids",
+    "fit_feature_grids",
     "quantize_layer",
     "reconstruct",
     "rounded_layers",
+    "search_ranges",
     "set_execution",
 ]

@@ -21,11 +21,12 @@ from qvdjax.nn.variables import iterate, shape_of
 from qvdjax.ptq.layers import quantize_layer
 
 Ranges = Mapping[str, tuple]  # name in diffusers -> smallest and largest input of each channel
+Edges = Mapping[str, tuple]  # name in diffusers -> smallest and largest value of a static range
 
 
 def apply_schemes(
     model: VideoModel, schemes: Mapping[str, LayerScheme | AttentionScheme | TableScheme], *, execution: Execution,
-    fit=None, ranges: Ranges | None = None, rounded: Mapping[str, dict] | None = None,
+    fit=None, ranges: Ranges | None = None, edges: Edges | None = None, rounded: Mapping[str, dict] | None = None,
 ) -> VideoModel:  # fmt: skip
     """A model whose layers are what `schemes` (by name in diffusers) says; the given model is left as it is.
 
@@ -36,6 +37,7 @@ def apply_schemes(
         execution: How the products of quantized layers are computed.
         fit: Fits the transforms that schemes name.
         ranges: Smallest and largest input of each channel of the layers that need them, by name.
+        edges: Of static ranges that were searched for, by name.
         rounded: What linear layers became already (`qvdjax.ptq.rounding`), by name.
     """
 
@@ -53,15 +55,18 @@ def apply_schemes(
             # one dictionary of arrays a block -> [layers, ...]
             arrays = jax.tree.map(lambda *a: jnp.stack(a), *rows) if _stacked(layer) else rows[0]
             return quantize_layer(layer, scheme, execution=execution, arrays=arrays)
-        input_range = None if ranges is None or names[0] not in ranges else _rows(layer, [ranges[n] for n in names])
-        return quantize_layer(layer, scheme, execution=execution, fit=fit, input_range=input_range)
+        input_range, searched = (
+            None if found is None or names[0] not in found else _rows(layer, [found[name] for name in names])
+            for found in (ranges, edges)
+        )
+        return quantize_layer(layer, scheme, execution=execution, fit=fit, input_range=input_range, edges=searched)
 
     return swap_layers(model, schemes, make)
 
 
 def _rows(layer: nnx.Module, pairs: list[tuple]) -> tuple:
-    """Ranges in the layout of a layer's arrays: [in] each, or [layers, in] for one of a stack."""
-    return tuple(jnp.stack(edges) if _stacked(layer) else edges[0] for edges in zip(*pairs, strict=True))
+    """Pairs in the layout of a layer's arrays: [...] each, or [layers, ...] for one of a stack."""
+    return tuple(jnp.stack(rows) if _stacked(layer) else jnp.asarray(rows[0]) for rows in zip(*pairs, strict=True))
 
 
 def _stacked(layer: nnx.Module) -> bool:

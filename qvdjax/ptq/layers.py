@@ -1,6 +1,7 @@
 """One layer (or a stack of them) becomes its quantized form."""
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -25,9 +26,12 @@ from qvdjax.numerics import encode, sqnr_db
 from qvdjax.ptq.gptq import ErrorCompensation
 from qvdjax.ptq.low_rank import leading_directions
 
+ON_CONVOLUTIONS = ("shift", "smooth_scale")
+"""Transforms that a convolution's input can take: one number a channel, the same at every position."""
+
 
 def quantize_layer(
-    layer: Linear | Conv, scheme: LayerScheme, *, execution: Execution, fit=None, input_range=None,
+    layer: Linear | Conv, scheme: LayerScheme, *, execution: Execution, fit=None, input_range=None, edges=None,
     rounding: ErrorCompensation | None = None, moment: jax.Array | None = None,
     arrays: Mapping[str, Any] | None = None,
 ) -> nnx.Module:  # fmt: skip
@@ -43,23 +47,23 @@ def quantize_layer(
             that are to be loaded later.
         rounding: How the weight of a linear layer is rounded; None to the nearest code.
         moment: Second moments of the input, [in, in] (or [layers, in, in]), which `rounding` needs.
-        arrays: What `quantized_arrays` made of the layer, or a stack of it, instead of the last four.
+        arrays: What `quantized_arrays` made of the layer, or a stack of it, instead of the last five.
 
     Raises:
-        UserError: A group size that does not divide the layer's width; a transform, input clip or branch on a
+        UserError: A group size that does not divide the layer's width; a rotation, input clip or branch on a
             convolution; a static input range behind a rotation; second moments that cannot be factored.
     """
     convolution = isinstance(layer, Conv)
-    if convolution and scheme.transforms:
-        raise UserError(
-            f"a convolution cannot carry {scheme.transforms}", remedy="give its role a rule without transform"
-        )
+    if convolution and (refused := [name for name in scheme.transforms if name not in ON_CONVOLUTIONS]):
+        raise UserError(f"a convolution cannot carry {', '.join(refused)}", remedy="give its role a rule without it")
     if convolution and scheme.input_clip is not None:
         raise UserError("a convolution cannot clip its input's range", remedy="give its role a rule without input clip")
     if convolution and any(q is not None and q.codebook is not None for q in (scheme.weight, scheme.activation)):
         raise UserError("a convolution has no codebook", remedy="give its role a rule without one")
     if convolution and scheme.low_rank is not None:
         raise UserError("a convolution has no low-rank branch", remedy="give its role a rule without one")
+    if convolution and scheme.feature_grid is not None:
+        raise UserError("a convolution has no grid of temporal features", remedy="give its role a rule without one")
     static = scheme.activation is not None and not scheme.activation.dynamic
     if static and (scheme.rotation is not None or scheme.kronecker is not None):
         raise UserError(
@@ -67,20 +71,25 @@ def quantize_layer(
             remedy="quantize rotated inputs with a dynamic range",
         )
     stacked = len(shape_of(layer.weight)) > (2 + len(layer.kernel) if convolution else 2)
-    weight = layer.weight[...]
+    weight, positions = layer.weight[...], math.prod(layer.kernel) if convolution else 1
     if convolution:
         out = 1 + stacked
         weight = weight.reshape(*weight.shape[:out], -1)  # ([layers,] out, in, *kernel) -> ([layers,] out, in * kernel)
     if arrays is None:
         arrays = _quantize_stack(
-            weight, input_range, moment, stacked=stacked, scheme=scheme, fit=fit, rounding=rounding
-        )
+            weight, input_range, moment, None, edges, stacked=stacked, positions=positions, scheme=scheme, fit=fit,
+            rounding=rounding,
+        )  # fmt: skip
     parts = _checked(arrays, layer.role)
     transform = None
     if scheme.transforms:
         transform = InputTransform(**parts.pop("transform"), rotation=scheme.rotation)
-    common = {"role": layer.role, "axes": layer.axes, "scheme": scheme, "execution": execution}
+    common = {"role": layer.role, "axes": layer.axes, "scheme": scheme, "execution": execution, "transform": transform}
     bias = None if layer.bias is None else layer.bias[...]
+    if "shifted" in parts and not (convolution and any(map(any, layer.padding))):
+        # At least float32 whatever the weights are: a far shift makes it large, and its rounding would be an offset.
+        shifted = parts.pop("shifted").sum(axis=-1)  # [[layers,] out, positions] -> [[layers,] out]
+        bias = shifted if bias is None else shifted + bias.astype(shifted.dtype)
     if convolution:
         return QuantizedConv(
             bias=bias, kernel=layer.kernel, stride=layer.stride, padding=layer.padding, **common, **parts
@@ -88,11 +97,11 @@ def quantize_layer(
     low_rank = None
     if scheme.low_rank is not None:
         low_rank = LowRankBranch(*parts.pop("low_rank"), axes=layer.axes)
-    return QuantizedLinear(bias=bias, transform=transform, low_rank=low_rank, **common, **parts)
+    return QuantizedLinear(bias=bias, low_rank=low_rank, **common, **parts)
 
 
 def quantized_arrays(
-    weight: jax.Array, scheme: LayerScheme, *, name: str, fit=None, input_range=None,
+    weight: jax.Array, scheme: LayerScheme, *, name: str, fit=None, input_range=None, edges=None,
     rounding: ErrorCompensation | None = None, moment: jax.Array | None = None,
     learned: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -107,8 +116,9 @@ def quantized_arrays(
         UserError: A group size that does not divide the width, or second moments that cannot be factored.
     """
     parts = _quantize_stack(
-        weight, input_range, moment, learned, stacked=False, scheme=scheme, fit=fit, rounding=rounding
-    )
+        weight, input_range, moment, learned, edges, stacked=False, positions=1, scheme=scheme, fit=fit,
+        rounding=rounding,
+    )  # fmt: skip
     return _checked(parts, name)
 
 
@@ -123,13 +133,13 @@ def _checked(parts: Mapping[str, Any], name: str) -> dict[str, Any]:
     return parts
 
 
-@functools.partial(jax.jit, static_argnames=("stacked", "scheme", "fit", "rounding"))
+@functools.partial(jax.jit, static_argnames=("stacked", "positions", "scheme", "fit", "rounding"))
 def _quantize_stack(
-    weight, input_range, moment, learned=None, *, stacked: bool, scheme: LayerScheme, fit, rounding
+    weight, input_range, moment, learned, edges, *, stacked: bool, positions: int, scheme: LayerScheme, fit, rounding
 ) -> dict:
     scheme.check_width(weight.shape[-1])
-    one = functools.partial(_quantize_arrays, scheme=scheme, fit=fit, rounding=rounding)
-    arguments = (weight, input_range, moment, learned)
+    one = functools.partial(_quantize_arrays, positions=positions, scheme=scheme, fit=fit, rounding=rounding)
+    arguments = (weight, input_range, moment, learned, edges)
     return jax.lax.map(lambda a: one(*a), arguments) if stacked else one(*arguments)
 
 
@@ -140,8 +150,9 @@ class PreparedWeight(NamedTuple):
         whole: [out, in], what meets the transformed input, at least float32.
         taken: [out, in], what a low-rank branch takes of it; 0 without one.
         moment: [in, in] second moments of the transformed input, or None.
-        low, high: Smallest and largest transformed input of each channel [in].
-        arrays: What the layer holds beside codes and scales: the arrays of `transform` and `low_rank`.
+        low, high: Smallest and largest transformed input of each channel [channels].
+        arrays: What the layer holds beside codes and scales: the arrays of `transform` and `low_rank`, and of a shift
+            `shifted` [out, positions], what it takes off the product at each position of a kernel.
     """
 
     whole: jax.Array
@@ -152,24 +163,42 @@ class PreparedWeight(NamedTuple):
     arrays: dict
 
 
-def prepare_weight(weight, input_range, moment, learned, *, scheme: LayerScheme, fit) -> PreparedWeight:
-    """weight [out, in], input_range two [channels] or None, moment [in, in] or None, what was learned or None."""
+def prepare_weight(
+    weight, input_range, moment, learned, *, scheme: LayerScheme, fit, positions: int = 1
+) -> PreparedWeight:
+    """weight [out, in], input_range two [channels] or None, moment [in, in] or None, what was learned or None.
+
+    Of a convolution `in` is (channels positions), with that many positions in its kernel.
+
+    Raises:
+        UserError: Second moments of an input that is shifted: they are of the input as it comes.
+    """
     arrays, dtype = {}, jnp.promote_types(weight.dtype, jnp.float32)
+    # What acts on channels meets one row a position of the kernel.
+    whole, taken = rearrange(weight.astype(dtype), "o (c p) -> (o p) c", p=positions), 0.0
     # Ranges that are to be loaded later are zeros.
-    low, high = (jnp.zeros(weight.shape[-1:], jnp.float32),) * 2 if input_range is None else input_range
-    whole, taken = weight.astype(dtype), 0.0
+    low, high = (jnp.zeros(whole.shape[-1:], jnp.float32),) * 2 if input_range is None else input_range
+    if moment is not None and "shift" in scheme.transforms:
+        raise UserError(
+            "second moments of an input say nothing about it once it is shifted",
+            remedy="round to the nearest code, with the same bits for all weights",
+        )
     if scheme.transforms:
         if learned is not None:
             transform = InputTransform(**learned["transform"], rotation=scheme.rotation)
         elif fit is None:
-            transform = InputTransform.blank(scheme.transforms, scheme.rotation, scheme.kronecker, weight.shape[-1])
+            transform = InputTransform.blank(scheme.transforms, scheme.rotation, scheme.kronecker, whole.shape[-1])
         else:
             transform = fit.fit(whole, low, high)
+        if transform.shift is not None:
+            taken_off = jnp.matmul(whole, transform.shift[...], precision=jax.lax.Precision.HIGHEST)
+            arrays["shifted"] = rearrange(taken_off, "(o p) -> o p", p=positions)
         whole = transform.on_weight(whole)
         # A channel's range passes through a scale as any input does; static ranges behind rotations are refused.
         low, high = transform(low), transform(high)
         moment = None if moment is None else transform(transform(moment).T)
         arrays["transform"] = transform.arrays()
+    whole = rearrange(whole, "(o p) c -> o (c p)", p=positions)
     if scheme.low_rank is not None:
         factors = leading_directions(whole, scheme.low_rank.rank_of(whole.shape))
         # What is rounded is what the branch leaves as it is held, in the type of the weights.
@@ -178,13 +207,20 @@ def prepare_weight(weight, input_range, moment, learned, *, scheme: LayerScheme,
     return PreparedWeight(whole, taken, moment, low, high, arrays)
 
 
-def _quantize_arrays(weight, input_range, moment, learned, *, scheme: LayerScheme, fit, rounding) -> dict:
-    """What `prepare_weight` takes -> a quantized layer's arrays."""
-    prepared = prepare_weight(weight, input_range, moment, learned, scheme=scheme, fit=fit)
+def _quantize_arrays(
+    weight, input_range, moment, learned, edges, *, positions: int, scheme: LayerScheme, fit, rounding
+) -> dict:
+    """What `prepare_weight` takes, and the edges of a static range or None -> a quantized layer's arrays."""
+    prepared = prepare_weight(weight, input_range, moment, learned, scheme=scheme, fit=fit, positions=positions)
     parts = dict(prepared.arrays)
     if scheme.activation is not None and not scheme.activation.dynamic:
-        low, high = (rearrange(edge, "-> 1 1") for edge in (prepared.low.min(), prepared.high.max()))
+        edges = (prepared.low.min(), prepared.high.max()) if edges is None else edges
+        low, high = (rearrange(edge, "-> 1 1") for edge in edges)
         parts["input_scale"], parts["input_zero_point"] = scheme.activation.grid.from_range(low, high)
+    if scheme.feature_grid is not None:
+        # Fitted to features of timesteps, which no weight knows (`qvdjax.ptq.feature_grids`): these are only shapes.
+        count = scheme.feature_grid.count
+        parts |= {"input_levels": jnp.zeros((count,), jnp.float32), "input_edges": jnp.zeros((count - 1,), jnp.float32)}
     if scheme.input_clip is not None:
         start = scheme.input_clip.start_table(scheme.activation.symmetric)
         parts["input_clip"] = start if learned is None else learned["input_clip"]

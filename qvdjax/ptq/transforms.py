@@ -107,3 +107,28 @@ class FitProduct:
                 for side, key, size in zip(("left", "right"), keys, sizes, strict=True)
             }
         return InputTransform(**arrays, rotation=self.rotation)
+
+
+@dataclasses.dataclass(frozen=True)
+class FitShift:
+    """The middle of each channel's range becomes zero (QVD's SCRI, its release's mode "mid"), then a channel scale.
+
+    Attributes:
+        scale: Of what is left, None for none.
+    """
+
+    scale: FitChannelScale | None = None
+
+    rotation = kronecker = None
+    needs_calibration = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the transforms."""
+        return ("shift",) if self.scale is None else ("shift", "smooth_scale")
+
+    def fit(self, weight: jax.Array, low: jax.Array, high: jax.Array) -> InputTransform:
+        """weight [out, in] and the smallest and largest input of each channel [in] -> the transform."""
+        shift = ((low + high) / 2).astype(jnp.float32)
+        arrays = {} if self.scale is None else self.scale.fit(weight, low - shift, high - shift).arrays()
+        return InputTransform(shift=shift, **arrays)

@@ -3,15 +3,18 @@
 import dataclasses
 
 from qvdjax.nn import AttentionScheme, InputClip, LayerScheme, LowRank
-from qvdjax.numerics import Quantizer
+from qvdjax.numerics import FeatureGrid, Quantizer
 from qvdjax.numerics.codebook import MOST_BITS
+from qvdjax.ptq.feature_grids import ChooseGrid
 from qvdjax.ptq.mixed_precision import MixedPrecision
+from qvdjax.ptq.range_search import RangeSearch
 from qvdjax.ptq.reconstruction.plan import Reconstruction
 from qvdjax.recipes.rules import Recipe, Rule
 from qvdjax.recipes.training import Training
 
 PRODUCTS = ("query", "key", "value", "attention_output", "feed_forward_in", "feed_forward_out", "projection")
 FLOAT_ACTIVATION_BITS = 16
+_ONE_VECTOR = "weights only: its input is one vector a step"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Method:
         skip: Regular expression of further paths that stay float; empty for none.
         codebook: "gaussian" for the levels of least error for a normal distribution in the place of even grids, up to 7
             bits (`qvdjax.numerics.codebook`); for rotated inputs and weights, which are nearly normal.
+        temporal_features: How the inputs of layers that add the timestep to a UNet's blocks are rounded, at
+            `activation_bits`: "float" not at all; "symmetric", "asymmetric", "log2", "log" or "mixed" on one grid for
+            all timesteps (`qvdjax.numerics.FeatureGrid`); "auto" on the one of these that tells timesteps apart best
+            (QVD's HTDQ); "step" with a range for each timestep, a table over steps as TFMQ-DM has it.
         average_bits: Bits a weight on average, shared out among layers by what rounding each does to the prediction
             (`qvdjax.ptq.mixed_precision`), in the place of one number for all. Blocks whose layers differ are compiled
             one by one.
@@ -54,6 +61,7 @@ class Method:
     attention_pv_bits: int | None = None
     skip: str = ""
     codebook: str | None = None
+    temporal_features: str = "float"
     average_bits: float | None = None
 
     name = ""  # of the method, as recipes spell it
@@ -87,6 +95,18 @@ class Method:
         """What fits the transform of a product's input; None for none."""
         return
 
+    def convolution_transform(self):
+        """The same for convolutions: `transform` itself, or None."""
+        return
+
+    def range_search(self) -> RangeSearch | None:
+        """How static ranges of inputs are searched for; None for those that follow from the ranges of channels."""
+        return
+
+    def channel_statistics(self) -> str:
+        """Sampling steps over which the ranges of channels are taken, "all" or "first"."""
+        return "all"
+
     def rounding(self):
         """How the weights of linear layers are rounded (`qvdjax.ptq.gptq`); None for the nearest code."""
         return
@@ -102,6 +122,19 @@ class Method:
     def low_rank(self) -> LowRank | None:
         """The branch in full precision beside every product; None for none."""
         return
+
+    def _temporal_feature(self, weight: Quantizer) -> tuple[LayerScheme, ChooseGrid | None]:
+        """What becomes of layers that add the timestep to a UNet's blocks, and among which grids that is chosen."""
+        kind, bits = self.temporal_features, self.activation_bits
+        if kind == "float" or bits == FLOAT_ACTIVATION_BITS:
+            return LayerScheme(weight, reason=_ONE_VECTOR), None
+        if kind == "step":
+            quantizer = Quantizer(bits, symmetric=False, granularity="token", dynamic=True)
+            return LayerScheme(weight, quantizer, reason="its input, one vector a step, has a range of its own"), None
+        reason = "its input, one vector a step, tells blocks the timestep"
+        if kind != "auto":
+            return LayerScheme(weight, reason=reason), ChooseGrid((FeatureGrid(kind, bits),))
+        return LayerScheme(weight, reason=reason), ChooseGrid.among_all(bits)
 
     def training(self) -> Training | None:
         """How `qvdjax train` makes this recipe's models; None for the straight-through estimator towards a teacher."""
@@ -119,6 +152,8 @@ class Method:
         if activation is not None:
             tensor = dataclasses.replace(activation, granularity="tensor", group_size=None, codebook=None)
         channel = dataclasses.replace(plain, granularity="channel", group_size=None)
+        feature, grids = self._temporal_feature(plain)
+        on_convolutions = self.convolution_transform()
         rules = []
         if self.skip:
             rules.append(Rule(LayerScheme(reason="the option `skip` keeps it float"), path=self.skip))
@@ -127,12 +162,13 @@ class Method:
                  roles=("embedder", "time")),
             Rule(LayerScheme(reason="the output projection stays float: its error is the prediction's"),
                  roles=("head",)),
-            Rule(LayerScheme(plain, reason="weights only: its input is one vector a step"),
-                 roles=("modulation", "temporal_feature")),
+            Rule(LayerScheme(plain, reason=_ONE_VECTOR), roles=("modulation",)),
+            Rule(feature, roles=("temporal_feature",)),
             Rule(LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation,
                              self.low_rank(), kronecker),
                  roles=PRODUCTS),
-            Rule(LayerScheme(channel, tensor, (), "a product over all positions: one range for the input"),
+            Rule(LayerScheme(channel, tensor, () if on_convolutions is None else on_convolutions.names,
+                             "a product over all positions: one range for the input"),
                  roles=("convolution",)),
         ]  # fmt: skip
         if self.attention_qk_bits or self.attention_pv_bits:
@@ -147,6 +183,10 @@ class Method:
             raise ValueError("the grids of a trained method are even: leave codebook out")
         if mixed is not None and self.codebook is not None and max(mixed.choices) > MOST_BITS:
             raise ValueError("a codebook has no codes of 8 bits to share out: leave codebook or average_bits out")
+        if grids is not None and self.training() is not None:
+            raise ValueError("trained methods leave temporal features float: leave temporal_features out")
+        static = activation is not None and not activation.dynamic
         return Recipe(
-            self.recipe_name, tuple(rules), transform, self.training(), self.rounding(), self.reconstruction(), mixed
+            self.recipe_name, tuple(rules), transform, self.training(), self.rounding(), self.reconstruction(), mixed,
+            grids, self.range_search() if static else None, self.channel_statistics(),
         )  # fmt: skip

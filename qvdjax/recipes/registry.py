@@ -19,6 +19,7 @@ from qvdjax.recipes.orbitquant import OrbitQuant
 from qvdjax.recipes.q_dit import QDiT
 from qvdjax.recipes.q_dm import QDM
 from qvdjax.recipes.quarot import QuaRot
+from qvdjax.recipes.qvd import QVD
 from qvdjax.recipes.qvgen import QVGen, QVGenCode, QVGenPaper
 from qvdjax.recipes.rtn import RoundToNearest
 from qvdjax.recipes.rules import Recipe
@@ -29,6 +30,7 @@ from qvdjax.recipes.vidit_q import ViDiTQ
 
 POST_TRAINING = (
     RoundToNearest, MinMax, SmoothQuant, QuaRot, GPTQ, SVDQuant, ViDiTQ, QDiT, DVDQuant, OrbitQuant, FlatQuant, S2QVDiT,
+    QVD,
 )  # fmt: skip
 TRAINED = (LearnedStepSize, QDM, EfficientDM, QVGen, QVGenPaper, QVGenCode, DSAQuant)
 METHODS = {method.name: method for method in (*POST_TRAINING, *TRAINED)}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, Literal
 
 from qvdjax.errors import UserError
 from qvdjax.nn import Attention, AttentionScheme, LayerScheme, VideoModel, layers_of
@@ -46,6 +46,10 @@ class Recipe:
         reconstruction: How transforms and clips are trained block by block (see `qvdjax.ptq.reconstruction`), None for
             not at all.
         mixed_precision: How bits of weights are shared out (see `qvdjax.ptq.mixed_precision`), None for as rules say.
+        feature_grids: Among which grids temporal features are rounded (see `qvdjax.ptq.feature_grids`), None for float.
+        range_search: How static ranges are searched for (see `qvdjax.ptq.range_search`), None for the widest seen.
+        channel_statistics: Whether the ranges of channels, which transforms are fitted to, are those of "all" sampling
+            steps or of the "first", where latents are noise.
     """
 
     name: str
@@ -55,11 +59,14 @@ class Recipe:
     rounding: Any = None
     reconstruction: Any = None
     mixed_precision: Any = None
+    feature_grids: Any = None
+    range_search: Any = None
+    channel_statistics: Literal["all", "first"] = "all"
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether quantizing needs to see the inputs of layers."""
-        inputs = (self.rounding, self.reconstruction, self.mixed_precision)
+        """Whether quantizing needs to see the inputs of layers, or which timesteps there are."""
+        inputs = (self.rounding, self.reconstruction, self.mixed_precision, self.feature_grids, self.range_search)
         return self.needs_ranges or any(part is not None for part in inputs)
 
     @property
@@ -70,7 +77,7 @@ class Recipe:
             if isinstance(rule.scheme, LayerScheme) and rule.scheme.activation and not rule.scheme.activation.dynamic
         ]  # fmt: skip
         fitted = self.transform is not None and self.transform.needs_calibration
-        return fitted or bool(static)
+        return fitted or (bool(static) and self.range_search is None)
 
 
 @dataclasses.dataclass(frozen=True)

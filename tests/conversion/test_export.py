@@ -420,6 +420,14 @@ def test_clipped_ranges_have_no_form_in_compressed_tensors(tmp_path):
     assert error.items == ("blocks.0.attn1.to_q (input_clip)",)
 
 
+@pytest.mark.parametrize("format", ["diffusers", "compressed-tensors"])
+def test_a_shift_has_no_form_elsewhere(tmp_path, format):
+    batches = [{**wan_inputs(batch=1), "timestep": np.full(1, t, np.float32)} for t in (999.0, 500.0)]
+    recipe = get("qvd-w8a8", skip=r"(?!blocks\.0\.attn1\.to_q$).*")  # one layer says it
+    models.save(quantize(wan(), recipe, batches), tmp_path / "model")
+    refused(tmp_path / "model", tmp_path, "shift", format)
+
+
 def test_a_plain_folder_has_nothing_to_compress(tmp_path):
     models.save(wan(), tmp_path / "source")
     refused(tmp_path / "source", tmp_path, "is not quantized; quantize it first", "compressed-tensors")
