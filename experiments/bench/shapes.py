@@ -2,7 +2,7 @@
 
 The numbers are those of the released checkpoints' config.json. Wan's 480p is 81 frames of 832 x 480 (latents 21 x 60 x
 104), its 720p is 81 frames of 1280 x 720; CogVideoX's 480p is 49 frames of 720 x 480 (latents 13 x 60 x 90);
-HunyuanVideo's are 129 frames (33 of latents) of Wan's two sizes.
+HunyuanVideo's are 129 frames (33 of latents) of Wan's two sizes; AnimateDiff's 512 is 16 frames of 512 x 512.
 """
 
 import dataclasses
@@ -21,6 +21,8 @@ CONFIGS = {
         "use_rotary_positional_embeddings": True,
     },
     "hunyuanvideo": {"_class_name": "HunyuanVideoTransformer3DModel"},
+    # Version 3 of the motion modules around Stable Diffusion 1.5.
+    "animatediff": {"_class_name": "UNetMotionModel", "cross_attention_dim": 768, "use_motion_mid_block": False},
     # The size of the shipped bench models: for machines without an accelerator.
     "wan-tiny": {
         "_class_name": "WanTransformer3DModel", "num_attention_heads": 4, "attention_head_dim": 32,
@@ -31,8 +33,10 @@ LATENT_SIZES = {
     "wan": {"480p": (21, 60, 104), "720p": (21, 90, 160), "tiny": (9, 16, 16)},
     "cogvideox": {"480p": (13, 60, 90), "tiny": (9, 16, 16)},
     "hunyuanvideo": {"480p": (33, 60, 104), "720p": (33, 90, 160), "tiny": (9, 16, 16)},
+    "animatediff": {"512": (16, 64, 64), "tiny": (9, 16, 16)},
 }
-"""By the model's family: frames, height and width of latents. Tiny ones are for machines without an accelerator."""
+"""By the model's family: frames, height and width of latents, the usual size first. Tiny ones are for machines without
+an accelerator."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -259,8 +259,8 @@ class Plan(Common):
     """Compile a step for a TPU slice without having one: does it fit, and what does it communicate."""
 
     model: Annotated[str, arg(metavar="NAME")]
-    """Named configuration (wan2.1-t2v-1.3b, wan2.1-t2v-14b, cogvideox-2b, cogvideox-5b, hunyuanvideo) or a
-    model folder."""
+    """Named configuration (wan2.1-t2v-1.3b, wan2.1-t2v-14b, cogvideox-2b, cogvideox-5b, hunyuanvideo,
+    animatediff) or a model folder."""
     recipe: Annotated[str, arg(metavar="NAME", aliases=["-r"])]
     """Recipe, or `none` for bfloat16."""
     topology: Annotated[str, arg(metavar="NAME")]
@@ -272,8 +272,8 @@ class Plan(Common):
     step: Literal["sample", "train", "reconstruct"] = "sample"
     """One forward pass of the model; one step of `qvdjax train`, teacher included; or one step of a block's
     reconstruction by `qvdjax quantize`."""
-    size: Literal["480p", "720p"] = "480p"
-    """Size of the videos: of 81 frames, CogVideoX's of 49, HunyuanVideo's of 129."""
+    size: hinted(str, "{480p,720p,512}", "the family's usual one") = None
+    """Size of the videos: of 81 frames, CogVideoX's of 49, HunyuanVideo's of 129, AnimateDiff's of 16."""
     accumulate: Whole = 1
     """Micro-batches that a training step's batch is cut into."""
     set: Annotated[Names, arg(metavar="KEY=VALUE")] = ()

@@ -1,4 +1,4 @@
-"""Train the small models of the bench, a Wan and a CogVideoX.
+"""Train the small models of the bench: a Wan, a CogVideoX and AnimateDiff's UNet.
 
     python -m experiments.moving_shapes.train OUT --steps 30000              # minutes on a GPU
     python -m experiments.moving_shapes.train OUT --minutes 6                # as many steps as fit
@@ -37,9 +37,12 @@ from experiments.training.states import last_state, save_state
 from experiments.training.student import student_of
 from experiments.training.trainer import State, Trainer
 from models.pipeline import Pipeline
+from models.unet_motion import UNetMotionModel
+from models.unet_transformers import MotionModule
 from qvdjax import recipes
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
+from qvdjax.nn.variables import iterate
 
 SIDE: Final = SIZE // (POOL * FACTOR)  # of latents
 CHANNELS: Final = FACTOR * FACTOR * 3
@@ -61,23 +64,45 @@ CONFIGS: Final = {
         "sample_height": SIDE, "sample_width": SIDE, "temporal_compression_ratio": 1,
         "use_rotary_positional_embeddings": True,
     },
+    # Two levels of resolution, as v1 without a motion module in the middle; one head, of 40 and of 80 features.
+    "animatediff": {
+        "_class_name": "UNetMotionModel", "in_channels": CHANNELS, "out_channels": CHANNELS, "sample_size": SIDE,
+        "block_out_channels": [40, 80], "down_block_types": ["CrossAttnDownBlockMotion", "DownBlockMotion"],
+        "up_block_types": ["UpBlockMotion", "CrossAttnUpBlockMotion"], "layers_per_block": 1, "norm_num_groups": 8,
+        "cross_attention_dim": WIDTH, "num_attention_heads": 1, "motion_num_attention_heads": 1,
+        "motion_max_seq_length": 16, "use_motion_mid_block": False,
+    },
 }  # fmt: skip
-_SOLVERS = {"wan": ("unipc", 3.0), "cogvideox": ("ddim", None)}
+# Name, shift, and what is not the solver's default: the noise schedules that the families were published with.
+_SOLVERS = {
+    "wan": ("unipc", 3.0, {}),
+    # That of version 1.5 and of the 5B; the 2B shifts to more noise, where no shape can be told from another.
+    "cogvideox": ("ddim", None, {"snr_shift_scale": 1.0}),
+    "animatediff": (
+        "ddim", None,
+        {"beta_schedule": "linear", "snr_shift_scale": 1.0, "rescale_betas_zero_snr": False,
+         "timestep_spacing": "leading", "steps_offset": 1, "prediction_type": "epsilon"},
+    ),
+}  # fmt: skip
 
 
 def pipeline(family: str = "wan") -> Pipeline:
     """How a bench model of a family is sampled."""
-    solver, shift = _SOLVERS[family]
+    solver, shift, options = _SOLVERS[family]
     return Pipeline(
         words=WORDS, embeddings=embeddings(), tokens=TOKENS, frames=FRAMES, height=SIDE, width=SIDE,
         channels=CHANNELS, factor=FACTOR, enlarge=POOL, solver=solver, shift=shift, steps=20, guidance_scale=3.0, fps=8,
+        solver_options=options,
     )  # fmt: skip
 
 
 def initial_model(seed: int, config: dict[str, Any] = CONFIGS["wan"]) -> VideoModel:
-    """A model as Wan's authors initialise theirs: the output projection starts at zero."""
+    """A model as its authors initialise theirs: the last layer starts at zero; in a UNet each motion module's does."""
     model = jax.jit(functools.partial(models.build, config))(key=jax.random.key(seed))
-    model.proj_out.weight[...] = jnp.zeros_like(model.proj_out.weight[...])
+    ends = [module.proj_out for _, module in iterate(model, MotionModule)]
+    ends.append(model.conv_out if isinstance(model, UNetMotionModel) else model.proj_out)
+    for end in ends:
+        end.weight[...] = jnp.zeros_like(end.weight[...])
     return model
 
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 import models
-import qvdjax
 from experiments.bench.ceilings import step_work
 from experiments.bench.shapes import CONFIGS, LATENT_SIZES, Shape
 from experiments.planning.bounds import bound
@@ -20,10 +19,12 @@ from experiments.training.checks import check_trainable
 from experiments.training.planned import planned_step
 from experiments.training.settings import check_micro_batches
 from experiments.training.teacher import teacher_recipe
+from models.unet_motion_config import UNetMotionConfig
 from qvdjax import parallel
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
-from qvdjax.recipes import Recipe, get
+from qvdjax.ptq import apply_schemes
+from qvdjax.recipes import Recipe, decide, get
 
 FLOAT_RECIPES = ("none", "bf16")
 STEPS = ("sample", "train", "reconstruct")
@@ -37,7 +38,7 @@ def plan(
     batch: int = 1,
     mesh: Mapping[str, int] | str | None = None,
     step: Literal["sample", "train", "reconstruct"] = "sample",
-    size: str = "480p",
+    size: str | None = None,
     accumulate: int = 1,
     overrides: Mapping[str, Any] | None = None,
     layers: int | None = None,
@@ -52,13 +53,13 @@ def plan(
         recipe: Quantization by name; "none" for bfloat16.
         topology: The slice, such as "v5e:2x4".
         batch: Videos in the global batch.
-        mesh: Axis sizes, as a mapping or as "fsdp=2,context=4"; by default as many devices as divide the
-            number of heads split the tokens (`context`), and the rest spreads weights and batch (`fsdp`).
+        mesh: Axis sizes, as a mapping or as "fsdp=2,context=4"; by default as many devices as divide the number of
+            heads split the tokens (`context`; not of a UNet), and the rest spreads weights and batch (`fsdp`).
         step: "sample", one forward pass of the model (guidance takes two); or "train", one step of `qvdjax train`
             in bfloat16 with blocks recomputed, teacher included (see `experiments.training.planned`); or "reconstruct",
             one of `qvdjax quantize` with a recipe that reconstructs blocks, on `batch` model inputs, the float model
             beside it (see `experiments.planning.reconstruction`).
-        size: Video size, see `experiments.bench.shapes.LATENT_SIZES`.
+        size: Video size, see `experiments.bench.shapes.LATENT_SIZES`; None for the family's usual one.
         accumulate: Micro-batches that a training step's batch is cut into.
         overrides: Options of the recipe's method by name.
         layers: Compile a model of so many blocks (HunyuanVideo: of each kind) in the place of all.
@@ -85,6 +86,7 @@ def plan(
     if family not in LATENT_SIZES:
         raise UserError(f"no plans are made for {family} models yet", remedy=f"known: {', '.join(LATENT_SIZES)}")
     sizes = LATENT_SIZES[family]
+    size = next(iter(sizes)) if size is None else size
     if size not in sizes:
         raise UserError(f"unknown size {size!r}", remedy=f"choose from {', '.join(sizes)}")
     if step not in STEPS:
@@ -128,7 +130,7 @@ def plan(
     return {
         **report, **least, "model": model, "recipe": recipe, "overrides": dict(overrides or {}), "topology": topology,
         "mesh": dict(described.shape), "batch": batch, "step": step, "size": size, "accumulate": accumulate,
-        "layers": models.parse_config(config).num_layers, "teacher": teacher, "teacher_cache": teacher_cache,
+        "layers": sum(map(len, weights.stacks)), "teacher": teacher, "teacher_cache": teacher_cache,
         "left_whole": parallel.left_whole(weights, described),
     }  # fmt: skip
 
@@ -150,13 +152,19 @@ def _config(model: str) -> dict:
 def _mesh(topology: str, sizes: Mapping[str, int] | None, config: dict) -> Mesh:
     if sizes is None:
         devices = parallel.topology_mesh(topology).devices.size
-        sizes = {"context": math.gcd(devices, models.parse_config(config).num_attention_heads), "fsdp": -1}
+        parsed = models.parse_config(config)
+        # A UNet's video stays whole on a chip: its convolutions need neighbours, its motion modules all frames.
+        context = 1 if isinstance(parsed, UNetMotionConfig) else math.gcd(devices, parsed.num_attention_heads)
+        sizes = {"context": context, "fsdp": -1}
     return parallel.topology_mesh(topology, sizes)
 
 
 def _build(config: dict, recipe: Recipe | None) -> VideoModel:
     model = models.build(config, dtype=jnp.bfloat16)
-    return model if recipe is None else qvdjax.quantize(model, recipe, execution="integer")
+    if recipe is None:
+        return model
+    # Shapes alone: what calibration would put into ranges and transforms is not looked at.
+    return apply_schemes(model, decide(model, recipe).schemes, execution="integer")
 
 
 def _inputs(config: dict, size: tuple[int, ...], batch: int, mesh: Mesh) -> tuple:

@@ -39,6 +39,7 @@ PLANS = {
         )
         for place in ("v5e:2x4", "v5p:2x2x1", "v6e:2x2")
     },
+    "animatediff-sample-v5e-2x2": {"model": "animatediff", "topology": "v5e:2x2", "recipe": "qvd-w8a8", "batch": 4},
 }  # fmt: skip
 COLUMNS = (
     "model", "recipe", "slice", "mesh", "videos", "a chip", "fits", "gathered", "other collectives", "bound",

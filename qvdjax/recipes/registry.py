@@ -15,6 +15,7 @@ from qvdjax.recipes.gptq import GPTQ
 from qvdjax.recipes.lsq import LearnedStepSize
 from qvdjax.recipes.method import FLOAT_ACTIVATION_BITS, Method
 from qvdjax.recipes.minmax import MinMax
+from qvdjax.recipes.mse import MSE
 from qvdjax.recipes.orbitquant import OrbitQuant
 from qvdjax.recipes.q_dit import QDiT
 from qvdjax.recipes.q_dm import QDM
@@ -29,8 +30,8 @@ from qvdjax.recipes.svdquant import SVDQuant
 from qvdjax.recipes.vidit_q import ViDiTQ
 
 POST_TRAINING = (
-    RoundToNearest, MinMax, SmoothQuant, QuaRot, GPTQ, SVDQuant, ViDiTQ, QDiT, DVDQuant, OrbitQuant, FlatQuant, S2QVDiT,
-    QVD,
+    RoundToNearest, MinMax, MSE, SmoothQuant, QuaRot, GPTQ, SVDQuant, ViDiTQ, QDiT, DVDQuant, OrbitQuant, FlatQuant,
+    S2QVDiT, QVD,
 )  # fmt: skip
 TRAINED = (LearnedStepSize, QDM, EfficientDM, QVGen, QVGenPaper, QVGenCode, DSAQuant)
 METHODS = {method.name: method for method in (*POST_TRAINING, *TRAINED)}

@@ -1,5 +1,7 @@
 """The shipped models: small, honest about their quality, and the same in diffusers."""
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from experiments.moving_shapes.full_precision import CHECKPOINTS, evaluate_full_
 from models.pipeline import Pipeline
 from qvdjax.diffusion import initial_noise
 
-FOLDERS = [CHECKPOINTS / "wan", CHECKPOINTS / "wan-outlier"]
+FAMILIES = ("wan", "cogvideox")
+FOLDERS = [CHECKPOINTS / f"{family}{end}" for family in FAMILIES for end in ("", "-outlier")]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -33,36 +36,59 @@ def relative(a, b) -> float:
     return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
 
 
-def test_the_outlier_variant_is_the_same_function():
-    inputs = [jnp.asarray(array) for array in one_step(FOLDERS[0])]
-    plain, heavy = (models.load(folder)(*inputs) for folder in FOLDERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_outlier_variant_is_the_same_function(family):
+    folders = [CHECKPOINTS / f"{family}{end}" for end in ("", "-outlier")]
+    inputs = [jnp.asarray(array) for array in one_step(folders[0])]
+    plain, heavy = (models.load(folder)(*inputs) for folder in folders)
     # Factors of up to 50 cancel; float32 rounding of six blocks is left.
     assert relative(heavy, plain) <= 1e-5
+
+
+def wan_of_diffusers(folder, latents, timestep, context):
+    """diffusers' Wan on our inputs, in our layout."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    latents = torch.from_numpy(latents.transpose(0, 4, 1, 2, 3))  # b f h w c -> b c f h w
+    model = WanTransformer3DModel.from_pretrained(folder).eval()
+    output = model(latents, torch.from_numpy(timestep), torch.from_numpy(context)).sample
+    return output.numpy().transpose(0, 2, 3, 4, 1)  # b c f h w -> b f h w c
+
+
+def cogvideox_of_diffusers(folder, latents, timestep, context):
+    """diffusers' CogVideoX likewise; its pipeline makes the rotary tables."""
+    import torch
+    from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+
+    model = CogVideoXTransformer3DModel.from_pretrained(folder).eval()
+    frames, height, width = latents.shape[1:4]
+    tables = CogVideoXPipeline._prepare_rotary_positional_embeddings(
+        SimpleNamespace(transformer=model, vae_scale_factor_spatial=1), height, width, frames, torch.device("cpu")
+    )
+    latents = torch.from_numpy(latents.transpose(0, 1, 4, 2, 3))  # b f h w c -> b f c h w
+    output = model(latents, torch.from_numpy(context), torch.from_numpy(timestep), image_rotary_emb=tables).sample
+    return output.numpy().transpose(0, 1, 3, 4, 2)  # b f c h w -> b f h w c
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_diffusers_loads_and_runs_the_folder(folder):
-    import diffusers
     import torch
 
-    theirs = diffusers.WanTransformer3DModel.from_pretrained(folder).eval()
     latents, timestep, context = one_step(folder)
+    theirs = wan_of_diffusers if folder.name.startswith("wan") else cogvideox_of_diffusers
     with torch.no_grad():
-        output = theirs(
-            torch.from_numpy(latents.transpose(0, 4, 1, 2, 3)),  # b f h w c -> b c f h w
-            torch.from_numpy(timestep),
-            torch.from_numpy(context),
-            return_dict=False,
-        )[0]
+        expected = theirs(folder, latents, timestep, context)
     ours = models.load(folder)(jnp.asarray(latents), jnp.asarray(timestep), jnp.asarray(context))
     # Both in float32: six blocks of rounding, and torch's float32 sinusoids of the timestep.
-    assert relative(ours, output.numpy().transpose(0, 2, 3, 4, 1)) <= 1e-4
+    assert relative(ours, expected) <= 1e-4
 
 
 @pytest.mark.slow
-def test_the_full_precision_model_paints_what_prompts_say():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_full_precision_model_paints_what_prompts_say(family):
     """What every comparison on the bench rests on; a prompt and a seed each, so that nothing here is drawn anew."""
-    scores = evaluate_full_precision(FOLDERS[0], clips=320)
+    scores = evaluate_full_precision(CHECKPOINTS / family, clips=320)
     assert min(scores[name] for name in ("color", "shape", "direction")) >= 0.9, scores
     assert min(scores["speed"], scores["background"]) >= 0.9, scores

@@ -3,6 +3,7 @@ import math
 
 import jax
 import pytest
+from small_models import UNET
 
 from experiments.planning import plan
 from models import abstract
@@ -41,6 +42,17 @@ def test_a_small_model_is_planned_with_integer_products(folder):
     assert report["compiler_bytes"] > 0
     shorter = plan(folder, "rtn-w8a8", "v5e:2x4", size="tiny", layers=2)
     assert integer_products(shorter) == integer_products(report) / 2
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.slow
+def test_a_video_unet_is_planned_with_videos_over_chips(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**UNET, "motion_max_seq_length": 16}))
+    report = plan(str(tmp_path), "qvd-w8a8", "v5e:2x2", size="tiny", batch=4)
+    assert report["fits"]
+    assert report["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
+    # Query, key, value, output and two of the feed-forward in each attention block and motion module, at least.
+    assert integer_products(report) >= 10
 
 
 def test_a_plan_of_no_layers_or_of_options_without_a_recipe_is_refused(folder):

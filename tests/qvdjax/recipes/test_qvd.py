@@ -163,6 +163,18 @@ def test_temporal_features_of_every_kind(kind):
         assert relative_error(layer(x), exact) < 0.3
 
 
+def test_mse_narrows_what_minmax_takes_whole():
+    batches = calibration(wan_inputs, steps=2)
+    wide, narrow = (qvdjax.quantize(wan(), f"{name}-w4a4", batches, execution="simulate") for name in ("minmax", "mse"))
+    scales = [
+        np.concatenate([np.ravel(layer.input_scale[...]) for _, _, layer in layers_of(model, QUANTIZED_LAYERS)
+                        if layer.input_scale is not None])
+        for model in (wide, narrow)
+    ]  # fmt: skip
+    assert (scales[1] <= scales[0] * (1 + 1e-6)).all()  # float32 means of equal numbers
+    assert (scales[1] < 0.9 * scales[0]).any()
+
+
 def test_searched_ranges_are_means_over_calls():
     model, recipe = wan(), get("minmax-w8a8")
     schemes, batches = decide(model, recipe).schemes, calibration(wan_inputs, steps=2)
