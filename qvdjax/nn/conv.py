@@ -7,13 +7,12 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from qvdjax.nn.convolve import Padding, convolve
 from qvdjax.nn.quantized_layer import QuantizedLayer
 from qvdjax.nn.scheme import LayerScheme, Role
 from qvdjax.nn.transforms import InputTransform
 from qvdjax.nn.variables import Param, Scale
 from qvdjax.numerics import QTensor, encode, fake_quantize
-
-Padding = tuple[tuple[int, int], ...]
 
 
 class Conv(nnx.Module):
@@ -58,13 +57,6 @@ def _patches_times(x, weight, kernel):
     patches = x.transpose(order).reshape(x.shape[0], *grid, -1)  # batch g0 g1 ... (in k0 k1 ...)
     flat = rearrange(weight, "out ... -> out (...)")
     return jax.lax.dot_general(patches, flat, (((patches.ndim - 1,), (1,)), ((), ())))
-
-
-def convolve(x, weight, stride, padding, **options) -> jax.Array:
-    """x [batch, *space, in] with weight [out, in, *kernel] -> [batch, *space', out]."""
-    space = "DHW"[3 - len(stride) :]
-    layout = (f"N{space}C", f"OI{space}", f"N{space}C")
-    return jax.lax.conv_general_dilated(x, weight, stride, padding, dimension_numbers=layout, **options)
 
 
 class QuantizedConv(QuantizedLayer):
@@ -129,19 +121,18 @@ class QuantizedConv(QuantizedLayer):
         """int8 codes, padded with the code of zero, into int32; zero points are taken off exactly."""
         weight = self.qweight
         codes = encode(rows, self.scheme.activation.grid, scale, zero_point, jnp.int8).codes.reshape(x.shape)
-        into_int32 = {"preferred_element_type": jnp.int32}
         no_padding = ((0, 0),) * len(self.kernel)
         spread = lambda a: a.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731  [batch or 1, 1, 1] -> per sample
         fill = jnp.zeros((1,) * x.ndim, jnp.int8) if zero_point is None else spread(zero_point).astype(jnp.int8)
         codes = self._pad(codes, fill)
-        total = convolve(codes, self._unflatten(weight.codes.astype(jnp.int8)), self.stride, no_padding, **into_int32)
+        total = convolve(codes, self._unflatten(weight.codes.astype(jnp.int8)), self.stride, no_padding, into=jnp.int32)
         weight_zero = 0 if weight.zero_point is None else weight.zero_point[..., 0].astype(jnp.int32)  # [out or 1]
         if zero_point is not None:
             rows_sum = weight.codes.astype(jnp.int32).sum(axis=-1) - weight.codes.shape[-1] * weight_zero  # [out]
             total = total - spread(zero_point).astype(jnp.int32) * rows_sum
         if weight.zero_point is not None:
             ones = jnp.ones((1, x.shape[-1], *self.kernel), jnp.int8)
-            total = total - weight_zero * convolve(codes, ones, self.stride, no_padding, **into_int32)
+            total = total - weight_zero * convolve(codes, ones, self.stride, no_padding, into=jnp.int32)
         return total.astype(scale.dtype) * spread(scale) * weight.scale[..., 0]
 
     def _pad(self, codes, fill):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qvdjax.errors import UserError
-from qvdjax.nn import Conv, LayerScheme
+from qvdjax.nn import Conv, LayerScheme, Rotation
 from qvdjax.numerics import Quantizer
 from qvdjax.ptq import quantize_layer
 
@@ -67,7 +67,7 @@ def test_a_sample_keeps_its_own_range():
     chex.assert_trees_all_close(together[:1], layer(x[:1]), rtol=1e-6)
 
 
-def test_a_transform_on_a_convolution_is_refused():
+def test_a_transform_that_mixes_channels_is_refused_on_a_convolution():
     conv, _ = make("2d")
-    with pytest.raises(UserError, match="convolution"):
-        quantize_layer(conv, LayerScheme(Quantizer(8), None, ("smooth_scale",)), execution="integer")
+    with pytest.raises(UserError, match="cannot carry rotation"):
+        quantize_layer(conv, LayerScheme(Quantizer(8), None, ("rotation",), rotation=Rotation()), execution="integer")

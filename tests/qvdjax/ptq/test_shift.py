@@ -124,14 +124,6 @@ def test_second_moments_of_a_shifted_input_are_refused():
         )  # fmt: skip
 
 
-def test_a_convolution_cannot_be_rotated():
-    layer = Conv(4, 5, (3, 3), role="convolution", axes=(None, None), key=jax.random.key(0))
-    from qvdjax.nn import Rotation
-
-    with pytest.raises(UserError, match="cannot carry rotation"):
-        quantize_layer(layer, LayerScheme(WEIGHT, None, ("rotation",), rotation=Rotation()), execution="simulate")
-
-
 @pytest.mark.parametrize("shape", ["minmax", "magnitude", "shrink"])
 def test_the_searched_range_has_the_least_error_of_its_candidates(shape):
     x = jnp.asarray(np.random.default_rng(0).standard_t(3, (4, 50)), jnp.float32)
