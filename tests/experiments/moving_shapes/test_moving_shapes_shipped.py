@@ -12,7 +12,7 @@ from experiments.moving_shapes.full_precision import CHECKPOINTS, evaluate_full_
 from models.pipeline import Pipeline
 from qvdjax.diffusion import initial_noise
 
-FAMILIES = ("wan", "cogvideox")
+FAMILIES = ("wan",)
 FOLDERS = [CHECKPOINTS / f"{family}{end}" for family in FAMILIES for end in ("", "-outlier")]
 
 
