@@ -61,9 +61,20 @@ def _patches_times(x, weight, kernel):
 
 def convolve(x, weight, stride, padding, **options) -> jax.Array:
     """x [batch, *space, in] with weight [out, in, *kernel] -> [batch, *space', out]."""
+    if mixes_first_axis_alone(weight.shape[2:], stride, padding):
+        # Along the other two nothing is mixed, so they are one: convolutions over two axes are fast everywhere.
+        flat = rearrange(x, "b f h w c -> b f (h w) c")
+        y = convolve(flat, weight[..., 0], stride[:2], padding[:2], **options)  # o i k 1 1 -> o i k 1
+        return rearrange(y, "b f (h w) c -> b f h w c", h=x.shape[2])
     space = "DHW"[3 - len(stride) :]
     layout = (f"N{space}C", f"OI{space}", f"N{space}C")
     return jax.lax.conv_general_dilated(x, weight, stride, padding, dimension_numbers=layout, **options)
+
+
+def mixes_first_axis_alone(kernel: tuple[int, ...], stride: tuple[int, ...], padding: Padding) -> bool:
+    """Whether a convolution over three axes, such as one over frames, is one over the first."""
+    still = all(k == 1 and s == 1 and not any(p) for k, s, p in list(zip(kernel, stride, padding, strict=True))[1:])
+    return len(kernel) == 3 and still
 
 
 class QuantizedConv(QuantizedLayer):
@@ -71,7 +82,8 @@ class QuantizedConv(QuantizedLayer):
 
     A product here sums over positions too, so activations can have no finer range than "tensor" (dynamic: one a
     sample; static: one in all). Integer execution is for one and two axes away from GPUs; int8 convolution over three
-    axes is slower than bf16 on TPU and unreliable on GPU, so there the same integers are multiplied as floats.
+    axes is slower than bf16 on TPU and unreliable on GPU, so there the same integers are multiplied as floats. A kernel
+    of three axes that mixes the first alone (frames) counts as one of two.
 
     Attributes, beside those of every quantized layer (`in` is in * kernel here):
         kernel, stride, padding: One entry a spatial axis.
@@ -96,7 +108,8 @@ class QuantizedConv(QuantizedLayer):
         else:
             rows = rearrange(x, "b ... c -> b (...) c")
             scale, zero_point = self._input_range(rows)
-            integer = self.execution == "integer" and len(self.kernel) < 3 and jax.default_backend() != "gpu"
+            few = len(self.kernel) < 3 or mixes_first_axis_alone(self.kernel, self.stride, self.padding)
+            integer = self.execution == "integer" and few and jax.default_backend() != "gpu"
             y = (self._integer if integer else self._simulated)(x, rows, scale, zero_point)
         return y.astype(dtype) if self.bias is None else (y + self.bias[...].astype(y.dtype)).astype(dtype)
 
