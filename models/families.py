@@ -11,6 +11,8 @@ from models.cogvideox import CogVideoXModel
 from models.cogvideox_config import CogVideoXConfig
 from models.hunyuanvideo import HunyuanVideoModel
 from models.hunyuanvideo_config import HunyuanVideoConfig
+from models.unet_3d import UNet3DConditionModel
+from models.unet_3d_config import UNet3DConfig
 from models.unet_motion import UNetMotionModel
 from models.unet_motion_config import UNetMotionConfig
 from models.wan import WanConfig, WanModel
@@ -33,6 +35,7 @@ MOST_LAYERS, MOST = 1000, 2**20
 FAMILIES = {
     "CogVideoXTransformer3DModel": Family("cogvideox", CogVideoXConfig, CogVideoXModel),
     "HunyuanVideoTransformer3DModel": Family("hunyuanvideo", HunyuanVideoConfig, HunyuanVideoModel),
+    "UNet3DConditionModel": Family("modelscope", UNet3DConfig, UNet3DConditionModel),
     "UNetMotionModel": Family("animatediff", UNetMotionConfig, UNetMotionModel),
     "WanTransformer3DModel": Family("wan", WanConfig, WanModel),
 }

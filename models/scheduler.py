@@ -41,6 +41,13 @@ PUBLISHED = {
             steps_offset=1, prediction_type="epsilon",
         ), 25, 7.5,
     ),
+    # modelscope/modelscope:modelscope/models/multi_modal/video_synthesis/{text_to_video_synthesis_model,diffusion}.py.
+    "modelscope": SamplingDefaults(
+        DDIM(
+            snr_shift_scale=1.0, rescale_betas_zero_snr=False, set_alpha_to_one=False, timestep_spacing="leading",
+            steps_offset=1, prediction_type="epsilon",
+        ), 50, 9.0,
+    ),
 }  # fmt: skip
 
 # diffusers' class -> (what it is here, our field: (its field, its default), what must hold: field: only value).

@@ -24,6 +24,7 @@ from qvdjax.nn import Conv, GroupNorm, Linear
 from qvdjax.parallel.rules import constrain
 
 ONE_AROUND = ((1, 1), (1, 1))  # padding of every convolution of 3 x 3
+ALONG_FRAMES = {"kernel": (3, 1, 1), "padding": ((1, 1), (0, 0), (0, 0))}  # a frame and its two neighbours
 Parts = Sequence[tuple[str, str, nnx.Module]]
 """(name of the group, number in it, module), in the order in which they are applied. A module takes a sample (batch,
 frames, height, width, channels) and the conditioning, and returns a sample."""
@@ -37,32 +38,38 @@ class ResnetBlock(nnx.Module):
         time_dim: Features of the time embedding.
         groups, epsilon: Of the norms.
         joint: Whether norms take mean and variance over all frames; otherwise over each on its own.
+        along_frames: Whether convolutions mix a position's neighbouring frames; otherwise a frame's neighbouring
+            positions.
     """
 
     def __init__(
         self, channels: int, width: int, time_dim: int, *, groups: int, epsilon: float, joint: bool = False,
-        key: jax.Array, dtype,
+        along_frames: bool = False, key: jax.Array, dtype,
     ):  # fmt: skip
         keys = jax.random.split(key, 4)
+        mixes = ALONG_FRAMES if along_frames else {"kernel": (3, 3), "padding": ONE_AROUND}
         norm = functools.partial(GroupNorm, groups=groups, epsilon=epsilon, dtype=dtype)
         conv = functools.partial(Conv, role="convolution", dtype=dtype)
         across, back = ("mlp", "embed"), ("embed", "mlp")
         self.norm1, self.norm2 = norm(channels), norm(width, axis="mlp")
-        self.conv1 = conv(channels, width, (3, 3), padding=ONE_AROUND, axes=across, key=keys[0])
+        self.conv1 = conv(channels, width, **mixes, axes=across, key=keys[0])
         self.time_emb_proj = Linear(time_dim, width, role="temporal_feature", axes=across, key=keys[1], dtype=dtype)
-        self.conv2 = conv(width, width, (3, 3), padding=ONE_AROUND, axes=back, key=keys[2])
+        self.conv2 = conv(width, width, **mixes, axes=back, key=keys[2])
         shortcut = functools.partial(conv, channels, width, (1, 1), axes=("embed", None), key=keys[3])
         self.conv_shortcut = None if channels == width else shortcut()
-        self.joint = joint
+        self.joint, self.along_frames = joint, along_frames
 
     def __call__(self, x: jax.Array, conditioning: UNetConditioning) -> jax.Array:
         """x (batch, frames, height, width, channels) -> like x with `width` channels."""
-        inner = per_frame(self.conv1, normalised(self.norm1, x, joint=self.joint))
+        inner = self._convolve(self.conv1, normalised(self.norm1, x, joint=self.joint))
         # (batch, width), the same for all frames
         shift = self.time_emb_proj(jax.nn.silu(conditioning.time_embedding))
         inner = inner + shift[:, None, None, None, :]  # b c -> b 1 1 1 c
-        inner = per_frame(self.conv2, normalised(self.norm2, inner, joint=self.joint))
+        inner = self._convolve(self.conv2, normalised(self.norm2, inner, joint=self.joint))
         return inner + (x if self.conv_shortcut is None else per_frame(self.conv_shortcut, x))
+
+    def _convolve(self, conv: Conv, x: jax.Array) -> jax.Array:
+        return conv(x) if self.along_frames else per_frame(conv, x)
 
 
 class _Layer(nnx.Module):

@@ -84,6 +84,11 @@ class UNetConfig:
         return self.cross_attention_dim
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that are sampled."""
+        return self.in_channels
+
+    @property
     def text_tokens(self) -> int:
         """Length that CLIP's texts are padded to."""
         return 77
