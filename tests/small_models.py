@@ -52,6 +52,13 @@ UNET_3D = {
     "norm_eps": 1e-5,
 }  # fmt: skip
 
+UNET_SPATIO_TEMPORAL = {
+    "_class_name": "UNetSpatioTemporalConditionModel", "in_channels": 8, "out_channels": 5,
+    "block_out_channels": [32, 64], "down_block_types": ["CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"],
+    "up_block_types": ["UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"], "layers_per_block": 1,
+    "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24, "cross_attention_dim": 24,
+    "num_attention_heads": [2, 4], "num_frames": 3, "sample_size": 8,
+}  # fmt: skip
 
 
 def randomised(model, seed: int = 0):
@@ -131,6 +138,23 @@ def unet_inputs(batch: int = 2, seed: int = 0, dtype=jnp.float32) -> dict:
 def unet_3d(seed: int = 0, dtype=jnp.float32, **fields):
     """ModelScope's video UNet of two levels with random parameters."""
     return randomised(models.abstract({**UNET_3D, **fields}, dtype=dtype), seed)
+
+
+def unet_spatio_temporal(seed: int = 0, dtype=jnp.float32, **fields):
+    """Stable Video Diffusion's UNet of two levels with random parameters."""
+    return randomised(models.abstract({**UNET_SPATIO_TEMPORAL, **fields}, dtype=dtype), seed)
+
+
+def unet_spatio_temporal_inputs(batch: int = 2, seed: int = 0, dtype=jnp.float32) -> dict:
+    """Inputs of that model: three frames, not square, two timesteps."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return {
+        "latents": jax.random.normal(keys[0], (batch, 3, 4, 6, 5), dtype),
+        "timestep": jnp.linspace(-1.5, 1.6, batch, dtype=dtype),
+        "context": jax.random.normal(keys[1], (batch, 1, 24), dtype),
+        "image_latents": jax.random.normal(keys[2], (batch, 1, 4, 6, 3), dtype),
+        "added_time_ids": jnp.broadcast_to(jnp.array([6.0, 127.0, 0.02], dtype), (batch, 3)),
+    }
 
 
 def pipeline(words: tuple[str, ...], text_dim: int, **fields) -> Pipeline:
