@@ -57,16 +57,28 @@ class FeedForward(nnx.Module):
 
 
 class TimestepEmbedding(nnx.Module):
-    """Sinusoid of a number, Linear, SiLU, Linear; a float32 island."""
+    """Sinusoid of a number, or of several side by side, Linear, SiLU, Linear; a float32 island.
 
-    def __init__(self, frequencies: int, width: int, *, key: jax.Array, dtype, role: Role = "time"):
+    Args:
+        frequencies: Features of a number's sinusoid.
+        width: Features inside, and of the result.
+        numbers: How many are embedded together.
+        out: Features of the result where they are not `width`.
+    """
+
+    def __init__(
+        self, frequencies: int, width: int, *, key: jax.Array, dtype, role: Role = "time", numbers: int = 1,
+        out: int | None = None,
+    ):  # fmt: skip
         keys = jax.random.split(key)
         island = {"role": role, "axes": ("embed", None), "dtype": dtype, "keep_float32": True}
-        self.linear_1 = Linear(frequencies, width, key=keys[0], **island)
-        self.linear_2 = Linear(width, width, key=keys[1], **island)
+        self.linear_1 = Linear(numbers * frequencies, width, key=keys[0], **island)
+        self.linear_2 = Linear(width, width if out is None else out, key=keys[1], **island)
         self.frequencies = frequencies
 
     def __call__(self, timestep: jax.Array, dtype) -> jax.Array:
-        """(batch,) -> (batch, width), in `dtype` and at least float32."""
+        """(batch,), or (batch, numbers) of several -> (batch, out), in `dtype` and at least float32."""
         wide = jnp.promote_types(dtype, jnp.float32)
-        return self.linear_2(jax.nn.silu(self.linear_1(timestep_sinusoid(timestep, self.frequencies).astype(wide))))
+        sinusoid = timestep_sinusoid(timestep, self.frequencies).astype(wide)  # (batch, [numbers,] frequencies)
+        sinusoid = sinusoid.reshape(len(sinusoid), -1)  # b [n] f -> b ([n] f)
+        return self.linear_2(jax.nn.silu(self.linear_1(sinusoid)))

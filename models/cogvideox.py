@@ -15,6 +15,7 @@ from flax import nnx
 from models.blocks import FeedForward, TimestepEmbedding, merge_heads, modulate, query_key_value, split_heads
 from models.cogvideox_config import CogVideoXConfig, check_sizes
 from models.cogvideox_positions import rotary_tables, sine_table
+from models.inputs import join_image
 from qvdjax.errors import UserError
 from qvdjax.nn import (
     Attention,
@@ -224,7 +225,7 @@ class CogVideoXModel(VideoModel):
         """
         config = self.config
         if image_latents is not None:
-            latents = _joined(latents, image_latents)
+            latents = join_image(latents, image_latents)
         check_sizes(config, latents.shape, context.shape)
         if ofs is not None and self.ofs_embedding is None:
             raise UserError("this model takes no ofs", remedy="leave it out: only CogVideoX 1.5 image-to-video does")
@@ -253,13 +254,3 @@ class CogVideoXModel(VideoModel):
         (f, h, w), (r, p, q) = conditioning.grid, self.config.patch
         pattern = "b (f h w) (c r p q) -> b (f r) (h p) (w q) c"
         return rearrange(out, pattern, f=f, h=h, w=w, r=r, p=p, q=q)
-
-
-def _joined(latents: jax.Array, image_latents: jax.Array) -> jax.Array:
-    """Both, side by side along channels."""
-    if image_latents.shape[:-1] != latents.shape[:-1]:
-        raise UserError(
-            f"image_latents of shape {image_latents.shape} do not fit latents of shape {latents.shape}",
-            remedy="give as many videos, frames, rows and columns",
-        )
-    return jnp.concatenate([latents, image_latents.astype(latents.dtype)], axis=-1)

@@ -126,6 +126,11 @@ class CogVideoXConfig:
         return self.text_embed_dim
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that are sampled."""
+        return self.in_channels
+
+    @property
     def text_tokens(self) -> int:
         """Length that texts are padded to."""
         return self.max_text_seq_length

@@ -11,8 +11,12 @@ from models.cogvideox import CogVideoXModel
 from models.cogvideox_config import CogVideoXConfig
 from models.hunyuanvideo import HunyuanVideoModel
 from models.hunyuanvideo_config import HunyuanVideoConfig
+from models.unet_3d import UNet3DConditionModel
+from models.unet_3d_config import UNet3DConfig
 from models.unet_motion import UNetMotionModel
 from models.unet_motion_config import UNetMotionConfig
+from models.unet_spatio_temporal import UNetSpatioTemporalConditionModel
+from models.unet_spatio_temporal_config import UNetSpatioTemporalConfig
 from models.wan import WanConfig, WanModel
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
@@ -33,7 +37,11 @@ MOST_LAYERS, MOST = 1000, 2**20
 FAMILIES = {
     "CogVideoXTransformer3DModel": Family("cogvideox", CogVideoXConfig, CogVideoXModel),
     "HunyuanVideoTransformer3DModel": Family("hunyuanvideo", HunyuanVideoConfig, HunyuanVideoModel),
+    "UNet3DConditionModel": Family("modelscope", UNet3DConfig, UNet3DConditionModel),
     "UNetMotionModel": Family("animatediff", UNetMotionConfig, UNetMotionModel),
+    "UNetSpatioTemporalConditionModel": Family(
+        "stable-video-diffusion", UNetSpatioTemporalConfig, UNetSpatioTemporalConditionModel
+    ),
     "WanTransformer3DModel": Family("wan", WanConfig, WanModel),
 }
 

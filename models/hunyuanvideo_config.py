@@ -75,6 +75,11 @@ class HunyuanVideoConfig:
         return self.text_embed_dim
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that are sampled."""
+        return self.in_channels
+
+    @property
     def text_tokens(self) -> int:
         """Length that texts are padded to (Tencent-Hunyuan/HunyuanVideo:hyvideo/config.py, text-len)."""
         return 256

@@ -1,6 +1,22 @@
 """What the inputs of every family must be, as errors for people; shapes alone are looked at."""
 
+import jax
+import jax.numpy as jnp
+
 from qvdjax.errors import UserError
+
+
+def join_image(latents: jax.Array, image_latents: jax.Array) -> jax.Array:
+    """Latents (batch, frames, height, width, channels) and an image's, side by side along channels.
+
+    Raises `UserError` where they do not fit.
+    """
+    if image_latents.shape[:-1] != latents.shape[:-1]:
+        raise UserError(
+            f"image_latents of shape {image_latents.shape} do not fit latents of shape {latents.shape}",
+            remedy="give as many videos, frames, rows and columns",
+        )
+    return jnp.concatenate([latents, image_latents.astype(latents.dtype)], axis=-1)
 
 
 def check_channels(latents: tuple[int, ...], channels: int, about: str = "") -> None:

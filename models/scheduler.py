@@ -12,7 +12,7 @@ from typing import Any
 
 from models.families import family_of
 from qvdjax.checkpoint.folder import CONFIG, read_json
-from qvdjax.diffusion import DDIM, DPMSolverSDE, FlowMatchEuler, Solver, UniPCFlow
+from qvdjax.diffusion import DDIM, DPMSolverSDE, EulerEDM, FlowMatchEuler, Solver, UniPCFlow
 from qvdjax.errors import UserError
 
 SCHEDULER = "scheduler_config.json"
@@ -25,6 +25,7 @@ class SamplingDefaults:
     solver: Solver
     steps: int
     guidance_scale: float
+    first_frame_guidance: float | None = None
 
 
 PUBLISHED = {
@@ -41,6 +42,15 @@ PUBLISHED = {
             steps_offset=1, prediction_type="epsilon",
         ), 25, 7.5,
     ),
+    # modelscope/modelscope:modelscope/models/multi_modal/video_synthesis/{text_to_video_synthesis_model,diffusion}.py.
+    "modelscope": SamplingDefaults(
+        DDIM(
+            snr_shift_scale=1.0, rescale_betas_zero_snr=False, set_alpha_to_one=False, timestep_spacing="leading",
+            steps_offset=1, prediction_type="epsilon",
+        ), 50, 9.0,
+    ),
+    # diffusers:pipelines/stable_video_diffusion/pipeline_stable_video_diffusion.py.
+    "stable-video-diffusion": SamplingDefaults(EulerEDM(), 25, 3.0, first_frame_guidance=1.0),
 }  # fmt: skip
 
 # diffusers' class -> (what it is here, our field: (its field, its default), what must hold: field: only value).
@@ -86,10 +96,22 @@ KNOWN = {
         DDIM, _GENERAL_DDIM, {**_TRAINED, "trained_betas": None, "clip_sample": False, "thresholding": False},
     ),
     "CogVideoXDDIMScheduler": (DDIM, _VARIANCE_PRESERVING, {**_TRAINED, "trained_betas": None}),
+    # As Stable Video Diffusion has it. "leading" is how the first noise level's factor, sqrt(sigma_max^2 + 1), is said.
+    "EulerDiscreteScheduler": (
+        EulerEDM,
+        {"sigma_min": ("sigma_min", None), "sigma_max": ("sigma_max", None)},
+        {
+            **_TRAINED, **_ONE_GRID, "use_karras_sigmas": True, "timestep_type": "continuous",
+            "prediction_type": "v_prediction", "timestep_spacing": "leading", "final_sigmas_type": "zero",
+        },
+    ),
     "CogVideoXDPMScheduler": (DPMSolverSDE, _VARIANCE_PRESERVING, {**_TRAINED, "trained_betas": None}),
 }  # fmt: skip
 # Where a field that must hold is left out, diffusers' default holds, and for these it is another value.
-_OTHERWISE = {"use_flow_sigmas": False, "prediction_type": "epsilon", "clip_sample": True}
+_OTHERWISE = {
+    "use_flow_sigmas": False, "prediction_type": "epsilon", "clip_sample": True, "timestep_type": "discrete",
+    "timestep_spacing": "linspace", "use_karras_sigmas": False,
+}  # fmt: skip
 
 
 def scheduler_file(folder: str | os.PathLike) -> Path | None:

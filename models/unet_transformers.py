@@ -1,7 +1,8 @@
-"""The two transformers inside a layer of the video UNet: over the positions of a frame, and over the frames.
+"""The two transformers inside a layer of a video UNet: over the positions of a frame, and over the frames.
 
 Read in diffusers 0.42 `models/transformers/transformer_2d.py`, `models/unets/unet_motion_model.py`
-(AnimateDiffTransformer3D) and `models/attention.py` (BasicTransformerBlock).
+(AnimateDiffTransformer3D), `models/transformers/transformer_temporal.py` (TransformerTemporalModel) and
+`models/attention.py` (BasicTransformerBlock).
 """
 
 import functools
@@ -13,16 +14,10 @@ from einops import rearrange
 from flax import nnx
 
 from models.blocks import merge_heads, split_heads
-from models.unet_motion_config import UNetMotionConfig
+from models.unet_stream import UNetConditioning, per_frame
 from qvdjax.nn import Attention, Buffer, Conv, GroupNorm, LayerNorm, Linear
 
 EPSILON = 1e-6  # of both transformers' group norms, whatever `norm_eps` says
-
-
-def per_frame(layer, x: jax.Array) -> jax.Array:
-    """Apply a layer of images to every frame: (batch, frames, height, width, in) -> (..., height', width', out)."""
-    y = layer(rearrange(x, "b f h w c -> (b f) h w c"))
-    return rearrange(y, "(b f) h w c -> b f h w c", b=x.shape[0])
 
 
 class UNetAttention(nnx.Module):
@@ -98,67 +93,94 @@ class PositionTable(nnx.Module):
         self.pe = Buffer(jnp.asarray(table, dtype), axes=(None, None, "embed"))
 
 
-class MotionBlock(_Block):
-    """Attention over the frames of a position, twice, and feed-forward; attention alone sees where a frame stands."""
+def batched(attention: UNetAttention) -> UNetAttention:
+    """For sequences of some 16 frames, thousands of them: one batched product everywhere. Kernels of flash attention
+    are made for long sequences, and one after the other these would take a CPU for ever."""
+    attention.attention.implementation = "xla"
+    return attention
 
-    def __init__(self, width: int, heads: int, positions: int, *, key: jax.Array, dtype):
+
+class TemporalBlock(_Block):
+    """Attention over the frames of a position, twice, and feed-forward.
+
+    Where there is a table of positions, attention alone sees it.
+    """
+
+    def __init__(self, width: int, heads: int, positions: int | None, *, key: jax.Array, dtype):
         super().__init__(width, heads, width, key=key, dtype=dtype)
-        self.pos_embed = PositionTable(positions, width, dtype=dtype)
-        # Sequences of some 16 frames, thousands of them: one batched product everywhere. Kernels of flash attention are
-        # made for long sequences, and one after the other these would take a CPU for ever.
-        self.attn1.attention.implementation = self.attn2.attention.implementation = "xla"
+        self.pos_embed = None if positions is None else PositionTable(positions, width, dtype=dtype)
+        batched(self.attn1), batched(self.attn2)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (sequences, frames, width) -> the same."""
-        table = self.pos_embed.pe[...][:, : x.shape[1]]  # (1, frames, width)
         for norm, attention in ((self.norm1, self.attn1), (self.norm2, self.attn2)):
             placed = norm(x)
-            placed = (placed + table.astype(placed.dtype)).astype(x.dtype)
+            if self.pos_embed is not None:
+                table = self.pos_embed.pe[...][:, : x.shape[1]]  # (1, frames, width)
+                placed = placed + table.astype(placed.dtype)
+            placed = placed.astype(x.dtype)
             x = x + attention(placed, placed)
         return x + self.ff(self.norm3(x).astype(x.dtype))
 
 
 class SpatialTransformer(nnx.Module):
-    """Group norm, projection, a SpatialBlock, projection, and the input added; the norm is over one frame."""
+    """Group norm, projection, a SpatialBlock, projection, and the input added; the norm is over one frame.
 
-    def __init__(self, config: UNetMotionConfig, width: int, *, key: jax.Array, dtype):
+    Args:
+        width: Channels of the stream, and features inside.
+        heads: Attention heads.
+        context: Features of the text.
+        groups: Of the norm.
+        linear: Whether projections are linear layers.
+    """
+
+    def __init__(self, width: int, heads: int, context: int, groups: int, *, linear: bool, key: jax.Array, dtype):
         keys = jax.random.split(key, 3)
-        self.norm = GroupNorm(width, config.norm_num_groups, epsilon=EPSILON, dtype=dtype)
-        block = SpatialBlock(width, config.num_attention_heads, config.cross_attention_dim, key=keys[0], dtype=dtype)
-        self.transformer_blocks = nnx.Dict({"0": block})
-        self.proj_in, self.proj_out = (
-            _projection(width, linear=config.use_linear_projection, key=k, dtype=dtype) for k in keys[1:]
-        )
+        self.norm = GroupNorm(width, groups, epsilon=EPSILON, dtype=dtype)
+        self.transformer_blocks = nnx.Dict({"0": SpatialBlock(width, heads, context, key=keys[0], dtype=dtype)})
+        self.proj_in, self.proj_out = (projection(width, width, linear=linear, key=k, dtype=dtype) for k in keys[1:])
 
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        """x (batch, frames, height, width, channels) -> the same; context (batch, text tokens, text_dim)."""
+    def __call__(self, x: jax.Array, conditioning: UNetConditioning) -> jax.Array:
+        """x (batch, frames, height, width, channels) -> the same."""
         inner = per_frame(self.proj_in, per_frame(self.norm, x).astype(x.dtype))
         tokens = rearrange(inner, "b f h w c -> b f (h w) c")
-        tokens = self.transformer_blocks["0"](tokens, context)
+        tokens = self.transformer_blocks["0"](tokens, conditioning.context)
         return x + per_frame(self.proj_out, tokens.reshape(x.shape))  # b f (h w) c -> b f h w c
 
 
-def _projection(width: int, *, linear: bool, key: jax.Array, dtype) -> Linear | Conv:
+def projection(channels: int, width: int, *, linear: bool, key: jax.Array, dtype) -> Linear | Conv:
     """Between the stream and a transformer: a linear layer, or as checkpoints of SD 1.5 have it a 1 x 1 convolution."""
     common = {"axes": ("embed", None), "key": key, "dtype": dtype}
     if linear:
-        return Linear(width, width, role="projection", **common)
-    return Conv(width, width, (1, 1), role="convolution", **common)
+        return Linear(channels, width, role="projection", **common)
+    return Conv(channels, width, (1, 1), role="convolution", **common)
 
 
-class MotionModule(nnx.Module):
-    """Group norm, projection, a MotionBlock over the frames of each position, projection, and the input added."""
+class TemporalTransformer(nnx.Module):
+    """Group norm, projection, a TemporalBlock over the frames of each position, projection, and the input added.
 
-    def __init__(self, config: UNetMotionConfig, width: int, *, key: jax.Array, dtype):
+    Args:
+        channels: Of the stream.
+        width: Features inside.
+        heads: Attention heads.
+        groups: Of the norm.
+        positions: Frames that the table of positions has; None for no table.
+        joint: Whether the norm takes mean and variance over all frames; otherwise over each on its own.
+    """
+
+    def __init__(
+        self, channels: int, width: int, heads: int, groups: int, *, positions: int | None = None, joint: bool = True,
+        key: jax.Array, dtype,
+    ):  # fmt: skip
         keys = jax.random.split(key, 3)
-        self.norm = GroupNorm(width, config.norm_num_groups, epsilon=EPSILON, dtype=dtype)
-        heads, positions = config.motion_num_attention_heads, config.motion_max_seq_length
-        self.transformer_blocks = nnx.Dict({"0": MotionBlock(width, heads, positions, key=keys[0], dtype=dtype)})
-        self.proj_in, self.proj_out = (_projection(width, linear=True, key=k, dtype=dtype) for k in keys[1:])
-        self.joint = config.motion_group_norm == "joint"
+        self.norm = GroupNorm(channels, groups, epsilon=EPSILON, dtype=dtype)
+        self.transformer_blocks = nnx.Dict({"0": TemporalBlock(width, heads, positions, key=keys[0], dtype=dtype)})
+        self.proj_in = projection(channels, width, linear=True, key=keys[1], dtype=dtype)
+        self.proj_out = projection(width, channels, linear=True, key=keys[2], dtype=dtype)
+        self.joint = joint
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x (batch, frames, height, width, channels) -> the same."""
+    def __call__(self, x: jax.Array, conditioning: UNetConditioning) -> jax.Array:
+        """x (batch, frames, height, width, channels) -> the same; nothing of the conditioning is read."""
         batch, _, height, _, _ = x.shape
         normalised = (self.norm(x) if self.joint else per_frame(self.norm, x)).astype(x.dtype)
         inner = self.proj_in(rearrange(normalised, "b f h w c -> (b h w) f c"))

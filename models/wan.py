@@ -80,6 +80,11 @@ class WanConfig:
         return self.patch_size
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that are sampled."""
+        return self.in_channels
+
+    @property
     def text_tokens(self) -> int:
         """Length that Wan's own code pads texts to (Wan-Video/Wan2.1:wan/configs/shared_config.py, text_len)."""
         return 512

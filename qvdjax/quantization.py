@@ -7,7 +7,7 @@ import jax
 from qvdjax.calibration.dataset import CalibrationSet
 from qvdjax.calibration.ranges import input_ranges
 from qvdjax.calibration.selection import select
-from qvdjax.calibration.steps import first_steps, timesteps_of
+from qvdjax.calibration.steps import first_steps
 from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, Execution, VideoModel, layers_of, refuse_tables
 from qvdjax.ptq import (
@@ -102,7 +102,7 @@ def quantize(
                 model, schemes, calibration, recipe.rounding, fit=fit, ranges=ranges, learned=learned
             )
         if recipe.feature_grids is not None:
-            schemes, features = fit_feature_grids(model, schemes, recipe.feature_grids, timesteps_of(calibration))
+            schemes, features = fit_feature_grids(model, schemes, recipe.feature_grids, calibration)
     execution = execution or best_execution()[0]
     quantized = apply_schemes(
         model, schemes, execution=execution, fit=recipe.transform, ranges=ranges, edges=edges, rounded=rounded

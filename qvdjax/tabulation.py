@@ -22,6 +22,8 @@ from qvdjax.nn import (
 )  # fmt: skip
 from qvdjax.nn.variables import dotted, replace
 
+MOST_NEGATIVE = 10  # a quarter of the logarithm of a noise level of 4e-18
+
 
 def tabulate(model: VideoModel, timesteps: Iterable[float], *, sampler: str = "") -> VideoModel:
     """A model whose layers that see the timestep alone are tables, for one sampler's timesteps.
@@ -33,8 +35,8 @@ def tabulate(model: VideoModel, timesteps: Iterable[float], *, sampler: str = ""
 
     Args:
         model: Float or quantized, left as it is. A quantized layer is tabulated as it computes, at its own execution.
-        timesteps: Those that the sampler visits, 0..1000, as a schedule says them; repeated ones count once. Where
-            tokens that are given as condition have timestep 0, add 0.
+        timesteps: Those that the sampler visits, as a schedule says them; repeated ones count once. Where tokens that
+            are given as condition have timestep 0, add 0.
         sampler: In words, for those who later sample otherwise.
 
     Returns:
@@ -45,8 +47,12 @@ def tabulate(model: VideoModel, timesteps: Iterable[float], *, sampler: str = ""
     """
     refuse_tables(model, "the model", "tabulate the model it was made from")
     held = tuple(dict.fromkeys(float(np.float32(timestep)) for timestep in timesteps))
-    if not held or not all(0 <= timestep <= 1000 for timestep in held):
-        raise UserError(f"tables over the timesteps {held}", remedy="give at least one, all from 0 to 1000")
+    # EDM's timesteps are logarithms, and may be less than 0; no solver's are less than that.
+    if not held or not all(-MOST_NEGATIVE <= timestep <= 1000 for timestep in held):
+        raise UserError(
+            f"tables over the timesteps {held}",
+            remedy=f"give at least one, all from {-MOST_NEGATIVE} to 1000",
+        )
     outputs = record(model, held)
     if not outputs:
         raise UserError("no layer of this model sees the timestep alone", remedy="there is nothing to tabulate")
@@ -94,7 +100,7 @@ def record(model: VideoModel, timesteps: tuple[float, ...]) -> dict[str, jax.Arr
     for path, layer in _timestep_layers(recording):
         replace(recording, path, Recorder(layer))
     steps, config = len(timesteps), model.config
-    latents = jnp.zeros((steps, *config.least_size, config.in_channels), jnp.float32)
+    latents = jnp.zeros((steps, *config.least_size, config.latent_channels), jnp.float32)
     context = jnp.zeros((steps, config.text_tokens, config.text_dim), jnp.float32)
     conditions = {name: jnp.zeros((steps, *shape), jnp.float32) for name, shape in config.conditions.items()}
     seen = _record(recording, latents, jnp.asarray(timesteps, jnp.float32), context, conditions)

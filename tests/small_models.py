@@ -44,6 +44,22 @@ UNET = {
     "sample_size": 8, "mid_block_scale_factor": 1, "norm_eps": 1e-5,
 }  # fmt: skip
 
+UNET_3D = {
+    "_class_name": "UNet3DConditionModel", "in_channels": 5, "out_channels": 5, "block_out_channels": [16, 32],
+    "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"],
+    "up_block_types": ["UpBlock3D", "CrossAttnUpBlock3D"], "layers_per_block": 1, "norm_num_groups": 4,
+    "cross_attention_dim": 24, "attention_head_dim": 4, "sample_size": 8, "mid_block_scale_factor": 1,
+    "norm_eps": 1e-5,
+}  # fmt: skip
+
+UNET_SPATIO_TEMPORAL = {
+    "_class_name": "UNetSpatioTemporalConditionModel", "in_channels": 8, "out_channels": 5,
+    "block_out_channels": [32, 64], "down_block_types": ["CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"],
+    "up_block_types": ["UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"], "layers_per_block": 1,
+    "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24, "cross_attention_dim": 24,
+    "num_attention_heads": [2, 4], "num_frames": 3, "sample_size": 8,
+}  # fmt: skip
+
 
 def randomised(model, seed: int = 0):
     """Every parameter drawn anew, so that a zero or one of the initialisation cannot hide a mistake.
@@ -117,6 +133,28 @@ def unet(seed: int = 0, dtype=jnp.float32, **fields):
 def unet_inputs(batch: int = 2, seed: int = 0, dtype=jnp.float32) -> dict:
     """Inputs of that model: three frames, not square, two timesteps."""
     return _latents_and_context(jax.random.split(jax.random.key(seed), 2), (batch, 3, 4, 6, 5), dtype)
+
+
+def unet_3d(seed: int = 0, dtype=jnp.float32, **fields):
+    """ModelScope's video UNet of two levels with random parameters."""
+    return randomised(models.abstract({**UNET_3D, **fields}, dtype=dtype), seed)
+
+
+def unet_spatio_temporal(seed: int = 0, dtype=jnp.float32, **fields):
+    """Stable Video Diffusion's UNet of two levels with random parameters."""
+    return randomised(models.abstract({**UNET_SPATIO_TEMPORAL, **fields}, dtype=dtype), seed)
+
+
+def unet_spatio_temporal_inputs(batch: int = 2, seed: int = 0, dtype=jnp.float32) -> dict:
+    """Inputs of that model: three frames, not square, two timesteps."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return {
+        "latents": jax.random.normal(keys[0], (batch, 3, 4, 6, 5), dtype),
+        "timestep": jnp.linspace(-1.5, 1.6, batch, dtype=dtype),
+        "context": jax.random.normal(keys[1], (batch, 1, 24), dtype),
+        "image_latents": jax.random.normal(keys[2], (batch, 1, 4, 6, 3), dtype),
+        "added_time_ids": jnp.broadcast_to(jnp.array([6.0, 127.0, 0.02], dtype), (batch, 3)),
+    }
 
 
 def pipeline(words: tuple[str, ...], text_dim: int, **fields) -> Pipeline:

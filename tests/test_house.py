@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STOREYS = ("qvdjax", "models", "conversion", "experiments")  # lowest first
-FAMILIES = ("wan", "cogvideo", "cogvideox", "hunyuan", "hunyuanvideo", "animatediff")
+FAMILIES = ("wan", "cogvideo", "cogvideox", "hunyuan", "hunyuanvideo", "animatediff", "modelscope")
 MOST_LINES = 600
 
 FILES = sorted(path for storey in STOREYS for path in (ROOT / storey).rglob("*.py"))

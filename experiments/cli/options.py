@@ -72,9 +72,11 @@ class Solver:
     """The steps that the sampler takes."""
 
     _: KW_ONLY
-    solver: hinted(Literal["unipc", "euler", "ddim", "dpm-sde"], "{unipc,euler,ddim,dpm-sde}", FOLDERS) = None
+    solver: hinted(
+        Literal["unipc", "euler", "ddim", "dpm-sde", "euler-edm"], "{unipc,euler,ddim,dpm-sde,euler-edm}", FOLDERS
+    ) = None
     """Sampler: unipc and euler for flow matching; ddim and, with noise at every step, dpm-sde for
-    variance-preserving models such as CogVideoX."""
+    variance-preserving models such as CogVideoX; euler-edm for Stable Video Diffusion."""
     sigma_grid: hinted(Literal["original", "diffusers"], "{original,diffusers}", "original") = None
     """Noise levels of unipc: those of Wan's own code or of diffusers."""
     shift: RealOfFolder = None
@@ -95,6 +97,8 @@ class Sampler(Solver):
     """Let the guidance vary over the steps: as CogVideoX's programs do, by the timestep, or smoothly."""
     guidance_until: Real = 0.0
     """Timestep (0..1000) below which steps are not guided; 400 is DSAQuant's, its last nine of fifty steps."""
+    first_frame_guidance: hinted(Real, "FLOAT", "the folder's, or as in all frames") = None
+    """Guidance scale of the first frame, from which it rises evenly to the guidance scale in the last."""
     frames: WholeOfFolder = None
     """Frames of the latents (not of the video)."""
     height: WholeOfFolder = None

@@ -9,7 +9,7 @@ from qvdjax.errors import UserError
 MOST_SEEDS = 10_000
 SETTINGS = (
     "steps", "guidance_scale", "shift", "solver", "sigma_grid", "frames", "height", "width",
-    "negative_prompt", "dynamic_guidance", "guidance_until",
+    "negative_prompt", "dynamic_guidance", "guidance_until", "first_frame_guidance",
 )  # fmt: skip
 LARGEST_SEED = 2**31 - 1  # what jax.random.key takes where 64-bit integers are off
 

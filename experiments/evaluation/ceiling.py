@@ -10,6 +10,7 @@ import numpy as np
 import models
 from experiments.evaluation.setup import Setup
 from qvdjax.checkpoint import CheckpointFolder
+from qvdjax.diffusion.guidance import of_branch
 
 
 def speed_ceiling_of_folder(folder: Path, setup: Setup) -> dict:
@@ -17,9 +18,8 @@ def speed_ceiling_of_folder(folder: Path, setup: Setup) -> dict:
     model = models.abstract(CheckpointFolder.open(folder).config)
     shapes = ((1, *setup.latents_shape), (1,), (1, *setup.context.shape[1:]))
     inputs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
-    conditions = {
-        name: jax.ShapeDtypeStruct((1, *array.shape[1:]), np.float32) for name, array in setup.conditions.items()
-    }
+    own = of_branch(setup.conditions, negative=False)
+    conditions = {name: jax.ShapeDtypeStruct((1, *array.shape[1:]), np.float32) for name, array in own.items()}
     return speed_ceiling(count_operations(model, *inputs, **conditions))
 
 

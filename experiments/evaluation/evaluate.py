@@ -170,6 +170,7 @@ def _sampling(setup: Setup, options: Options) -> dict:
         "guidance_scale": setup.guidance_scale,
         "dynamic_guidance": setup.dynamic_guidance,
         "guidance_until": setup.guidance_until,
+        "first_frame_guidance": setup.first_frame_guidance,
         "guided_steps": setup.steps if setup.embedded else setup.guided_count,
         "negative_prompt": setup.negative_prompt,
         "latents": list(setup.latents_shape),

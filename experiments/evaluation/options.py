@@ -24,6 +24,7 @@ class Options:
         dynamic_guidance: Let the guidance vary over the steps, see `qvdjax.diffusion.guidance_scales`.
         guidance_until: Timestep below which steps are not guided, see `qvdjax.diffusion.guidance.guided_steps`; the
             prediction with the context alone is compared there.
+        first_frame_guidance: Let the guidance rise over the frames from this, see `qvdjax.diffusion.guidance_scales`.
         context_file: For folders without a `pipeline.json`, instead of prompts: safetensors with `context`
             and `negative_context` as `qvdjax sample` reads them. There is no video then, only latents.
         frames, height, width: Of the latents; the folder's by default.
@@ -46,6 +47,7 @@ class Options:
     negative_prompt: str | None = None
     dynamic_guidance: str | None = None
     guidance_until: float = 0.0
+    first_frame_guidance: float | None = None
     context_file: Path | None = None
     frames: int | None = None
     height: int | None = None

@@ -178,6 +178,8 @@ def provenance(metrics: Mapping) -> Markup:
 def _guidance(sampling: Mapping) -> str:
     scale, varies = f"scale {sampling['guidance_scale']:g}", sampling["dynamic_guidance"]
     kind = f" that varies by {varies}" if varies else ""
+    if (first := sampling.get("first_frame_guidance")) is not None:
+        kind = f" in the last frame, {first:g} in the first"
     return f"{scale}{kind}, in {sampling['guided_steps']} of {sampling['steps']} steps"
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import models
 from experiments.evaluation.options import Options
 from experiments.moving_shapes import captions
-from experiments.sampling.request import GUIDANCE, request_from_context, sampler_of
+from experiments.sampling.conditions import GUIDANCE
+from experiments.sampling.request import request_from_context, sampler_of
 from models.pipeline import FILE, Pipeline
 from qvdjax.diffusion import Solver, guidance_scales, guided_steps, initial_noise, solver_name
 from qvdjax.errors import UserError
@@ -29,7 +30,8 @@ class Setup:
         context: float32 (samples, tokens, dim).
         negative_context: The same; None without guidance.
         latents_shape: (frames, height, width, channels) of one sample.
-        solver, steps, guidance_scale, dynamic_guidance, guidance_until: See `qvdjax.diffusion.sample`.
+        solver, steps, guidance_scale, dynamic_guidance, guidance_until, first_frame_guidance: See
+            `qvdjax.diffusion.sample`.
         pipeline: What decodes the latents; None where nothing does.
         negative_prompt: None where the negative context came from a file.
         conditions: Further inputs of the model by name, float32 (samples, ...); its guidance may be one of them.
@@ -47,13 +49,14 @@ class Setup:
     pipeline: Pipeline | None
     dynamic_guidance: str | None = None
     guidance_until: float = 0.0
+    first_frame_guidance: float | None = None
     negative_prompt: str | None = None
     conditions: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def sampling(self) -> dict:
         """The arguments of `qvdjax.diffusion.sample` that all samples share."""
-        names = ("solver", "steps", "dynamic_guidance", "guidance_until")
+        names = ("solver", "steps", "dynamic_guidance", "guidance_until", "first_frame_guidance")
         return {**{name: getattr(self, name) for name in names}, "guidance_scale": self.scale_between_passes}
 
     @property
@@ -68,13 +71,16 @@ class Setup:
 
     @property
     def timesteps(self) -> np.ndarray:
-        """What the model is told at every step, (steps,), 0..1000."""
+        """What the model is told at every step, (steps,)."""
         return self.solver.schedule(self.steps).timesteps
 
     @property
     def scales(self) -> np.ndarray:
-        """The guidance scale of every step, (steps,)."""
-        return guidance_scales(self.scale_between_passes, self.timesteps, self.dynamic_guidance)
+        """The guidance scale of every step, (steps,), or of every step and frame, (steps, frames)."""
+        return guidance_scales(
+            self.scale_between_passes, self.timesteps, self.dynamic_guidance, first_frame=self.first_frame_guidance,
+            frames=self.latents_shape[0],
+        )  # fmt: skip
 
     @property
     def guided_count(self) -> int:
@@ -147,6 +153,7 @@ def _from_pipeline(folder: Path, options: Options) -> Setup:
         pipeline=pipeline,
         dynamic_guidance=options.dynamic_guidance,
         guidance_until=options.guidance_until,
+        first_frame_guidance=options.first_frame_guidance,
         negative_prompt=negative,
     )
 
@@ -170,6 +177,7 @@ def _from_context(folder: Path, options: Options) -> Setup:
         pipeline=None,
         dynamic_guidance=texts.dynamic_guidance,
         guidance_until=texts.guidance_until,
+        first_frame_guidance=texts.first_frame_guidance,
         conditions={name: array[rows] for name, array in texts.conditions.items()},
     )
 

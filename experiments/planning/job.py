@@ -19,7 +19,7 @@ from experiments.training.checks import check_trainable
 from experiments.training.planned import planned_step
 from experiments.training.settings import check_micro_batches
 from experiments.training.teacher import teacher_recipe
-from models.unet_motion_config import UNetMotionConfig
+from models.unet_config import UNetConfig
 from qvdjax import parallel
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
@@ -154,7 +154,7 @@ def _mesh(topology: str, sizes: Mapping[str, int] | None, config: dict) -> Mesh:
         devices = parallel.topology_mesh(topology).devices.size
         parsed = models.parse_config(config)
         # A UNet's video stays whole on a chip: its convolutions need neighbours, its motion modules all frames.
-        context = 1 if isinstance(parsed, UNetMotionConfig) else math.gcd(devices, parsed.num_attention_heads)
+        context = 1 if isinstance(parsed, UNetConfig) else math.gcd(devices, parsed.num_attention_heads)
         sizes = {"context": context, "fsdp": -1}
     return parallel.topology_mesh(topology, sizes)
 

@@ -37,6 +37,7 @@ def sample_folder(
     negative_prompt: str | None = None,
     dynamic_guidance: str | None = None,
     guidance_until: float = 0.0,
+    first_frame_guidance: float | None = None,
     context_file: Path | None = None,
     frames: int | None = None,
     height: int | None = None,
@@ -66,6 +67,7 @@ def sample_folder(
             `pipeline.json` what its scheduler or its family says, see `models.scheduler`.
         dynamic_guidance: Let the guidance vary over the steps, see `qvdjax.diffusion.guidance_scales`.
         guidance_until: Timestep below which steps are not guided, see `qvdjax.diffusion.guidance.guided_steps`.
+        first_frame_guidance: Let the guidance rise over the frames from this, see `qvdjax.diffusion.guidance_scales`.
         context_file: Safetensors with `context` and `negative_context`, see `request_from_context`.
         frames, height, width: Of the latents (not of the video); the folder's by default.
         fps: Frames a second; the folder's by default.
@@ -90,7 +92,7 @@ def sample_folder(
     folder, output = Path(folder), Path(output)
     settings = Settings(
         steps, guidance_scale, shift, solver, sigma_grid, frames, height, width, negative_prompt, dynamic_guidance,
-        guidance_until,
+        guidance_until, first_frame_guidance,
     )  # fmt: skip
     report = progress or (lambda stage, done, total: None)
     skeleton = models.skeleton(folder, execution=execution)

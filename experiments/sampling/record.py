@@ -22,6 +22,7 @@ def settings_record(request: Request) -> dict:
         "guidance_scale": request.guidance_scale,
         "dynamic_guidance": request.dynamic_guidance,
         "guidance_until": request.guidance_until,
+        "first_frame_guidance": request.first_frame_guidance,
         "solver": solver_name(request.solver),
         **dataclasses.asdict(request.solver),
         "latents": list(request.latents_shape),

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from experiments.sampling.conditions import GUIDANCE, IMAGE, check_guidance, read_conditions, read_context
 from models import scheduler
 from models.pipeline import FILE, Pipeline
 from qvdjax.checkpoint import SafetensorsFile
 from qvdjax.diffusion import Solver, related_solver
+from qvdjax.diffusion.guidance import NEGATIVE
 from qvdjax.errors import UserError
-
-GUIDANCE, MASK = "guidance", "encoder_attention_mask"  # diffusers' names of two conditions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,10 +29,11 @@ class Request:
         context, negative_context: float32 (videos, tokens, dim); the latter None without guidance.
         latents_shape: (frames, height, width, channels) of one video.
         negative_prompt: None where the negative context came from a file.
-        solver, steps, guidance_scale, dynamic_guidance, guidance_until: See `qvdjax.diffusion.sample`. Where the model
-            is given its guidance scale as a condition, it makes one pass.
+        solver, steps, guidance_scale, dynamic_guidance, guidance_until, first_frame_guidance: See
+            `qvdjax.diffusion.sample`. Where the model is given its guidance scale as a condition, it makes one pass.
         pipeline: What decodes the latents; None if nothing does.
-        conditions: Further inputs of the model by name, float32 (videos, ...).
+        conditions: Further inputs of the model by name, float32 (videos, ...); of a guided model of images also what
+            stands in for them in the other pass, see `qvdjax.diffusion.guided`.
     """
 
     prompts: tuple[str | None, ...]
@@ -49,12 +49,15 @@ class Request:
     pipeline: Pipeline | None
     dynamic_guidance: str | None = None
     guidance_until: float = 0.0
+    first_frame_guidance: float | None = None
     conditions: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def sampling(self) -> dict:
         """The arguments of `qvdjax.diffusion.sample` that all videos share."""
-        names = ("solver", "steps", "guidance_scale", "dynamic_guidance", "guidance_until")
+        names = (
+            "solver", "steps", "guidance_scale", "dynamic_guidance", "guidance_until", "first_frame_guidance",
+        )  # fmt: skip
         options = {name: getattr(self, name) for name in names}
         return {**options, "guidance_scale": 1.0} if GUIDANCE in self.conditions else options
 
@@ -74,6 +77,7 @@ class Settings:
     negative_prompt: str | None = None
     dynamic_guidance: str | None = None
     guidance_until: float = 0.0
+    first_frame_guidance: float | None = None
 
     def solver_options(self) -> dict:
         """Fields of the solver, as for `related_solver`."""
@@ -143,6 +147,7 @@ def request_from_pipeline(
         pipeline=pipeline,
         dynamic_guidance=settings.dynamic_guidance,
         guidance_until=settings.guidance_until,
+        first_frame_guidance=settings.first_frame_guidance,
     )
 
 
@@ -155,8 +160,9 @@ def request_from_context(
         folder: The model's, whose scheduler or family says how it is sampled, see `models.scheduler`.
         file: Safetensors with `context` (tokens, dim) or (texts, tokens, dim), made by the model's own text
             encoder, and with `negative_context` (tokens, dim) unless guidance is off or a condition. Of the model's
-            further conditions it holds those of texts, (...) or (texts, ...); `encoder_attention_mask`, ones before
-            zeros, may be left out where no text is padded. Any floating type.
+            further conditions it holds those of texts, (...) or (texts, ...), see
+            `experiments.sampling.conditions.read_conditions`. A model that follows an image takes latents of its size,
+            and zeros are its negative context where there is none. Any floating type.
         config: The model's parsed configuration.
         prompts: Must be None: nothing here could encode them.
 
@@ -172,18 +178,26 @@ def request_from_context(
     defaults = scheduler.sampling_defaults(folder, solver_named=settings.solver is not None)
     guidance_scale = _choose(settings.guidance_scale, defaults.guidance_scale)
     embeddings = SafetensorsFile(file)
-    context = _read_context(embeddings, "context")
-    conditions = _read_conditions(embeddings, config, context.shape[:2])
-    embedded = GUIDANCE in config.conditions
-    if conditions and (embedded or guidance_scale != 1):
-        _check_guidance(settings, embedded=embedded)
+    context = read_context(embeddings, "context")
+    conditions = read_conditions(embeddings, config, context.shape[:2])
+    embedded, image = GUIDANCE in config.conditions, conditions.get(IMAGE)
+    if conditions and image is None and (embedded or guidance_scale != 1):
+        check_guidance(settings, embedded=embedded)
     unguided = embedded or guidance_scale == 1
-    negative = None if unguided else _read_context(embeddings, "negative_context")
+    # Where an image is followed, the other pass is given neither it nor its embedding, as in diffusers' pipeline.
+    nothing = None if image is None else np.zeros((1, *context.shape[1:]), np.float32)
+    negative = None if unguided else read_context(embeddings, "negative_context", default=nothing)
     if negative is not None and negative.shape != (1, *context.shape[1:]):
         raise UserError(
             f"{file}: negative_context is {negative.shape[1:]} beside a context of {context.shape[1:]}",
             remedy="store one of the context's (tokens, dim)",
         )
+    sizes = (None, None, None) if image is None else (config.num_frames, *image.shape[2:4])
+    if image is not None and not unguided:
+        conditions[NEGATIVE + IMAGE] = np.zeros_like(image)
+    first_frame = settings.first_frame_guidance
+    if first_frame is None and settings.dynamic_guidance is None and not unguided:
+        first_frame = defaults.first_frame_guidance
     texts = len(context)
     rows = np.repeat(np.arange(texts), len(seeds))  # texts -> videos, seeds varying fastest
     conditions = {name: array[rows] for name, array in conditions.items()}
@@ -195,7 +209,7 @@ def request_from_context(
         seeds=tuple(int(seed) for seed in seeds) * texts,
         context=context[rows],
         negative_context=None if negative is None else np.repeat(negative, len(rows), axis=0),
-        latents_shape=(*settings.sizes((None, None, None)), config.in_channels),
+        latents_shape=(*settings.sizes(sizes), config.latent_channels),
         negative_prompt=None,
         solver=related_solver(defaults.solver, **settings.solver_options()),
         steps=_choose(settings.steps, defaults.steps),
@@ -203,65 +217,9 @@ def request_from_context(
         pipeline=None,
         dynamic_guidance=settings.dynamic_guidance,
         guidance_until=settings.guidance_until,
+        first_frame_guidance=first_frame,
         conditions=conditions,
     )
-
-
-def _check_guidance(settings: Settings, *, embedded: bool) -> None:
-    """UserError for guidance that a model with conditions cannot be given."""
-    if not math.isfinite(1.0 if settings.guidance_scale is None else settings.guidance_scale):
-        raise UserError(f"the guidance scale is {settings.guidance_scale}", remedy="give a finite number")
-    if not embedded:
-        raise UserError(
-            "guidance between two texts is not done for models with a pooled embedding of the text",
-            remedy="set the guidance scale to 1",
-        )
-    if settings.dynamic_guidance is not None or settings.guidance_until:
-        raise UserError(
-            "this model is given its guidance scale as an input, the same at every step",
-            remedy="leave out --dynamic-guidance and --guidance-until",
-        )
-
-
-def _read_conditions(file: SafetensorsFile, config: Any, texts: tuple[int, int]) -> dict[str, np.ndarray]:
-    """float32 (texts, ...) of what the file says about its texts beside their tokens; `texts` is (texts, tokens)."""
-    conditions = {}
-    for name, shape in config.conditions.items():
-        if name == GUIDANCE or (name == MASK and MASK not in file.tensors):
-            continue
-        if name not in file.tensors:
-            raise UserError(
-                f"{file.path} holds no tensor {name!r}", remedy=f"store it beside `context`, {shape} for each text"
-            )
-        shape = texts[1:] if name == MASK else shape
-        values = file.read(name).astype(np.float32)
-        values = values[None] if values.ndim == len(shape) else values  # (...) -> (1, ...)
-        if values.shape != (texts[0], *shape) or not np.isfinite(values).all():
-            raise UserError(
-                f"{file.path}: {name} of shape {values.shape} is no finite {(texts[0], *shape)} array",
-                remedy="make the file again",
-            )
-        conditions[name] = values
-    mask = conditions.get(MASK)
-    if mask is not None and not (np.isin(mask, (0, 1)).all() and (np.diff(mask, axis=1) <= 0).all()):
-        raise UserError(f"{file.path}: {MASK} is not ones before zeros", remedy="pad texts at their end")
-    return conditions
-
-
-def _read_context(file: SafetensorsFile, name: str) -> np.ndarray:
-    """float32 (texts, tokens, dim)."""
-    if name not in file.tensors:
-        raise UserError(
-            f"{file.path} holds no tensor {name!r}",
-            remedy="store `context` and, for guidance, `negative_context`, or set the guidance scale to 1",
-        )
-    values = file.read(name).astype(np.float32)
-    if values.ndim not in (2, 3) or 0 in values.shape or not np.isfinite(values).all():
-        raise UserError(
-            f"{file.path}: {name} of shape {values.shape} is no finite (texts, tokens, dim) array",
-            remedy="make the file again",
-        )
-    return values[None] if values.ndim == 2 else values  # (tokens, dim) -> (1, tokens, dim)
 
 
 def _file_names(prompts: Sequence[str]) -> dict[str, str]:

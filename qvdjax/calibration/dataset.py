@@ -21,6 +21,7 @@ import numpy as np
 
 from qvdjax.checkpoint import SafetensorsFile, TensorSource, read_json, write_file
 from qvdjax.checkpoint.atomic import disk_errors, new_file
+from qvdjax.diffusion.guidance import of_branch
 from qvdjax.errors import UserError
 from qvdjax.parallel import on_first, together
 
@@ -38,7 +39,8 @@ class Trajectory:
         latents: float32 (steps, frames, height, width, channels), before each step.
         timestep: float32 (steps,).
         context, negative_context: float32 (tokens, dim) each.
-        conditions: Further inputs of the model by name, float32, without a batch axis.
+        conditions: Further inputs of the model by name, float32, without a batch axis; `negative_<name>` is for the
+            negative prompt.
     """
 
     latents: np.ndarray
@@ -57,10 +59,10 @@ class Trajectory:
     def inputs(self, steps: Sequence[int], batch: int = 1) -> Iterator[dict[str, np.ndarray]]:
         """Keyword arguments of the model's call at some steps, with the prompt and then with the negative prompt;
         `batch` rows at a time (the last of a branch may have fewer)."""
-        for context in (self.context, self.negative_context):
+        for context, negative in ((self.context, False), (self.negative_context, True)):
             for start in range(0, len(steps), batch):
                 rows = list(steps[start : start + batch])
-                same = {"context": context, **self.conditions}
+                same = {"context": context, **of_branch(self.conditions, negative=negative)}
                 spread = {name: np.broadcast_to(a, (len(rows), *a.shape)) for name, a in same.items()}
                 yield {"latents": self.latents[rows], "timestep": self.timestep[rows], **spread}
 

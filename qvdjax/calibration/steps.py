@@ -7,22 +7,23 @@ import numpy as np
 
 
 def timesteps_of(batches: Iterable[Mapping[str, jax.Array]]) -> list[float]:
-    """The timesteps of a calibration set, 0..1000, each once, ascending.
+    """The timesteps of a calibration set, each once, ascending.
 
     Where tokens of a sample have timesteps of their own, its largest counts.
     """
-    return sorted({float(t) for inputs in batches for t in _of_samples(inputs)})
+    return sorted({float(t) for inputs in batches for t in of_samples(inputs)})
 
 
 def first_steps(batches: Iterable[Mapping[str, jax.Array]]) -> Iterator[dict[str, np.ndarray]]:
     """The samples of a calibration set at its largest timestep, where sampling begins; goes over the set twice."""
     last = timesteps_of(batches)
     for inputs in batches:
-        rows = np.flatnonzero(_of_samples(inputs) == np.float32(last[-1]))
+        rows = np.flatnonzero(of_samples(inputs) == np.float32(last[-1]))
         if len(rows):
             yield {name: np.asarray(array)[rows] for name, array in inputs.items()}
 
 
-def _of_samples(inputs: Mapping[str, jax.Array]) -> np.ndarray:
+def of_samples(inputs: Mapping[str, jax.Array]) -> np.ndarray:
+    """The timestep of each sample of a batch, float32 (batch,)."""
     timestep = np.asarray(inputs["timestep"], np.float32)
     return timestep if timestep.ndim == 1 else timestep.max(axis=1)  # (batch, tokens) -> (batch,)

@@ -2,6 +2,7 @@
 
 from qvdjax.diffusion.ddim import DDIM
 from qvdjax.diffusion.dpm_sde import DPMSolverSDE
+from qvdjax.diffusion.edm import EulerEDM
 from qvdjax.diffusion.euler import FlowMatchEuler
 from qvdjax.diffusion.examples import Example
 from qvdjax.diffusion.guidance import guidance_scales, guided, guided_steps
@@ -16,6 +17,7 @@ __all__ = [
     "SOLVERS",
     "Compilation",
     "DPMSolverSDE",
+    "EulerEDM",
     "Example",
     "FlowMatchEuler",
     "SampleResult",

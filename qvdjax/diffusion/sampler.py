@@ -49,6 +49,7 @@ def sample(
     guidance_scale: float = 1.0,
     dynamic_guidance: DynamicGuidance | None = None,
     guidance_until: float = 0.0,
+    first_frame_guidance: float | None = None,
     seeds: Sequence[int] | None = None,
     trajectory: bool = False,
     on_step: OnStep | None = None,
@@ -63,7 +64,7 @@ def sample(
 
     Args:
         model: A pytree that is called as `model(latents, timestep, context, **conditions) -> prediction`, with
-            timestep (batch,) float in 0..1000, and predicts what the solver expects.
+            timestep (batch,) float as the solver says it, and predicts what the solver expects.
         context: Text embeddings, (batch, tokens, dim).
         negative_context: The same for what to avoid; needed unless `guidance_scale` is 1.
         noise: (batch, frames, height, width, channels), see `initial_noise`. Its sharding, and the model's,
@@ -73,12 +74,14 @@ def sample(
         guidance_scale: 1 means no guidance.
         dynamic_guidance: Lets the scale vary over the steps, see `guidance_scales`; a scale of 1 stays none.
         guidance_until: Steps below this timestep (0..1000) are not guided, see `guided_steps`.
+        first_frame_guidance: Lets the scale rise over the frames, from this to `guidance_scale`.
         seeds: One per video, those of `initial_noise`; needed by a solver that draws noise at its steps.
         trajectory: Also return the model's inputs.
         on_step: Given, the steps run one by one from Python, and this is called after each. The numbers are
             those of the scan up to rounding.
         doubled_batch: See `guided`.
-        conditions: Further arguments of the model, with a leading batch axis.
+        conditions: Further arguments of the model, with a leading batch axis; those named `negative_<name>` stand in
+            for `<name>` in the pass with the negative context, see `guided`.
 
     Returns:
         The latents and, if asked for, the trajectory. Raises `UserError` for a number of steps below 1, for
@@ -86,7 +89,8 @@ def sample(
         a model whose tables hold other timesteps than the solver's.
     """
     inputs = _inputs(noise, seeds, context, negative_context, guidance_scale, conditions)
-    plan, parts = _plan(model, solver, steps, guidance_scale, dynamic_guidance, guidance_until)
+    scales = Scales(guidance_scale, dynamic_guidance, guidance_until, first_frame_guidance)
+    plan, parts = _plan(model, solver, steps, scales, inputs[0].shape[1])
     run = Run(solver, doubled_batch=doubled_batch, trajectory=trajectory)
     if on_step is None:
         return _scan(run, parts, model, plan, *inputs)
@@ -118,6 +122,7 @@ def compile_sampler(
     guidance_scale: float = 1.0,
     dynamic_guidance: DynamicGuidance | None = None,
     guidance_until: float = 0.0,
+    first_frame_guidance: float | None = None,
     seeds: Sequence[int] | None = None,
     trajectory: bool = False,
     step_loop: bool = False,
@@ -129,7 +134,8 @@ def compile_sampler(
     With `step_loop` it is a single step that is compiled: what `sample` runs when it is given an `on_step`.
     """
     inputs = _inputs(noise, seeds, context, negative_context, guidance_scale, conditions)
-    plan, parts = _plan(model, solver, steps, guidance_scale, dynamic_guidance, guidance_until)
+    scales = Scales(guidance_scale, dynamic_guidance, guidance_until, first_frame_guidance)
+    plan, parts = _plan(model, solver, steps, scales, inputs[0].shape[1])
     run = Run(solver, doubled_batch=doubled_batch, trajectory=trajectory)
     start = time.perf_counter()
     if step_loop:
@@ -176,7 +182,7 @@ class Plan:
 
     Attributes:
         schedule: The solver's.
-        guidance_scales: float32 (steps,).
+        guidance_scales: float32 (steps,) or (steps, frames).
     """
 
     schedule: Schedule
@@ -196,16 +202,25 @@ class Part:
     is_guided: bool
 
 
-def _plan(
-    model, solver: Solver, steps: int, guidance_scale: float, dynamic_guidance: DynamicGuidance | None,
-    guidance_until: float,
-) -> tuple[Plan, tuple[Part, ...]]:  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """What was asked for about guidance, see `sample`."""
+
+    guidance_scale: float
+    dynamic: DynamicGuidance | None
+    until: float
+    first_frame: float | None
+
+
+def _plan(model, solver: Solver, steps: int, asked: Scales, frames: int) -> tuple[Plan, tuple[Part, ...]]:
     """All steps, and the stretches they fall into, those that are not empty; steps that the model cannot take raise."""
     schedule = solver.schedule(steps)
     if isinstance(model, nnx.Module):
         check_timesteps(model, schedule.timesteps)
-    scales = guidance_scales(guidance_scale, schedule.timesteps, dynamic_guidance)
-    count = guided_steps(guidance_scale, schedule.timesteps, guidance_until)
+    scales = guidance_scales(
+        asked.guidance_scale, schedule.timesteps, asked.dynamic, first_frame=asked.first_frame, frames=frames
+    )
+    count = guided_steps(asked.guidance_scale, schedule.timesteps, asked.until)
     parts = (Part(0, count, True), Part(count, steps, False))
     return Plan(schedule, scales.astype(np.float32)), tuple(part for part in parts if part.start < part.stop)
 

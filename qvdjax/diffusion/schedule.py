@@ -25,7 +25,7 @@ class Schedule:
     Every solver adds what its own steps need.
 
     Attributes:
-        timesteps: What the model is told, in 0..1000, shape (steps,).
+        timesteps: What the model is told, shape (steps,): in 0..1000, or as the solver says.
     """
 
     timesteps: np.ndarray

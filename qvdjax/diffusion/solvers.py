@@ -7,13 +7,16 @@ import jax
 
 from qvdjax.diffusion.ddim import DDIM
 from qvdjax.diffusion.dpm_sde import DPMSolverSDE
+from qvdjax.diffusion.edm import EulerEDM
 from qvdjax.diffusion.euler import FlowMatchEuler
 from qvdjax.diffusion.examples import Example
 from qvdjax.diffusion.schedule import Schedule
 from qvdjax.diffusion.unipc import UniPCFlow
 from qvdjax.errors import UserError
 
-SOLVERS = {"unipc": UniPCFlow, "euler": FlowMatchEuler, "ddim": DDIM, "dpm-sde": DPMSolverSDE}
+SOLVERS = {
+    "unipc": UniPCFlow, "euler": FlowMatchEuler, "ddim": DDIM, "dpm-sde": DPMSolverSDE, "euler-edm": EulerEDM,
+}  # fmt: skip
 """The names that `get_solver`, `pipeline.json` and `qvdjax sample --solver` understand."""
 
 
@@ -22,10 +25,11 @@ class Solver(Protocol):
 
     Attributes:
         diffusion: What it takes a model to be trained on: "flow" is a straight flow from noise to video (the
-            model predicts the velocity), "variance-preserving" is `VariancePreserving`.
+            model predicts the velocity), "variance-preserving" is `VariancePreserving`, "edm" is what `EulerEDM`
+            says.
     """
 
-    diffusion: ClassVar[Literal["flow", "variance-preserving"]]
+    diffusion: ClassVar[Literal["flow", "variance-preserving", "edm"]]
 
     def schedule(self, steps: int) -> Schedule:
         """Every step's numbers, computed in float64."""
@@ -39,8 +43,8 @@ class Solver(Protocol):
     def step(self, row: Any, state: Any, prediction: jax.Array) -> Any:
         """The state after a step: `row` is one row of the schedule, `prediction` belongs to `state.latents`.
 
-        What the model predicts is the solver's to know: the velocity of a straight flow (`euler`, `unipc`), or
-        what the field `prediction_type` says (`ddim`, `dpm-sde`).
+        What the model predicts is the solver's to know: the velocity of a straight flow (`euler`, `unipc`), what the
+        field `prediction_type` says (`ddim`, `dpm-sde`), or the v of EDM's preconditioning (`euler-edm`).
         """
 
     def example(self, clean: jax.Array, noise: jax.Array, uniform: jax.Array) -> Example:

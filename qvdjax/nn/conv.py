@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from qvdjax.nn.convolve import Padding, convolve
+from qvdjax.nn.convolve import Padding, convolve, mixes_first_axis_alone
 from qvdjax.nn.quantized_layer import QuantizedLayer
 from qvdjax.nn.scheme import LayerScheme, Role
 from qvdjax.nn.transforms import InputTransform
@@ -64,7 +64,8 @@ class QuantizedConv(QuantizedLayer):
 
     A product here sums over positions too, so activations can have no finer range than "tensor" (dynamic: one a
     sample; static: one in all). Integer execution is for one and two axes away from GPUs; int8 convolution over three
-    axes is slower than bf16 on TPU and unreliable on GPU, so there the same integers are multiplied as floats.
+    axes is slower than bf16 on TPU and unreliable on GPU, so there the same integers are multiplied as floats. A kernel
+    of three axes that mixes the first alone (frames) counts as one of two.
 
     Attributes, beside those of every quantized layer (`in` is in * kernel here):
         kernel, stride, padding: One entry a spatial axis.
@@ -97,7 +98,8 @@ class QuantizedConv(QuantizedLayer):
         else:
             rows = rearrange(x, "b ... c -> b (...) c")
             scale, zero_point = self._input_range(rows)
-            integer = self.execution == "integer" and len(self.kernel) < 3 and jax.default_backend() != "gpu"
+            few = len(self.kernel) < 3 or mixes_first_axis_alone(self.kernel, self.stride, self.padding)
+            integer = self.execution == "integer" and few and jax.default_backend() != "gpu"
             y = (self._integer if integer else self._simulated)(x, rows, scale, zero_point)
         if self.shifted is not None:
             # Where the kernel lies inside the input: the same in all samples, and a product of one channel.

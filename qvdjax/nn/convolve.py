@@ -5,6 +5,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.typing import DTypeLike
 
 Padding = tuple[tuple[int, int], ...]
@@ -22,9 +23,20 @@ def convolve(
         precision: Of products of floats, for devices that have several.
         into: Type of the sums, for integers.
     """
+    if mixes_first_axis_alone(weight.shape[2:], stride, padding):
+        # Along the other two nothing is mixed, so they are one: convolutions over two axes are fast everywhere.
+        flat, weight = rearrange(x, "b f h w c -> b f (h w) c"), rearrange(weight, "o i k h 1 -> o i k h")
+        y = convolve(flat, weight, stride[:2], padding[:2], precision=precision, into=into)
+        return rearrange(y, "b f (h w) c -> b f h w c", h=x.shape[2])
     if into is None and jax.default_backend() == "cpu":  # which has one precision
         return _with_fast_gradients(x, weight, stride, padding)
     return _convolve(x, weight, stride, padding, precision=precision, preferred_element_type=into)
+
+
+def mixes_first_axis_alone(kernel: tuple[int, ...], stride: tuple[int, ...], padding: Padding) -> bool:
+    """Whether a convolution over three axes, such as one over frames, is one over the first."""
+    still = all(k == 1 and s == 1 and not any(p) for k, s, p in list(zip(kernel, stride, padding, strict=True))[1:])
+    return len(kernel) == 3 and still
 
 
 def _convolve(x, weight, stride, padding, **options) -> jax.Array:

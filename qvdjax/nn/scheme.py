@@ -127,7 +127,7 @@ class TableScheme:
     """A layer that sees the timestep alone is a table of its outputs (`qvdjax.nn.timestep_table`).
 
     Attributes:
-        timesteps: Of the rows, 0..1000, each once.
+        timesteps: Of the rows, each once.
         sampler: The sampler that visits them, in words; "" where nobody said.
         replaced_bytes: What the layer in whose place the table stands took in one block, codes at their logical bits.
     """
@@ -139,6 +139,12 @@ class TableScheme:
     def __post_init__(self):
         if not self.timesteps or not all(math.isfinite(timestep) for timestep in self.timesteps):
             raise ValueError("a table needs timesteps that are finite")
+
+    @property
+    def same(self) -> float:
+        """Timesteps nearer than this are one: float32 rounds them to a hundredth of it, and two steps of a sampler lie
+        further apart."""
+        return 1e-5 * max(1.0, *map(abs, self.timesteps))
 
     @property
     def reason(self) -> str:

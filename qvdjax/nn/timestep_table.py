@@ -12,9 +12,6 @@ from qvdjax.nn.scheme import Role, TableScheme
 from qvdjax.nn.timestep import TimestepReader
 from qvdjax.nn.variables import Table, iterate, shape_of
 
-SAME = 0.01
-"""Timesteps nearer than this are one: float32 rounds 1000 to 6e-5, and two steps of a sampler lie further apart."""
-
 
 class TimestepTable(TimestepReader):
     """The outputs of a layer at the timesteps that a sampler visits; the layer's weights are gone.
@@ -56,7 +53,7 @@ class TimestepTable(TimestepReader):
         timestep = self.current_timestep().astype(jnp.float32)  # (batch,) or (batch, tokens)
         distances = jnp.abs(timestep[..., None] - jnp.asarray(self.scheme.timesteps, jnp.float32))  # (..., steps)
         rows = self.table[...][distances.argmin(axis=-1)]  # (batch, [tokens,] out)
-        rows = jnp.where(distances.min(axis=-1, keepdims=True) < SAME, rows, jnp.nan)
+        rows = jnp.where(distances.min(axis=-1, keepdims=True) < self.scheme.same, rows, jnp.nan)
         between = (1,) * (x.ndim - 1 - timestep.ndim)
         return rows.reshape(*timestep.shape, *between, rows.shape[-1]).astype(x.dtype)  # as many axes as x
 
@@ -71,14 +68,14 @@ def check_timesteps(model: nnx.Module, timesteps: Iterable[float]) -> None:
 
     Args:
         model: Abstract or not.
-        timesteps: Those that a sampler visits, 0..1000.
+        timesteps: Those that a sampler visits.
 
     Raises:
         UserError: What the tables are made for, and the timesteps that are not there.
     """
     timesteps = [float(timestep) for timestep in timesteps]
     for scheme in {table.scheme for table in tables_of(model)}:
-        others = [t for t in timesteps if min(abs(t - held) for held in scheme.timesteps) >= SAME]
+        others = [t for t in timesteps if min(abs(t - held) for held in scheme.timesteps) >= scheme.same]
         if others:
             made_for = f" of {scheme.sampler}" if scheme.sampler else ""
             raise UserError(

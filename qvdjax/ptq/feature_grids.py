@@ -2,19 +2,23 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvdjax.calibration.watching import Watcher, by_layer, observe
+from qvdjax.calibration.steps import of_samples
+from qvdjax.calibration.watching import Kept, Watcher, by_layer, observe
 from qvdjax.errors import UserError
 from qvdjax.metrics.temporal_features import discriminability
 from qvdjax.nn import Linear, QuantizedLinear, Statistic, VideoModel, layers_of
 from qvdjax.nn.variables import replace, shallow_copy, shape_of
 from qvdjax.numerics import FeatureGrid, to_levels
+from qvdjax.parallel import to_host
+
+ROLE = "temporal_feature"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,57 +63,53 @@ class KeptInput(Watcher):
     """A layer that keeps the inputs of its last call.
 
     Attributes:
-        rows: [timesteps, in].
+        rows: [batch, in].
     """
 
-    def __init__(self, layer: Linear, leading: tuple[int, ...], timesteps: int):
+    def __init__(self, layer: Linear, leading: tuple[int, ...], batch: int):
         super().__init__(layer)
-        width = shape_of(layer.weight)[-1]
-        self.rows = Statistic(jnp.zeros((*leading, timesteps, width), jnp.float32), axes=(None, None))
+        self.rows = Statistic(jnp.zeros((*leading, batch, shape_of(layer.weight)[-1]), jnp.float32), axes=(None, None))
 
     def observe(self, x: jax.Array) -> None:
-        """x [timesteps, (1,) in]."""
-        self.rows[...] = x.reshape(self.rows.shape).astype(jnp.float32)  # t (1) in -> t in
+        """x [batch, ..., in], the same at all places between."""
+        self.rows[...] = x.reshape(len(self.rows[...]), -1, x.shape[-1])[:, 0].astype(jnp.float32)
 
 
-def temporal_features(model: VideoModel, names: Iterable[str], timesteps: Iterable[float]) -> dict[str, np.ndarray]:
-    """The inputs of layers that see the timestep alone.
+def temporal_features(model: VideoModel, batches: Iterable[Mapping[str, jax.Array]]) -> dict[str, np.ndarray]:
+    """The inputs of all layers of role "temporal_feature", once for each timestep of a calibration set.
 
-    Args:
-        model: A float model.
-        names: Of the layers, in diffusers.
-        timesteps: 0..1000.
+    Where other inputs have a say (Stable Video Diffusion adds the frame rate), those of the first sample that has the
+    timestep count.
 
     Returns:
-        Name -> float32 [timesteps, in].
-
-    Raises:
-        ValueError: Layers that see more than the timestep, or that are no linear ones.
+        Name in diffusers -> float32 [timesteps, in], by timestep, ascending. Empty where a model has no such layer.
     """
-    names, timesteps = set(names), jnp.asarray(list(timesteps), jnp.float32)
-    if not names:
-        return {}
-    watched, config = shallow_copy(model), model.config
-    for found, path, layer in layers_of(model, (Linear,)):
-        if names.intersection(found) and layer.role in model.timestep_roles:
+    rows: dict[float, dict[str, np.ndarray]] = {}
+    for inputs in batches:
+        timesteps = of_samples(inputs)
+        wanted = {float(t): i for i, t in reversed(list(enumerate(timesteps))) if float(t) not in rows}
+        if not wanted:
+            continue
+        watched = _watch(model, len(timesteps))
+        kept = dict(_by_name(watched, _observe(watched, dict(inputs))))
+        rows |= {t: {name: values[i] for name, values in kept.items()} for t, i in wanted.items()}
+    ordered = [rows[timestep] for timestep in sorted(rows)]
+    return {name: np.stack([row[name] for row in ordered]) for name in (ordered[0] if ordered else ())}
+
+
+def _watch(model: VideoModel, batch: int) -> VideoModel:
+    watched = shallow_copy(model)
+    for _, path, layer in layers_of(model, (Linear,)):
+        if layer.role == ROLE:
             own = len(layer.weight.get_metadata("axes"))
-            replace(watched, path, KeptInput(layer, shape_of(layer.weight)[:-own], len(timesteps)))
-    count = len(timesteps)
-    kept = _observe(
-        watched,
-        {
-            "latents": jnp.zeros((count, *config.least_size, config.in_channels), jnp.float32), "timestep": timesteps,
-            "context": jnp.zeros((count, config.text_tokens, config.text_dim), jnp.float32),
-            **{name: jnp.zeros((count, *shape), jnp.float32) for name, shape in config.conditions.items()},
-        },
-    )  # fmt: skip
-    features = {}
-    for found, statistics in by_layer(watched, kept):
-        rows = np.asarray(statistics["rows"])
-        features.update(zip(found, rows.reshape(len(found), count, -1), strict=True))  # ([layers,] t in) -> layers t in
-    if missing := sorted(names - set(features)):
-        raise ValueError(f"{missing}: layers that do not see the timestep alone have no temporal features")
-    return {name: features[name] for name in features if name in names}
+            replace(watched, path, KeptInput(layer, shape_of(layer.weight)[:-own], batch))
+    return watched
+
+
+def _by_name(watched: VideoModel, kept: Kept) -> Iterator[tuple[str, np.ndarray]]:
+    for names, statistics in by_layer(watched, kept):
+        rows = to_host(statistics["rows"])
+        yield from zip(names, rows.reshape(len(names), *rows.shape[-2:]), strict=True)  # [layers,] b in -> layers b in
 
 
 # Only what leads to the watched layers is computed: the rest is dead code under jit.
@@ -117,7 +117,7 @@ _observe = jax.jit(observe)
 
 
 def fit_feature_grids(
-    model: VideoModel, schemes: Mapping[str, Any], choose: ChooseGrid, timesteps: list[float]
+    model: VideoModel, schemes: Mapping[str, Any], choose: ChooseGrid, batches: Iterable[Mapping[str, jax.Array]]
 ) -> tuple[dict[str, Any], dict[str, Levels]]:
     """Choose and fit the grid of every quantized layer of role "temporal_feature"; there may be none.
 
@@ -125,7 +125,7 @@ def fit_feature_grids(
         model: A float model, left as it is.
         schemes: One a layer and block, by name in diffusers.
         choose: Among which grids. Layers of equal features may differ in the grid, by their weights.
-        timesteps: At least two, those that calibration met.
+        batches: Keyword arguments of the model's call, at two timesteps or more.
 
     Returns:
         The schemes with the chosen grids, and name -> levels and edges, for `fill_feature_grids`.
@@ -134,22 +134,25 @@ def fit_feature_grids(
         UserError: Fewer than two timesteps.
     """
     schemes, fitted = dict(schemes), {}
-    weights = {}
+    features = temporal_features(model, batches)
     for names, _, layer in layers_of(model, (Linear,)):
-        if layer.role == "temporal_feature":
-            value, width = layer.weight[...], layer.weight.get_value().shape[-2:]
-            rows = value.reshape(len(names), *width)  # [[layers,] out, in] -> [layers, out, in]
-            weights |= {name: rows[i] for i, name in enumerate(names) if schemes[name].quantizes}
-    if weights and len(timesteps) < 2:
-        raise UserError(
-            f"the calibration set has {len(timesteps)} timestep: nothing can be said about telling timesteps apart",
-            remedy="calibrate with at least two steps",
-        )
-    for name, features in temporal_features(model, weights, timesteps).items():
-        grid = choose.choose(jnp.asarray(features), weights[name])
-        fitted[name] = grid.fit(jnp.asarray(features))
-        reason = f"{schemes[name].reason}; {_words(grid)}"
-        schemes[name] = dataclasses.replace(schemes[name], feature_grid=grid, reason=reason)
+        if layer.role != ROLE:
+            continue
+        # [layers,] out in -> layers out in
+        weights = layer.weight[...].reshape(len(names), *shape_of(layer.weight)[-2:])
+        for name, weight in zip(names, weights, strict=True):
+            if not schemes[name].quantizes:
+                continue
+            values = jnp.asarray(features[name])
+            if len(values) < 2:
+                raise UserError(
+                    "the calibration set has one timestep: nothing can be said about telling timesteps apart",
+                    remedy="calibrate with at least two steps",
+                )
+            grid = choose.choose(values, weight)
+            fitted[name] = grid.fit(values)
+            reason = f"{schemes[name].reason}; {_words(grid)}"
+            schemes[name] = dataclasses.replace(schemes[name], feature_grid=grid, reason=reason)
     return schemes, fitted
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from models.pipeline import side_files
 from models.scheduler import KNOWN, PUBLISHED, SCHEDULER, read_scheduler, sampling_defaults, scheduler_file
-from qvdjax.diffusion import DDIM, DPMSolverSDE, FlowMatchEuler, UniPCFlow
+from qvdjax.diffusion import DDIM, DPMSolverSDE, EulerEDM, FlowMatchEuler, UniPCFlow
 from qvdjax.errors import UserError
 
 COGVIDEOX_2B = {
@@ -31,6 +31,17 @@ ANIMATEDIFF = {
     "beta_start": 0.00085,
     "clip_sample": False,
     "steps_offset": 1,
+}
+# As the program that the model was published with samples it, in diffusers' words.
+MODELSCOPE = {**ANIMATEDIFF, "beta_schedule": "scaled_linear", "set_alpha_to_one": False}
+SVD = {
+    "_class_name": "EulerDiscreteScheduler",
+    "prediction_type": "v_prediction",
+    "sigma_max": 700.0,
+    "sigma_min": 0.002,
+    "timestep_spacing": "leading",
+    "timestep_type": "continuous",
+    "use_karras_sigmas": True,
 }
 WAN = {
     "_class_name": "UniPCMultistepScheduler",
@@ -64,6 +75,9 @@ def write(repository, config):
             DPMSolverSDE(snr_shift_scale=1),
         ),
         (ANIMATEDIFF, PUBLISHED["animatediff"].solver),
+        (MODELSCOPE, PUBLISHED["modelscope"].solver),
+        (SVD, EulerEDM()),
+        ({**SVD, "sigma_max": 80.0}, EulerEDM(sigma_max=80.0)),
         (WAN, UniPCFlow(3.0)),
         ({**WAN, "solver_order": 3}, UniPCFlow(3.0, order=3)),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0}, FlowMatchEuler(7.0)),
@@ -83,6 +97,7 @@ def test_fields_and_defaults_are_those_of_diffusers(repository, name):
     needed = {
         "UniPCMultistepScheduler": {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
         "DDIMScheduler": {"clip_sample": False},
+        "EulerDiscreteScheduler": {name: value for name, value in SVD.items() if name != "_class_name"},
     }.get(name, {})
     path = write(repository, {"_class_name": name, **needed})
     sparse = read_scheduler(path)
@@ -125,6 +140,11 @@ def test_without_a_scheduler_the_familys_settings_hold(repository):
         ({**COGVIDEOX_2B, "num_train_timesteps": 500}, "num_train_timesteps 500"),
         ({**COGVIDEOX_2B, "beta_schedule": "squaredcos_cap_v2"}, "beta_schedule is 'squaredcos_cap_v2'"),
         ({**COGVIDEOX_2B, "beta_start": float("nan")}, "'beta_start' is nan"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "sigma_min": 0.002},
+            "use_karras_sigmas False, timestep_type 'disc",
+        ),
+        ({**SVD, "sigma_max": None}, "sigma_max is None"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting True"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ CASES = {
     "2d strided": ((3, 3), (2, 2), ((1, 1), (1, 1)), (6, 7)),
     "2d uneven padding": ((3, 3), (2, 2), ((0, 1), (0, 1)), (6, 8)),
     "3d": ((3, 3, 3), (1, 1, 1), ((1, 1), (1, 1), (1, 1)), (4, 5, 6)),
+    "3d over frames": ((3, 1, 1), (1, 1, 1), ((1, 1), (0, 0), (0, 0)), (4, 5, 6)),
     "patches": ((1, 2, 2), (1, 2, 2), ((0, 0),) * 3, (3, 4, 6)),
 }
 
@@ -50,6 +52,25 @@ def test_integer_and_simulated_execution_agree_at_every_border(case, symmetric):
     scheme = LayerScheme(Quantizer(4, symmetric), Quantizer(8, symmetric, "tensor", dynamic=True))
     integer, simulated = (quantize_layer(conv, scheme, execution=e)(x) for e in ("integer", "simulate"))
     chex.assert_trees_all_close(integer, simulated, rtol=1e-5, atol=2e-5)  # float32 sums of up to 108 terms near 1
+
+
+def equations(jaxpr):
+    """All of a program's, those of the functions that it calls included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            if isinstance(value, jax.extend.core.ClosedJaxpr):
+                yield from equations(value.jaxpr)
+
+
+@pytest.mark.parametrize(("case", "multiplies"), [("2d", "int8"), ("3d over frames", "int8"), ("3d", "float32")])
+def test_which_convolutions_multiply_codes(case, multiplies):
+    conv, x = make(case)
+    scheme = LayerScheme(Quantizer(8), Quantizer(8, True, "tensor", dynamic=True))
+    program = jax.make_jaxpr(quantize_layer(conv, scheme, execution="integer"))(x)
+    (product,) = [eqn for eqn in equations(program.jaxpr) if eqn.primitive.name == "conv_general_dilated"]
+    assert {str(operand.aval.dtype) for operand in product.invars} == {multiplies}
+    assert product.invars[0].aval.ndim == (5 if case == "3d" else 4)
 
 
 def test_quantized_convolution_approaches_the_float_one():
