@@ -109,7 +109,7 @@ def plan(
         report = parallel.plan(_sample_step, arguments, latents, timestep, context, conditions, mesh=described)
     elif step == "reconstruct":
         if chosen is None:
-            raise UserError(f"{recipe} reconstructs no blocks", remedy="choose flatquant or s2q-vdit")
+            raise UserError(f"{recipe} reconstructs no blocks", remedy="choose one that does, such as flatquant")
         given = {"latents": latents, "timestep": timestep, "context": context, **conditions}
         function, arguments, weights, waiting = planned_reconstruction(config, chosen, described, given)
         report = parallel.plan(function, *arguments, mesh=described, resident=waiting)

@@ -21,7 +21,7 @@ STEPS = 600  # of a block: fifteen epochs of forty examples
 
 
 def planned_reconstruction(config: dict, recipe: Recipe, mesh: Mesh, inputs: dict) -> tuple[Any, tuple, Any, int]:
-    """The step that trains the first block's transforms and clips on one example.
+    """The step that trains the first block, as the recipe does, on one example.
 
     Args:
         config: Fields of config.json.
@@ -38,7 +38,7 @@ def planned_reconstruction(config: dict, recipe: Recipe, mesh: Mesh, inputs: dic
     """
     plan = recipe.reconstruction
     if plan is None:
-        raise UserError(f"{recipe.name} reconstructs no blocks", remedy="choose flatquant or s2q-vdit, or another step")
+        raise UserError(f"{recipe.name} reconstructs no blocks", remedy="choose one that does, such as flatquant")
     model = jax.eval_shape(lambda: models.build(config, dtype=jnp.bfloat16))
     schemes = decide(model, recipe).schemes
     stack = model.stacks[0]
@@ -48,7 +48,8 @@ def planned_reconstruction(config: dict, recipe: Recipe, mesh: Mesh, inputs: dic
         whole = models.build(config, dtype=jnp.bfloat16)
         block = whole.stacks[0].layer(0)
         ranges = {dotted(p): (jnp.zeros(shape_of(linear.weight)[-1:]),) * 2 for p, linear in iterate(block, Linear)}
-        student = prepared(block, {path: schemes[name] for path, name in names.items()}, recipe.transform, ranges)
+        own = {path: schemes[name] for path, name in names.items()}
+        student = prepared(block, own, recipe.transform, ranges, plan)
         return student, without_blocks(whole), start(student, plan=plan, steps=STEPS)
 
     def lead(array, *axes):
@@ -64,9 +65,8 @@ def planned_reconstruction(config: dict, recipe: Recipe, mesh: Mesh, inputs: dic
         *(lead(stream, "batch", "tokens", None) for _ in range(2)),
         lead(jax.ShapeDtypeStruct(stream.shape[:2], jnp.float32), "batch", "tokens"),
     )
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), state)
-    arguments = (state, *(parallel.abstract(part, mesh) for part in (student, outer)), examples)
+    change = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    arguments = (*(parallel.abstract(part, mesh) for part in (state, student, outer)), examples, change)
     whole = parallel.abstract(model, mesh)
     waiting = (
         _bytes(whole)

@@ -110,7 +110,8 @@ def quantized_arrays(
     Args:
         weight: [out, in].
         name: For messages.
-        learned: What reconstruction found for the layer (`qvdjax.ptq.reconstruction`), instead of `fit`.
+        learned: What reconstruction found for the layer (`qvdjax.ptq.reconstruction`): `transform`, instead of `fit`,
+            `input_clip`, and either `weight_clip`, factors of range ends, or `weight`, the codes themselves.
 
     Raises:
         UserError: A group size that does not divide the width, or second moments that cannot be factored.
@@ -226,8 +227,11 @@ def _quantize_arrays(
         parts["input_clip"] = start if learned is None else learned["input_clip"]
     if scheme.weight is None:
         return {**parts, "weight": prepared.whole.astype(weight.dtype)}
-    rest, clip = prepared.whole - prepared.taken, None if learned is None else learned["weight_clip"]
-    if rounding is None:
+    rest, learned = prepared.whole - prepared.taken, learned or {}
+    clip = learned.get("weight_clip")
+    if "weight" in learned:
+        quantized = learned["weight"]
+    elif rounding is None:
         quantized = encode(rest, scheme.weight.grid, *scheme.weight.scale_of(rest, clip))
     else:
         quantized, parts["factored"] = rounding.round(rest, prepared.moment, scheme.weight, clip)

@@ -73,7 +73,7 @@ def sensitivities(
     costs = {}
     for some in passes(model, weights, plan.memory):
         for name, moment in second_moments(model, batches, some):
-            edges = None if ranges is None else ranges[name]
+            edges = (ranges or {}).get(name)
             own, error = _costs(weights[name](), edges, moment, scheme=schemes[name], fit=fit, choices=plan.choices)
             changed = _with_error(model, *places[name], error)
             misses = (_predict(changed, inputs) - wanted for inputs, wanted in zip(examples, exact, strict=True))

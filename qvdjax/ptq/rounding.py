@@ -49,7 +49,7 @@ def rounded_layers(
     for name, moment in moments():
         arrays[name] = quantized_arrays(
             weights[name](), schemes[name], name=name, fit=fit, rounding=rounding, moment=moment,
-            input_range=None if ranges is None else ranges[name], learned=(learned or {}).get(name),
+            input_range=(ranges or {}).get(name), learned=(learned or {}).get(name),
         )  # fmt: skip
     return arrays
 

@@ -7,6 +7,7 @@ import typing
 
 from qvdjax.errors import UserError
 from qvdjax.numerics import BITS
+from qvdjax.recipes.adaround import AdaRound
 from qvdjax.recipes.dsaquant import DSAQuant
 from qvdjax.recipes.dvd_quant import DVDQuant
 from qvdjax.recipes.efficientdm import EfficientDM
@@ -30,8 +31,8 @@ from qvdjax.recipes.svdquant import SVDQuant
 from qvdjax.recipes.vidit_q import ViDiTQ
 
 POST_TRAINING = (
-    RoundToNearest, MinMax, MSE, SmoothQuant, QuaRot, GPTQ, SVDQuant, ViDiTQ, QDiT, DVDQuant, OrbitQuant, FlatQuant,
-    S2QVDiT, QVD,
+    RoundToNearest, MinMax, MSE, SmoothQuant, QuaRot, GPTQ, AdaRound, SVDQuant, ViDiTQ, QDiT, DVDQuant, OrbitQuant,
+    FlatQuant, S2QVDiT, QVD,
 )  # fmt: skip
 TRAINED = (LearnedStepSize, QDM, EfficientDM, QVGen, QVGenPaper, QVGenCode, DSAQuant)
 METHODS = {method.name: method for method in (*POST_TRAINING, *TRAINED)}

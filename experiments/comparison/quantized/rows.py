@@ -9,6 +9,7 @@ ROWS = {
     "ViDiT-Q": Row("vidit-q"),
     "GPTQ": Row("gptq"),
     "GPTQ, rotated": Row("gptq", {"rotation": True}, "the rotation of QuaRot before it"),
+    "AdaRound": Row("adaround"),
     "SVDQuant": Row("svdquant", {"rank": 8}, "rank 8: the bench's layers are 128 wide"),
     "Q-DiT": Row("q-dit", {"group_size": 64, "activation_group_size": 64}, "groups of 64 channels"),
     "DVD-Quant": Row("dvd-quant", {"activation_group_size": 64}, "groups of 64 channels, the same bits at all steps"),

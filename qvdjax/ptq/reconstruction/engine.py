@@ -12,6 +12,7 @@ from qvdjax.errors import UserError
 from qvdjax.nn import LayerScheme, Linear, VideoModel
 from qvdjax.nn.variables import dotted, iterate
 from qvdjax.parallel import to_host
+from qvdjax.ptq.reconstruction.adaptive_rounding import hardened
 from qvdjax.ptq.reconstruction.examples import (
     Examples,
     Inputs,
@@ -50,7 +51,7 @@ def reconstruct(
     fit=None, ranges: Mapping[str, tuple] | None = None, finished: FinishedBlocks | None = None,
     progress: Progress | None = None,
 ) -> Reconstructed:  # fmt: skip
-    """Train the transforms and clips of every block's layers, one block after the other.
+    """Train what a plan says of every block's layers, one block after the other.
 
     Nothing is known of the model but its protocol. Every block of a stack runs the same compiled functions.
 
@@ -75,7 +76,7 @@ def reconstruct(
     count = sum(map(len, model.stacks))
     for number, (name, block, names) in enumerate(_blocks(model)):
         own = {path: schemes[full] for path, full in names.items()}
-        student = prepared(block, own, fit, {path: (ranges or {}).get(full) for path, full in names.items()})
+        student = prepared(block, own, fit, {path: (ranges or {}).get(full) for path, full in names.items()}, plan)
         known = None if finished is None else finished.get(name)
         results = [targets(block, outer, c, on_device(s), plan.token_weights) for c, s in zip(chunks, exact)]
         wanted, weights = kept([out for out, _ in results]), [w for _, w in results]
@@ -86,6 +87,7 @@ def reconstruct(
             student, report = _trained(student, outer, chunks, met, wanted, weights, plan, name)
             if finished is not None:
                 finished.put(report, _flat(nnx.state(student, Learned)))
+        student = hardened(student)
         reports.append(report)
         layers |= {names[path]: jax.tree.map(to_host, found) for path, found in _learned(student).items()}
         if plan.inputs == "propagated":
@@ -100,34 +102,40 @@ def reconstruct(
 
 def _trained(student, outer, chunks, met, wanted, weights, plan: Reconstruction, name: str):
     """A prepared block after training, and the report."""
-    began, epochs = time.perf_counter(), plan.epochs
+    began = time.perf_counter()
 
     def chunk(i: int) -> Examples:
         return Examples(chunks[i], on_device(met[i]), on_device(wanted[i]), weights[i])
 
-    def error(block) -> float:
-        sums = [relative_error(block, outer, chunk(i)) for i in range(len(chunks))]
-        return float(sum(e for e, _ in sums) / sum(s for _, s in sums))
+    def sums(block):
+        """Squared error of the block as it would be deployed, and square of what it should change of the stream."""
+        deployed = hardened(block)
+        each = [relative_error(deployed, outer, chunk(i)) for i in range(len(chunks))]
+        return tuple(sum(parts) for parts in zip(*each, strict=True))
 
-    steps = plan.epochs * sum(len(inputs["latents"]) for inputs in chunks)
+    examples = sum(len(inputs["latents"]) for inputs in chunks)
+    epochs = plan.epochs_of(examples)
+    steps = epochs * examples
     # What a step does not read is left at its default, so that plans that differ in it share their programs.
-    rest = ("selection", "token_weights", "inputs", "memory", "batch", "epochs")
+    rest = ("selection", "token_weights", "inputs", "memory", "batch", "epochs", "iterations")
     plan = dataclasses.replace(
         plan, **{field.name: field.default for field in dataclasses.fields(plan) if field.name in rest}
     )
     state = start(student, plan=plan, steps=steps)
     nnx.update(student, state[0])
-    before = error(student)
+    error, square = sums(student)
+    before = float(error / square)
     if jax.tree.leaves(state[0]):
         for _ in range(epochs):
             for i in range(len(chunks)):
-                state = train(state, student, outer, chunk(i), plan=plan, steps=steps)
+                state = train(state, student, outer, chunk(i), square / examples, plan=plan, steps=steps)
         nnx.update(student, state[0])
-    report = BlockReport(name, before, error(student), time.perf_counter() - began)
+        error, _ = sums(student)
+    report = BlockReport(name, before, float(error / square), time.perf_counter() - began)
     if not report.after < float("inf"):  # nan too
         raise UserError(
-            f"{name}: training its transforms ended in values that are not finite",
-            remedy="lower `rate`, or check the calibration set",
+            f"{name}: its training ended in values that are not finite",
+            remedy="lower the rate, or check the calibration set",
         )
     return student, report
 

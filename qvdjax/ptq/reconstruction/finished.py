@@ -27,7 +27,8 @@ class BlockReport:
     Attributes:
         name: In diffusers.
         before, after: Squared error of its output relative to the square of what it changes of the stream, tokens
-            weighed, with transforms and clips as they started and as they are now; weights rounded to nearest codes.
+            weighed, with what is trained as it started and as it is now; weights rounded to nearest codes, or as
+            training decided.
         seconds: It took.
     """
 

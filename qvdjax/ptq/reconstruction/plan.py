@@ -5,18 +5,22 @@ from typing import Literal, get_args
 
 from qvdjax.calibration.selection import Selection
 from qvdjax.calibration.token_weights import TokenWeights
+from qvdjax.ptq.reconstruction.adaptive_rounding import AdaptiveRounding
 
 Inputs = Literal["full_precision", "propagated"]
+Unit = Literal["error", "change"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-    """Transforms and clips of a block's layers are trained until its output is that of the full-precision block.
+    """Something about a block's layers is trained until its output is that of the full-precision block: transforms and
+    clips of layers that have transforms, or the rounding of weights.
 
     The defaults are FlatQuant's published settings (arXiv 2410.09426; ruikangliu/FlatQuant), which S2Q-VDiT's are.
 
     Attributes:
         epochs: Times that all examples are gone through, in their order.
+        iterations: Steps in all, rounded up to whole epochs, in the place of `epochs`; None for those.
         batch: Model inputs in a step. FlatQuant takes 4; the authors of S2Q-VDiT took 1 in later code.
         rate: Of scales and matrices. clip_rate: Of clips. Both fall by a cosine to `final_rate` times that.
         weight_decay: AdamW's, towards the identity and half-open clips; PyTorch's default, which FlatQuant leaves.
@@ -24,12 +28,17 @@ class Reconstruction:
         token_weights: How tokens are weighed; None for all alike.
         inputs: A block meets the "full_precision" blocks' outputs, or those of the quantized blocks before it
             ("propagated"); its target is the full-precision stream in both cases.
-        relative: Each step's loss is divided by its own value, so that its gradient is that of the logarithm
-            (FlatQuant's code).
+        unit: What a step's loss is divided by: "error", its own value, so that its gradient is that of the logarithm
+            (FlatQuant's code), or "change", the mean `power` of what the full-precision block changes of the stream, so
+            that a penalty beside it weighs alike in all blocks.
+        power: Of the differences that the loss takes the mean of (2 nearly everywhere; 2.4 in Q-Diffusion).
+        rounding: How the rounding of weights is trained, of every linear layer whose weight is quantized; transforms
+            then stay as they start. None to train transforms and clips instead, with weights rounded to nearest codes.
         memory: GiB of examples that are on the devices at a time, one at least.
     """
 
     epochs: int = 15
+    iterations: int | None = None
     batch: int = 1
     rate: float = 5e-3
     clip_rate: float = 5e-2
@@ -38,13 +47,24 @@ class Reconstruction:
     selection: Selection | None = Selection()
     token_weights: TokenWeights | None = TokenWeights()
     inputs: Inputs = "full_precision"
-    relative: bool = True
+    unit: Unit = "error"
+    power: float = 2.0
+    rounding: AdaptiveRounding | None = None
     memory: float = 1.0
 
     def __post_init__(self):
-        if self.inputs not in get_args(Inputs):
-            raise ValueError(f"inputs are {' or '.join(get_args(Inputs))}, not {self.inputs!r}")
-        if self.epochs < 1 or self.batch < 1:
-            raise ValueError(f"epochs {self.epochs} and batch {self.batch} must be at least 1")
+        for name, kind in (("inputs", Inputs), ("unit", Unit)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} are {' or '.join(get_args(kind))}, not {getattr(self, name)!r}")
+        if self.epochs < 1 or self.batch < 1 or (self.iterations is not None and self.iterations < 1):
+            raise ValueError(
+                f"epochs {self.epochs}, iterations {self.iterations} and batch {self.batch} must be at least 1"
+            )
+        if not self.power >= 1:
+            raise ValueError(f"the loss takes differences to a power of at least 1, not {self.power}")
         if not (self.rate > 0 and self.clip_rate > 0 and self.memory > 0):
             raise ValueError("rates and memory must be positive")
+
+    def epochs_of(self, examples: int) -> int:
+        """Times that so many examples are gone through."""
+        return self.epochs if self.iterations is None else -(-self.iterations // examples)

@@ -10,37 +10,56 @@ from flax import nnx
 
 from qvdjax.nn import LayerScheme, Linear, VideoModel
 from qvdjax.nn.variables import dotted, iterate, replace, shallow_copy
+from qvdjax.ptq.reconstruction.adaptive_rounding import AdaptivelyRoundedWeight, RoundingLogits
 from qvdjax.ptq.reconstruction.examples import Examples
+from qvdjax.ptq.reconstruction.flattened_weight import FlattenedWeight, LearnedClip
 from qvdjax.ptq.reconstruction.learned_transform import Learned
 from qvdjax.ptq.reconstruction.plan import Reconstruction
-from qvdjax.ptq.reconstruction.reconstructed_linear import LearnedClip, ReconstructedLinear
+from qvdjax.ptq.reconstruction.reconstructed_linear import ReconstructedLinear
+
+State = tuple[nnx.State, optax.OptState, jax.Array]
+"""What is trained, the optimizer's state, and how many steps are done."""
 
 
 def prepared(
-    block: nnx.Module, schemes: Mapping[str, LayerScheme], fit, ranges: Mapping[str, tuple | None]
-) -> nnx.Module:
-    """A copy of a float block whose layers with transforms or input clips are trained.
+    block: nnx.Module, schemes: Mapping[str, LayerScheme], fit, ranges: Mapping[str, tuple | None],
+    plan: Reconstruction,
+) -> nnx.Module:  # fmt: skip
+    """A copy of a float block in which the layers that a plan trains are set up for it.
 
-    Others, such as modulation layers, which see one vector a step, stay float.
+    Where rounding is trained these are all whose weight is quantized, else those with transforms or input clips; then
+    others, such as modulation layers, which see one vector a step, stay float.
 
     Args:
         block: One block, without a layer axis.
         schemes: By a layer's path in the block.
         fit: What transforms start as (`qvdjax.ptq.transforms`), None without.
         ranges: Smallest and largest input of each channel, by path; None for those that no calibration saw.
+        plan: What is trained.
     """
     block = shallow_copy(block)
     for path, layer in iterate(block, Linear):
         scheme = schemes.get(dotted(path))
-        if scheme is None or not (scheme.transforms or scheme.input_clip):
+        if scheme is None or not _trained(scheme, plan):
             continue
-        scheme.check_width(layer.weight[...].shape[-1])
+        weight = layer.weight[...]
+        scheme.check_width(weight.shape[-1])
         start = None
         if scheme.transforms:
             low, high = ranges.get(dotted(path)) or (None, None)
-            start = _fitted(layer.weight[...], low, high, fit=fit)
-        replace(block, path, ReconstructedLinear(layer, scheme, start))
+            start = _fitted(weight, low, high, fit=fit)
+        if plan.rounding is None:
+            operands = FlattenedWeight(weight, scheme, start)
+        else:
+            operands = AdaptivelyRoundedWeight(weight, scheme, start, layer.axes)
+        replace(block, path, ReconstructedLinear(layer, scheme, operands))
     return block
+
+
+def _trained(scheme: LayerScheme, plan: Reconstruction) -> bool:
+    if plan.rounding is not None:
+        return scheme.weight is not None
+    return bool(scheme.transforms or scheme.input_clip)
 
 
 @jax.jit(static_argnames="fit")
@@ -49,32 +68,36 @@ def _fitted(weight, low, high, *, fit):
 
 
 def optimizer(plan: Reconstruction, steps: int) -> optax.GradientTransformation:
-    """AdamW with a cosine for each of the two rates."""
+    """AdamW with a cosine for the rates of transforms and clips, Adam with a constant one for roundings."""
 
     def adamw(rate):
         return optax.adamw(optax.cosine_decay_schedule(rate, steps, plan.final_rate), weight_decay=plan.weight_decay)
 
-    def label(learned):
-        return jax.tree.map(
-            lambda v: "clip" if isinstance(v, LearnedClip) else "transform", learned,
-            is_leaf=lambda v: isinstance(v, nnx.Variable),
-        )  # fmt: skip
+    def kind(variable) -> str:
+        names = {LearnedClip: "clip", RoundingLogits: "rounding"}
+        return next((name for kind, name in names.items() if isinstance(variable, kind)), "transform")
 
-    return optax.multi_transform({"clip": adamw(plan.clip_rate), "transform": adamw(plan.rate)}, label)
+    def label(learned):
+        return jax.tree.map(kind, learned, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+    optimizers = {"clip": adamw(plan.clip_rate), "transform": adamw(plan.rate)}
+    if plan.rounding is not None:
+        optimizers["rounding"] = optax.adam(plan.rounding.rate)
+    return optax.multi_transform(optimizers, label)
 
 
 @jax.jit(static_argnames=("plan", "steps"))
-def start(block: nnx.Module, *, plan: Reconstruction, steps: int) -> tuple[nnx.State, optax.OptState]:
-    """What is trained in a prepared block, and the optimizer's state, on the block's devices."""
+def start(block: nnx.Module, *, plan: Reconstruction, steps: int) -> State:
+    """What is trained in a prepared block before any step, on the block's devices."""
     learned = nnx.state(block, Learned)
-    return learned, optimizer(plan, steps).init(learned)
+    return learned, optimizer(plan, steps).init(learned), jnp.zeros((), jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "steps"), donate_argnums=0)
 def train(
-    state: tuple[nnx.State, optax.OptState], block: nnx.Module, outer: VideoModel, examples: Examples, *,
+    state: State, block: nnx.Module, outer: VideoModel, examples: Examples, change: jax.Array, *,
     plan: Reconstruction, steps: int,
-) -> tuple[nnx.State, optax.OptState]:  # fmt: skip
+) -> State:  # fmt: skip
     """One step for each example of a chunk, in their order.
 
     Args:
@@ -82,6 +105,7 @@ def train(
         block: Prepared; what is trained of it is taken from the state.
         outer: The model without its blocks.
         examples: See `Examples`.
+        change: [], mean square of what the full-precision block changes of the stream.
         plan: How.
         steps: In all epochs together.
     """
@@ -89,27 +113,34 @@ def train(
     move = optimizer(plan, steps).update
 
     def step(state, example: Examples):
-        learned, optimizer_state = state
+        learned, optimizer_state, done = state
 
         def loss(learned):
-            error = weighted_error(nnx.merge(graph, learned, frozen), outer, example)
-            return error / jax.lax.stop_gradient(jnp.maximum(error, 1e-30)) if plan.relative else error
+            student = nnx.merge(graph, learned, frozen)
+            error = weighted_error(student, outer, example, plan.power)
+            unit = error if plan.unit == "error" else change ** (plan.power / 2)
+            relative = error / jax.lax.stop_gradient(jnp.maximum(unit, 1e-30))
+            if plan.rounding is None:
+                return relative
+            return relative + plan.rounding.penalty_of(student, done / steps) / example.target.shape[-1]
 
         updates, optimizer_state = move(jax.grad(loss)(learned), optimizer_state, learned)
-        return (optax.apply_updates(learned, updates), optimizer_state), None
+        return (optax.apply_updates(learned, updates), optimizer_state, done + 1), None
 
     return jax.lax.scan(step, state, examples)[0]
 
 
-def weighted_error(block: nnx.Module, outer: VideoModel, example: Examples) -> jax.Array:
-    """Mean over tokens of weight x squared error of a block's output (S2Q-VDiT, equation 10), at least float32."""
+def weighted_error(block: nnx.Module, outer: VideoModel, example: Examples, power: float = 2.0) -> jax.Array:
+    """Mean over tokens of weight x squared error of a block's output (S2Q-VDiT, equation 10), at least float32; of
+    another power of it, if asked for."""
     _, conditioning = outer.embed(**example.inputs)
-    return _weighed(block(example.stream, conditioning) - example.target, example.weights)
+    return _weighed(block(example.stream, conditioning) - example.target, example.weights, power)
 
 
-def _weighed(difference: jax.Array, weights: jax.Array) -> jax.Array:
+def _weighed(difference: jax.Array, weights: jax.Array, power: float = 2.0) -> jax.Array:
     wide = difference.astype(jnp.promote_types(difference.dtype, jnp.float32))
-    return (jnp.square(wide).mean(axis=-1) * weights).mean()
+    size = jnp.square(wide) if power == 2 else jnp.abs(wide) ** power
+    return (size.mean(axis=-1) * weights).mean()
 
 
 @jax.jit

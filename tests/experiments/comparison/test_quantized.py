@@ -28,7 +28,9 @@ def checkpoints(tmp_path_factory):
 def test_every_row_is_a_recipe(name):
     assert ROWS[name].recipe("w4a4", 0).name.endswith("-w4a4")
     seeded = ROWS[name].recipe("w4a4", 0) != ROWS[name].recipe("w4a4", 1)
-    assert seeded == (ROWS[name].method in ("quarot", "vidit-q", "dvd-quant", "orbitquant", "flatquant", "s2q-vdit"))
+    assert seeded == (ROWS[name].method in (
+        "quarot", "adaround", "vidit-q", "dvd-quant", "orbitquant", "flatquant", "s2q-vdit",
+    ))  # fmt: skip
 
 
 def test_rows_are_measured_once_and_kept(checkpoints, tmp_path, monkeypatch, capsys):
