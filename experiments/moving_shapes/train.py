@@ -38,7 +38,7 @@ from experiments.training.student import student_of
 from experiments.training.trainer import State, Trainer
 from models.pipeline import Pipeline
 from models.unet_motion import UNetMotionModel
-from models.unet_transformers import MotionModule
+from models.unet_transformers import TemporalTransformer
 from qvdjax import recipes
 from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
@@ -99,7 +99,7 @@ def pipeline(family: str = "wan") -> Pipeline:
 def initial_model(seed: int, config: dict[str, Any] = CONFIGS["wan"]) -> VideoModel:
     """A model as its authors initialise theirs: the last layer starts at zero; in a UNet each motion module's does."""
     model = jax.jit(functools.partial(models.build, config))(key=jax.random.key(seed))
-    ends = [module.proj_out for _, module in iterate(model, MotionModule)]
+    ends = [module.proj_out for _, module in iterate(model, TemporalTransformer)]
     ends.append(model.conv_out if isinstance(model, UNetMotionModel) else model.proj_out)
     for end in ends:
         end.weight[...] = jnp.zeros_like(end.weight[...])

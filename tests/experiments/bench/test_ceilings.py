@@ -39,8 +39,8 @@ def products_of(jaxpr) -> float:
             shape = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
         if equation.primitive.name == "conv_general_dilated":
-            _, *weight = equation.invars[1].aval.shape  # out in *kernel
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(weight)
+            weight, outputs = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec[0]
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(weight) // weight[outputs]
     return total
 
 

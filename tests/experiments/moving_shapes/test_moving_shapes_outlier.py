@@ -13,7 +13,7 @@ from models.pipeline import Pipeline
 from qvdjax.errors import UserError
 from qvdjax.nn import Linear
 
-CONFIGS = {family: {**config, "num_layers": 2} for family, config in train.CONFIGS.items()}
+CONFIGS = {family: {**train.CONFIGS[family], "num_layers": 2} for family in ("wan", "cogvideox")}
 SITES = {
     "wan": ("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_out.0", "ffn.net.0.proj"),
     "cogvideox": ("attn1.to_q", "attn1.to_out.0", "ff.net.0.proj"),

@@ -10,6 +10,7 @@ import pytest
 import models
 from experiments.moving_shapes import data, train
 from models.pipeline import Pipeline
+from qvdjax.nn import Linear, layers_of
 
 SMALL = {**train.CONFIGS["wan"], "num_layers": 1, "num_attention_heads": 1, "ffn_dim": 64}
 
@@ -19,8 +20,11 @@ def test_the_shipped_architectures_are_small(config):
     model = models.abstract(config)
     count = sum(leaf.size for leaf in jax.tree.leaves(model))
     assert count <= 2_000_000
-    assert config["num_layers"] >= 6
-    assert config["attention_head_dim"] >= 32
+    assert sum(map(len, model.stacks)) >= 6
+    widths = {
+        layer.weight.get_value().shape[-2] for _, _, layer in layers_of(model, (Linear,)) if layer.role == "query"
+    }
+    assert min(widths) // config["num_attention_heads"] >= 32
 
 
 @pytest.mark.slow

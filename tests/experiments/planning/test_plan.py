@@ -195,6 +195,6 @@ def test_what_cannot_be_planned_is_refused_before_compiling(arguments, options, 
 
 
 def test_a_family_without_plans_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"_class_name": "UNetMotionModel"}')
-    with pytest.raises(UserError, match="no plans are made for animatediff models yet.*wan"):
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet3DConditionModel"}')
+    with pytest.raises(UserError, match="no plans are made for modelscope models yet.*wan"):
         plan(str(tmp_path), "none", "v5e:2x4")
