@@ -21,7 +21,7 @@ from qvdjax.nn import (
     VideoModel,
     layers_of,
 )  # fmt: skip
-from qvdjax.nn.variables import shape_of
+from qvdjax.nn.variables import own_shape, shape_of
 
 
 def describe(model: VideoModel) -> list[dict[str, Any]]:
@@ -113,7 +113,7 @@ def _attention_row(name: str, layer: Attention) -> dict[str, Any]:
 def weight_shape(layer) -> tuple[int, ...]:
     """Shape of one block's weight, [out, in, *kernel]."""
     if isinstance(layer, Linear | Conv):
-        return shape_of(layer.weight)[-len(layer.weight.get_metadata("axes")) :]
+        return own_shape(layer.weight)
     shape = shape_of(layer.weight if layer.codes is None else layer.codes)[-2:]
     if isinstance(layer, QuantizedLinear):
         return shape
@@ -134,9 +134,7 @@ def layer_bytes(layer: nnx.Module) -> int:
 
 def _logical_bits(variable: nnx.Variable) -> int:
     """Bits of one block's part of a variable."""
-    value = variable.get_value()
-    own = len(variable.get_metadata("axes"))
-    return math.prod(value.shape[len(value.shape) - own :]) * _element_bits(variable)
+    return math.prod(own_shape(variable)) * _element_bits(variable)
 
 
 def _element_bits(variable: nnx.Variable) -> int:

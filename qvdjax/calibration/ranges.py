@@ -10,7 +10,7 @@ from flax import nnx
 from qvdjax.calibration.watching import Kept, Watcher, by_layer, observe
 from qvdjax.errors import UserError
 from qvdjax.nn import Conv, Linear, Statistic, VideoModel, layers_of
-from qvdjax.nn.variables import replace, shape_of
+from qvdjax.nn.variables import leading_shape, own_shape, replace
 from qvdjax.parallel import to_host
 
 
@@ -37,8 +37,8 @@ def watch(model: VideoModel) -> VideoModel:
     """A copy of a float model whose linear and convolution layers are Watched."""
     model = nnx.clone(model)
     for _, path, layer in layers_of(model, (Linear, Conv)):
-        shape, own = shape_of(layer.weight), len(layer.weight.get_metadata("axes"))
-        replace(model, path, Watched(layer, shape[:-own], shape[len(shape) - own + 1]))
+        _, width, *_ = own_shape(layer.weight)
+        replace(model, path, Watched(layer, leading_shape(layer.weight), width))
     return model
 
 

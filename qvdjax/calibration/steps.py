@@ -16,9 +16,9 @@ def timesteps_of(batches: Iterable[Mapping[str, jax.Array]]) -> list[float]:
 
 def first_steps(batches: Iterable[Mapping[str, jax.Array]]) -> Iterator[dict[str, np.ndarray]]:
     """The samples of a calibration set at its largest timestep, where sampling begins; goes over the set twice."""
-    last = timesteps_of(batches)
+    largest = np.float32(timesteps_of(batches)[-1])
     for inputs in batches:
-        rows = np.flatnonzero(of_samples(inputs) == np.float32(last[-1]))
+        rows = np.flatnonzero(of_samples(inputs) == largest)
         if len(rows):
             yield {name: np.asarray(array)[rows] for name, array in inputs.items()}
 

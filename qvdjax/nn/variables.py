@@ -33,6 +33,17 @@ def shape_of(variable: nnx.Variable) -> tuple[int, ...]:
     return variable.get_value().shape
 
 
+def leading_shape(variable: nnx.Variable) -> tuple[int, ...]:
+    """What its shape has before the axes it names: (layers,) in a stack, () outside."""
+    shape = shape_of(variable)
+    return shape[: len(shape) - len(variable.get_metadata("axes"))]
+
+
+def own_shape(variable: nnx.Variable) -> tuple[int, ...]:
+    """Shape of one block's part of it."""
+    return shape_of(variable)[len(leading_shape(variable)) :]
+
+
 def at(root: nnx.Module, path: tuple) -> nnx.Module:
     """The module at a path of attribute names and list indices."""
     step = lambda node, name: node[name] if isinstance(name, int) else getattr(node, name)  # noqa: E731

@@ -71,7 +71,7 @@ class FeatureGrid:
         """
         features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
         levels = self._levels(features)
-        return levels, (levels[1:] + levels[:-1]) / 2
+        return levels, _edges(levels)
 
     def _levels(self, features: jax.Array) -> jax.Array:
         if self.kind in ("symmetric", "asymmetric"):
@@ -95,11 +95,15 @@ class FeatureGrid:
 
         def error(split):
             candidate = levels(split)
-            edges = (candidate[1:] + candidate[:-1]) / 2
-            return jnp.square(to_levels(features, candidate, edges) - features).mean()
+            return jnp.square(to_levels(features, candidate, _edges(candidate)) - features).mean()
 
         splits = jnp.linspace(_LEAST_SPLIT, 1, _SPLITS, dtype=features.dtype) * highest
         return levels(splits[jax.lax.map(error, splits).argmin()])
+
+
+def _edges(levels: jax.Array) -> jax.Array:
+    """Half-way between neighbours: [count] -> [count - 1]."""
+    return (levels[1:] + levels[:-1]) / 2
 
 
 def _powers(largest: jax.Array, count: int, steps: int) -> jax.Array:

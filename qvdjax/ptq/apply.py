@@ -17,7 +17,7 @@ from qvdjax.nn import (
     VideoModel,
     swap_layers,
 )  # fmt: skip
-from qvdjax.nn.variables import iterate, shape_of
+from qvdjax.nn.variables import iterate, leading_shape
 from qvdjax.ptq.layers import quantize_layer
 
 Ranges = Mapping[str, tuple]  # name in diffusers -> smallest and largest input of each channel
@@ -53,10 +53,10 @@ def apply_schemes(
         if rounded is not None and names[0] in rounded:
             rows = [rounded[name] for name in names]
             # one dictionary of arrays a block -> [layers, ...]
-            arrays = jax.tree.map(lambda *a: jnp.stack(a), *rows) if _stacked(layer) else rows[0]
+            arrays = jax.tree.map(lambda *a: jnp.stack(a), *rows) if leading_shape(layer.weight) else rows[0]
             return quantize_layer(layer, scheme, execution=execution, arrays=arrays)
         input_range, searched = (
-            None if found is None or names[0] not in found else _rows(layer, [found[name] for name in names])
+            None if found is None or names[0] not in found else stacked_pairs(layer, [found[name] for name in names])
             for found in (ranges, edges)
         )
         return quantize_layer(layer, scheme, execution=execution, fit=fit, input_range=input_range, edges=searched)
@@ -64,13 +64,10 @@ def apply_schemes(
     return swap_layers(model, schemes, make)
 
 
-def _rows(layer: nnx.Module, pairs: list[tuple]) -> tuple:
-    """Pairs in the layout of a layer's arrays: [...] each, or [layers, ...] for one of a stack."""
-    return tuple(jnp.stack(rows) if _stacked(layer) else jnp.asarray(rows[0]) for rows in zip(*pairs, strict=True))
-
-
-def _stacked(layer: nnx.Module) -> bool:
-    return len(shape_of(layer.weight)) > len(layer.weight.get_metadata("axes"))
+def stacked_pairs(layer: nnx.Module, pairs: list[tuple]) -> tuple:
+    """Pairs of arrays, one a block, in the layout of a layer's arrays: [...] each, or [layers, ...] in a stack."""
+    stacked = leading_shape(layer.weight)
+    return tuple(jnp.stack(rows) if stacked else jnp.asarray(rows[0]) for rows in zip(*pairs, strict=True))
 
 
 def set_execution(model: VideoModel, execution: Execution) -> VideoModel:

@@ -14,7 +14,7 @@ from qvdjax.calibration.watching import Kept, Watcher, by_layer, observe
 from qvdjax.errors import UserError
 from qvdjax.metrics.temporal_features import discriminability
 from qvdjax.nn import Linear, QuantizedLinear, Statistic, VideoModel, layers_of
-from qvdjax.nn.variables import replace, shallow_copy, shape_of
+from qvdjax.nn.variables import leading_shape, own_shape, replace, shallow_copy
 from qvdjax.numerics import FeatureGrid, to_levels
 from qvdjax.parallel import to_host
 
@@ -68,7 +68,7 @@ class KeptInput(Watcher):
 
     def __init__(self, layer: Linear, leading: tuple[int, ...], batch: int):
         super().__init__(layer)
-        self.rows = Statistic(jnp.zeros((*leading, batch, shape_of(layer.weight)[-1]), jnp.float32), axes=(None, None))
+        self.rows = Statistic(jnp.zeros((*leading, batch, own_shape(layer.weight)[1]), jnp.float32), axes=(None, None))
 
     def observe(self, x: jax.Array) -> None:
         """x [batch, ..., in], the same at all places between."""
@@ -101,8 +101,7 @@ def _watch(model: VideoModel, batch: int) -> VideoModel:
     watched = shallow_copy(model)
     for _, path, layer in layers_of(model, (Linear,)):
         if layer.role == ROLE:
-            own = len(layer.weight.get_metadata("axes"))
-            replace(watched, path, KeptInput(layer, shape_of(layer.weight)[:-own], batch))
+            replace(watched, path, KeptInput(layer, leading_shape(layer.weight), batch))
     return watched
 
 
@@ -139,7 +138,7 @@ def fit_feature_grids(
         if layer.role != ROLE:
             continue
         # [layers,] out in -> layers out in
-        weights = layer.weight[...].reshape(len(names), *shape_of(layer.weight)[-2:])
+        weights = layer.weight[...].reshape(len(names), *own_shape(layer.weight))
         for name, weight in zip(names, weights, strict=True):
             if not schemes[name].quantizes:
                 continue

@@ -11,9 +11,10 @@ import numpy as np
 from qvdjax.calibration.watching import Watcher, by_layer, observe
 from qvdjax.errors import UserError
 from qvdjax.nn import Conv, InputTransform, LayerScheme, Linear, Statistic, VideoModel, layers_of
-from qvdjax.nn.variables import replace, shallow_copy, shape_of
+from qvdjax.nn.variables import leading_shape, replace, shallow_copy
 from qvdjax.numerics import Grid
 from qvdjax.parallel import to_host
+from qvdjax.ptq.apply import stacked_pairs
 
 Shape = Literal["minmax", "magnitude", "shrink"]
 
@@ -147,24 +148,22 @@ def _watch(model, schemes, search: RangeSearch, fit, ranges) -> VideoModel:
                 "static ranges are searched for in blocks whose inputs are quantized alike",
                 remedy="give them one rule, or choose dynamic ranges", items=static,
             )  # fmt: skip
-        shape, own = shape_of(layer.weight), len(layer.weight.get_metadata("axes"))
-        leading, transform = shape[:-own], None
+        transform = None
         if scheme.transforms:
-            edges = (np.stack(edges) for edges in zip(*(ranges[name] for name in names), strict=True))
-            transform = _transform(layer, fit, *(edge if leading else edge[0] for edge in edges))
+            transform = _transform(layer, fit, *stacked_pairs(layer, [ranges[name] for name in names]))
+        leading = leading_shape(layer.weight)
         replace(watched, path, Searched(layer, leading, transform, scheme.activation.grid, search))
     return watched
 
 
 def _transform(layer: Linear | Conv, fit, low, high) -> InputTransform:
     """The transform that the layer will have, or a stack of them."""
-    stacked = len(shape_of(layer.weight)) > len(layer.weight.get_metadata("axes"))
 
     def one(weight, low, high):
         # What acts on channels sees one row a position of a kernel: [out, in, *kernel] -> [(out kernel), in]
         rows = jnp.moveaxis(weight, 1, -1).reshape(-1, weight.shape[1])
         return fit.fit(rows.astype(jnp.promote_types(weight.dtype, jnp.float32)), low, high).arrays()
 
-    arguments = (layer.weight[...], jnp.asarray(low), jnp.asarray(high))
-    arrays = jax.lax.map(lambda a: one(*a), arguments) if stacked else one(*arguments)
+    arguments = (layer.weight[...], low, high)
+    arrays = jax.lax.map(lambda a: one(*a), arguments) if leading_shape(layer.weight) else one(*arguments)
     return InputTransform(**arrays, rotation=fit.rotation)

@@ -65,6 +65,7 @@ class Method:
     average_bits: float | None = None
 
     name = ""  # of the method, as recipes spell it
+    transforms_convolutions = False  # whether the inputs of convolutions pass through `transform` too
 
     @property
     def recipe_name(self) -> str:
@@ -93,10 +94,6 @@ class Method:
 
     def transform(self):
         """What fits the transform of a product's input; None for none."""
-        return
-
-    def convolution_transform(self):
-        """The same for convolutions: `transform` itself, or None."""
         return
 
     def range_search(self) -> RangeSearch | None:
@@ -153,7 +150,6 @@ class Method:
             tensor = dataclasses.replace(activation, granularity="tensor", group_size=None, codebook=None)
         channel = dataclasses.replace(plain, granularity="channel", group_size=None)
         feature, grids = self._temporal_feature(plain)
-        on_convolutions = self.convolution_transform()
         rules = []
         if self.skip:
             rules.append(Rule(LayerScheme(reason="the option `skip` keeps it float"), path=self.skip))
@@ -167,7 +163,7 @@ class Method:
             Rule(LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation,
                              self.low_rank(), kronecker),
                  roles=PRODUCTS),
-            Rule(LayerScheme(channel, tensor, () if on_convolutions is None else on_convolutions.names,
+            Rule(LayerScheme(channel, tensor, transforms if self.transforms_convolutions else (),
                              "a product over all positions: one range for the input"),
                  roles=("convolution",)),
         ]  # fmt: skip

@@ -2,14 +2,13 @@
 
 import dataclasses
 
-from qvdjax.numerics import Quantizer
 from qvdjax.ptq.range_search import RangeSearch
 from qvdjax.ptq.transforms import FitChannelScale, FitShift
-from qvdjax.recipes.method import Method
+from qvdjax.recipes.minmax import MinMax
 
 
 @dataclasses.dataclass(frozen=True)
-class QVD(Method):
+class QVD(MinMax):
     """Static ranges by search, behind a shift of each channel; temporal features on a grid that keeps them apart.
 
     Source: arXiv 2407.11585 (ACM MM 2024): HTDQ for temporal features, SCRI for the ranges of channels. The paper's
@@ -48,6 +47,7 @@ class QVD(Method):
     scale_alpha: float | None = None
 
     name = "qvd"
+    transforms_convolutions = True
 
     def __post_init__(self):
         if self.statistics not in ("first", "all"):
@@ -57,20 +57,11 @@ class QVD(Method):
         if self.average_bits is not None:
             raise ValueError("what a shifted input does to a rounded weight is not measured: leave average_bits out")
 
-    def activation(self) -> Quantizer | None:
-        """Static, one range a tensor."""
-        dynamic = super().activation()
-        return dynamic and dataclasses.replace(dynamic, granularity="tensor", group_size=None, dynamic=False)
-
     def transform(self) -> FitShift | None:
         """The shift."""
         if not self.shift:
             return None
         return FitShift(None if self.scale_alpha is None else FitChannelScale(self.scale_alpha))
-
-    def convolution_transform(self) -> FitShift | None:
-        """Also before convolutions."""
-        return self.transform()
 
     def range_search(self) -> RangeSearch:
         """How static ranges are found."""
