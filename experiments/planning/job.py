@@ -122,15 +122,17 @@ def plan(
         report = parallel.plan(training.function, *training.arguments, mesh=described)
     shape = Shape(model, config, (*latents.shape[1:],), context.shape[1])
     kind = described.devices.flat[0].device_kind
-    blocks = sum(map(len, weights.stacks)) if step == "reconstruct" else 1
+    blocks = sum(map(len, jax.eval_shape(lambda: _build(config, None)).stacks))
     least = bound(
-        step_work(shape) * (batch / blocks), kind, described.devices.size, report["argument_bytes"], step=step,
+        # A step of reconstruction is of one block.
+        step_work(shape) * (batch / blocks if step == "reconstruct" else batch), kind, described.devices.size,
+        report["argument_bytes"], step=step,
         recipe=chosen, teacher=taught_by, teacher_cache=teacher_cache,
     )  # fmt: skip
     return {
         **report, **least, "model": model, "recipe": recipe, "overrides": dict(overrides or {}), "topology": topology,
         "mesh": dict(described.shape), "batch": batch, "step": step, "size": size, "accumulate": accumulate,
-        "layers": sum(map(len, weights.stacks)), "teacher": teacher, "teacher_cache": teacher_cache,
+        "layers": blocks, "teacher": teacher, "teacher_cache": teacher_cache,
         "left_whole": parallel.left_whole(weights, described),
     }  # fmt: skip
 
