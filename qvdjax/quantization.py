@@ -6,13 +6,16 @@ import jax
 
 from qvdjax.calibration.dataset import CalibrationSet
 from qvdjax.calibration.ranges import input_ranges
+from qvdjax.calibration.salience import input_saliences
 from qvdjax.calibration.selection import select
 from qvdjax.calibration.steps import first_steps
 from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, Execution, VideoModel, layers_of, refuse_tables
 from qvdjax.ptq import (
+    FitChannelScale,
     FitRotation,
     absorb_rotations,
+    absorb_scales,
     apply_schemes,
     fill_feature_grids,
     fit_feature_grids,
@@ -85,8 +88,9 @@ def quantize(
         if plan is not None and plan.selection is not None and isinstance(calibration, CalibrationSet):
             calibration = select(calibration, plan.selection)
         if recipe.needs_ranges:
-            first = recipe.channel_statistics == "first"
-            ranges = input_ranges(model, first_steps(calibration) if first else calibration)
+            ranges = _channel_ranges(model, recipe, calibration)
+        if isinstance(recipe.transform, FitChannelScale) and recipe.transform.absorb:
+            model, schemes, ranges = absorb_scales(model, schemes, ranges, recipe.transform)
         if recipe.range_search is not None:
             edges = search_ranges(model, schemes, calibration, recipe.range_search, fit=fit, ranges=ranges)
         if recipe.mixed_precision is not None:
@@ -94,12 +98,13 @@ def quantize(
         learned = None
         if plan is not None:
             done = reconstruct(
-                model, schemes, calibration, plan, fit=fit, ranges=ranges, finished=finished, progress=progress
-            )
+                model, schemes, calibration, plan, fit=fit, ranges=ranges, edges=edges, finished=finished,
+                progress=progress,
+            )  # fmt: skip
             learned = done.layers
         if recipe.rounding is not None or learned is not None:
             rounded = rounded_layers(
-                model, schemes, calibration, recipe.rounding, fit=fit, ranges=ranges, learned=learned
+                model, schemes, calibration, recipe.rounding, fit=fit, ranges=ranges, edges=edges, learned=learned
             )
         if recipe.feature_grids is not None:
             schemes, features = fit_feature_grids(model, schemes, recipe.feature_grids, calibration)
@@ -110,3 +115,10 @@ def quantize(
     fill_feature_grids(quantized, features)
     quantized.recipe_name = recipe.name
     return quantized
+
+
+def _channel_ranges(model: VideoModel, recipe: Recipe, calibration: Iterable[Mapping[str, jax.Array]]) -> dict:
+    """Smallest and largest input of each channel by layer, as the recipe takes them over steps."""
+    if recipe.channel_statistics == "salience":
+        return input_saliences(model, calibration)
+    return input_ranges(model, first_steps(calibration) if recipe.channel_statistics == "first" else calibration)

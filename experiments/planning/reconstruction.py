@@ -49,7 +49,7 @@ def planned_reconstruction(config: dict, recipe: Recipe, mesh: Mesh, inputs: dic
         block = whole.stacks[0].layer(0)
         ranges = {dotted(p): (jnp.zeros(shape_of(linear.weight)[-1:]),) * 2 for p, linear in iterate(block, Linear)}
         own = {path: schemes[name] for path, name in names.items()}
-        student = prepared(block, own, recipe.transform, ranges, plan)
+        student = prepared(block, own, recipe.transform, ranges, {}, plan)
         return student, without_blocks(whole), start(student, plan=plan, steps=STEPS)
 
     def lead(array, *axes):

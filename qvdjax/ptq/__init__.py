@@ -1,6 +1,6 @@
 """Post-training quantization: transforms, ranges and rounding, applied to a model."""
 
-from qvdjax.ptq.absorb import absorb_rotations
+from qvdjax.ptq.absorb import absorb_rotations, absorb_scales
 from qvdjax.ptq.apply import apply_schemes, set_execution
 from qvdjax.ptq.feature_grids import ChooseGrid, fill_feature_grids, fit_feature_grids
 from qvdjax.ptq.gptq import ErrorCompensation
@@ -20,6 +20,7 @@ __all__ = [
     "RangeSearch",
     "Reconstruction",
     "absorb_rotations",
+    "absorb_scales",
     "apply_schemes",
     "fill_feature_grids",
     "fit_feature_grids",

@@ -65,6 +65,7 @@ class Method:
     average_bits: float | None = None
 
     name = ""  # of the method, as recipes spell it
+    transformed = PRODUCTS  # roles whose inputs pass through `transform`
     transforms_convolutions = False  # whether the inputs of convolutions pass through `transform` too
 
     @property
@@ -101,7 +102,7 @@ class Method:
         return
 
     def channel_statistics(self) -> str:
-        """Sampling steps over which the ranges of channels are taken, "all" or "first"."""
+        """How the ranges of channels are taken over sampling steps: "all", "first" or "salience" (see `Recipe`)."""
         return "all"
 
     def rounding(self):
@@ -150,6 +151,9 @@ class Method:
             tensor = dataclasses.replace(activation, granularity="tensor", group_size=None, codebook=None)
         channel = dataclasses.replace(plain, granularity="channel", group_size=None)
         feature, grids = self._temporal_feature(plain)
+        product = LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation,
+                              self.low_rank(), kronecker)  # fmt: skip
+        untransformed = tuple(role for role in PRODUCTS if role not in self.transformed)
         rules = []
         if self.skip:
             rules.append(Rule(LayerScheme(reason="the option `skip` keeps it float"), path=self.skip))
@@ -160,13 +164,14 @@ class Method:
                  roles=("head",)),
             Rule(LayerScheme(plain, reason=_ONE_VECTOR), roles=("modulation",)),
             Rule(feature, roles=("temporal_feature",)),
-            Rule(LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation,
-                             self.low_rank(), kronecker),
-                 roles=PRODUCTS),
+            Rule(product, roles=self.transformed),
             Rule(LayerScheme(channel, tensor, transforms if self.transforms_convolutions else (),
                              "a product over all positions: one range for the input"),
                  roles=("convolution",)),
         ]  # fmt: skip
+        if untransformed:
+            bare = dataclasses.replace(product, transforms=(), rotation=None, kronecker=None)
+            rules.append(Rule(bare, roles=untransformed))
         if self.attention_qk_bits or self.attention_pv_bits:
             products = AttentionScheme(
                 self.attention_qk_bits, self.attention_pv_bits, reason="the option attention_*_bits"

@@ -18,6 +18,7 @@ from qvdjax.recipes.method import FLOAT_ACTIVATION_BITS, Method
 from qvdjax.recipes.minmax import MinMax
 from qvdjax.recipes.mse import MSE
 from qvdjax.recipes.orbitquant import OrbitQuant
+from qvdjax.recipes.ptq4dit import PTQ4DiT
 from qvdjax.recipes.q_dit import QDiT
 from qvdjax.recipes.q_dm import QDM
 from qvdjax.recipes.quarot import QuaRot
@@ -31,8 +32,8 @@ from qvdjax.recipes.svdquant import SVDQuant
 from qvdjax.recipes.vidit_q import ViDiTQ
 
 POST_TRAINING = (
-    RoundToNearest, MinMax, MSE, SmoothQuant, QuaRot, GPTQ, AdaRound, SVDQuant, ViDiTQ, QDiT, DVDQuant, OrbitQuant,
-    FlatQuant, S2QVDiT, QVD,
+    RoundToNearest, MinMax, MSE, SmoothQuant, QuaRot, GPTQ, AdaRound, SVDQuant, PTQ4DiT, ViDiTQ, QDiT, DVDQuant,
+    OrbitQuant, FlatQuant, S2QVDiT, QVD,
 )  # fmt: skip
 TRAINED = (LearnedStepSize, QDM, EfficientDM, QVGen, QVGenPaper, QVGenCode, DSAQuant)
 METHODS = {method.name: method for method in (*POST_TRAINING, *TRAINED)}

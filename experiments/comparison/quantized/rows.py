@@ -10,6 +10,10 @@ ROWS = {
     "GPTQ": Row("gptq"),
     "GPTQ, rotated": Row("gptq", {"rotation": True}, "the rotation of QuaRot before it"),
     "AdaRound": Row("adaround"),
+    "PTQ4DiT": Row("ptq4dit"),
+    "PTQ4DiT, paper": Row(
+        "ptq4dit", {"static": True, "attention_pv_bits": 8}, "one input range a layer, softmax and values at 8 bits"
+    ),
     "SVDQuant": Row("svdquant", {"rank": 8}, "rank 8: the bench's layers are 128 wide"),
     "Q-DiT": Row("q-dit", {"group_size": 64, "activation_group_size": 64}, "groups of 64 channels"),
     "DVD-Quant": Row("dvd-quant", {"activation_group_size": 64}, "groups of 64 channels, the same bits at all steps"),

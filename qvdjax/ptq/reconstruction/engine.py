@@ -48,8 +48,8 @@ class Reconstructed:
 
 def reconstruct(
     model: VideoModel, schemes: Mapping[str, LayerScheme], batches: Iterable[Inputs], plan: Reconstruction, *,
-    fit=None, ranges: Mapping[str, tuple] | None = None, finished: FinishedBlocks | None = None,
-    progress: Progress | None = None,
+    fit=None, ranges: Mapping[str, tuple] | None = None, edges: Mapping[str, tuple] | None = None,
+    finished: FinishedBlocks | None = None, progress: Progress | None = None,
 ) -> Reconstructed:  # fmt: skip
     """Train what a plan says of every block's layers, one block after the other.
 
@@ -60,7 +60,7 @@ def reconstruct(
         schemes: One a layer and block, by name in diffusers.
         batches: Keyword arguments of the model's call: the examples.
         plan: How.
-        fit, ranges: As `qvdjax.ptq.apply_schemes` takes them.
+        fit, ranges, edges: As `qvdjax.ptq.apply_schemes` takes them.
         finished: Where finished blocks are kept, to go on after an interruption; None for nowhere.
         progress: Called with ("reconstructing", blocks done, blocks in all).
 
@@ -76,7 +76,8 @@ def reconstruct(
     count = sum(map(len, model.stacks))
     for number, (name, block, names) in enumerate(_blocks(model)):
         own = {path: schemes[full] for path, full in names.items()}
-        student = prepared(block, own, fit, {path: (ranges or {}).get(full) for path, full in names.items()}, plan)
+        found = ({path: (one or {}).get(full) for path, full in names.items()} for one in (ranges, edges))
+        student = prepared(block, own, fit, *found, plan)
         known = None if finished is None else finished.get(name)
         results = [targets(block, outer, c, on_device(s), plan.token_weights) for c, s in zip(chunks, exact)]
         wanted, weights = kept([out for out, _ in results]), [w for _, w in results]

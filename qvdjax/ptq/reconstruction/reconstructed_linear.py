@@ -19,13 +19,21 @@ class ReconstructedLinear(nnx.Module):
         operands: Makes (transformed input, rounded weight) of (input, weight [out, in]), and says with `learned()` what
             was found: a `FlattenedWeight` or an `AdaptivelyRoundedWeight`.
         input_clip: [1, sides] logits of the input's dynamic range, or None.
+        input_scale, input_zero_point: [1, 1] of a static range of the input, not trained, or None.
     """
 
-    def __init__(self, linear: Linear, scheme: LayerScheme, operands: nnx.Module):
+    def __init__(self, linear: Linear, scheme: LayerScheme, operands: nnx.Module, edges: tuple):
+        """`edges` are smallest and largest value, [] each, of the transformed input, if its range is static."""
         self.linear, self.scheme, self.role, self.axes = linear, scheme, linear.role, linear.axes
         self.operands = operands
         sides = 1 if scheme.activation is None or scheme.activation.symmetric else 2
         self.input_clip = None if scheme.input_clip is None else LearnedClip.started((1, sides))
+        static = (None, None)
+        if scheme.activation is not None and not scheme.activation.dynamic:
+            static = scheme.activation.grid.from_range(*(jnp.reshape(edge, (1, 1)) for edge in edges))  # [] -> [1, 1]
+        self.input_scale, self.input_zero_point = (
+            None if a is None else nnx.Variable(a, axes=(None, None)) for a in static
+        )
 
     @property
     def weight(self):
@@ -41,7 +49,10 @@ class ReconstructedLinear(nnx.Module):
         """x [..., tokens, in] -> [..., tokens, out], in x's type."""
         dtype, weight = x.dtype, self.linear.weight[...]
         x, weight = self.operands(x, weight.astype(jnp.promote_types(weight.dtype, jnp.float32)))
-        if (quantizer := self.scheme.activation) is not None and self.input_clip is None:
+        if self.input_scale is not None:
+            zero_point = None if self.input_zero_point is None else self.input_zero_point[...]
+            x = fake_quantize(x, self.scheme.activation.grid, self.input_scale[...], zero_point)
+        elif (quantizer := self.scheme.activation) is not None and self.input_clip is None:
             # The range takes no gradient: that of a maximum looks for the place that equals it, and where XLA computes
             # x anew in the backward pass, to another last bit, there is none, and 0 / 0.
             x = fake_quantize_dynamic(x, quantizer)

@@ -23,7 +23,7 @@ State = tuple[nnx.State, optax.OptState, jax.Array]
 
 def prepared(
     block: nnx.Module, schemes: Mapping[str, LayerScheme], fit, ranges: Mapping[str, tuple | None],
-    plan: Reconstruction,
+    edges: Mapping[str, tuple | None], plan: Reconstruction,
 ) -> nnx.Module:  # fmt: skip
     """A copy of a float block in which the layers that a plan trains are set up for it.
 
@@ -35,6 +35,7 @@ def prepared(
         schemes: By a layer's path in the block.
         fit: What transforms start as (`qvdjax.ptq.transforms`), None without.
         ranges: Smallest and largest input of each channel, by path; None for those that no calibration saw.
+        edges: Smallest and largest value of static ranges of inputs, by path; where there are none, ranges are empty.
         plan: What is trained.
     """
     block = shallow_copy(block)
@@ -52,7 +53,7 @@ def prepared(
             operands = FlattenedWeight(weight, scheme, start)
         else:
             operands = AdaptivelyRoundedWeight(weight, scheme, start, layer.axes)
-        replace(block, path, ReconstructedLinear(layer, scheme, operands))
+        replace(block, path, ReconstructedLinear(layer, scheme, operands, edges.get(dotted(path)) or (0.0, 0.0)))
     return block
 
 
