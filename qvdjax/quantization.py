@@ -12,6 +12,7 @@ from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, Execution, VideoModel, layers_of, refuse_tables
 from qvdjax.ptq import (
     FitRotation,
+    FitShift,
     absorb_rotations,
     apply_schemes,
     fill_feature_grids,
@@ -19,6 +20,8 @@ from qvdjax.ptq import (
     reconstruct,
     rounded_layers,
     search_ranges,
+    search_scales,
+    with_frames,
 )  # fmt: skip
 from qvdjax.ptq.mixed_precision import with_mixed_precision
 from qvdjax.ptq.reconstruction import FinishedBlocks
@@ -75,7 +78,7 @@ def quantize(
     schemes = decide(model, recipe).schemes
     if isinstance(recipe.transform, FitRotation) and recipe.transform.absorb:
         model, schemes = absorb_rotations(model, schemes, recipe.transform)
-    ranges = rounded = edges = None
+    ranges = rounded = edges = fitted = None
     features = {}
     if recipe.needs_calibration:
         if calibration is None:
@@ -84,11 +87,17 @@ def quantize(
         calibration = list(calibration) if iter(calibration) is calibration else calibration
         if plan is not None and plan.selection is not None and isinstance(calibration, CalibrationSet):
             calibration = select(calibration, plan.selection)
+        first = recipe.channel_statistics == "first"
         if recipe.needs_ranges:
-            first = recipe.channel_statistics == "first"
             ranges = input_ranges(model, first_steps(calibration) if first else calibration)
+        if isinstance(fit, FitShift) and fit.search is not None:
+            seen = first_steps(calibration) if first else calibration
+            fitted = search_scales(model, schemes, seen, fit.search, ranges)
         if recipe.range_search is not None:
-            edges = search_ranges(model, schemes, calibration, recipe.range_search, fit=fit, ranges=ranges)
+            edges = search_ranges(
+                model, schemes, calibration, recipe.range_search, fit=fit, ranges=ranges, fitted=fitted
+            )
+            schemes = with_frames(schemes, edges)
         if recipe.mixed_precision is not None:
             schemes = with_mixed_precision(model, schemes, calibration, recipe.mixed_precision, fit=fit, ranges=ranges)
         learned = None
@@ -105,8 +114,9 @@ def quantize(
             schemes, features = fit_feature_grids(model, schemes, recipe.feature_grids, calibration)
     execution = execution or best_execution()[0]
     quantized = apply_schemes(
-        model, schemes, execution=execution, fit=recipe.transform, ranges=ranges, edges=edges, rounded=rounded
-    )
+        model, schemes, execution=execution, fit=recipe.transform, ranges=ranges, edges=edges, rounded=rounded,
+        fitted=fitted,
+    )  # fmt: skip
     fill_feature_grids(quantized, features)
     quantized.recipe_name = recipe.name
     return quantized
