@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from models.families import FAMILIES, Family, parse_fields
+from models.vae_image import AutoencoderKL, ImageVAEConfig
 from models.vae_protocol import VideoVAE
 from models.vae_wan import AutoencoderKLWan, WanVAEConfig
 from qvdjax.checkpoint import CheckpointFolder, Progress, load_variables, save_variables
 from qvdjax.errors import UserError
 
 VAES = {
+    "AutoencoderKL": Family("image-vae", ImageVAEConfig, AutoencoderKL),
     "AutoencoderKLWan": Family("wan-vae", WanVAEConfig, AutoencoderKLWan),
 }
 
