@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from models.families import FAMILIES, Family, parse_fields
+from models.vae_cogvideox import AutoencoderKLCogVideoX, CogVideoXVAEConfig
 from models.vae_image import AutoencoderKL, ImageVAEConfig
 from models.vae_protocol import VideoVAE
 from models.vae_wan import AutoencoderKLWan, WanVAEConfig
@@ -21,6 +22,7 @@ from qvdjax.errors import UserError
 
 VAES = {
     "AutoencoderKL": Family("image-vae", ImageVAEConfig, AutoencoderKL),
+    "AutoencoderKLCogVideoX": Family("cogvideox-vae", CogVideoXVAEConfig, AutoencoderKLCogVideoX),
     "AutoencoderKLWan": Family("wan-vae", WanVAEConfig, AutoencoderKLWan),
 }
 
