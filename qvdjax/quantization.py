@@ -22,6 +22,7 @@ from qvdjax.ptq import (
     reconstruct,
     rounded_layers,
     search_ranges,
+    with_frames,
 )  # fmt: skip
 from qvdjax.ptq.mixed_precision import with_mixed_precision
 from qvdjax.ptq.reconstruction import FinishedBlocks
@@ -96,6 +97,8 @@ def quantize(
         if recipe.mixed_precision is not None:
             schemes = with_mixed_precision(model, schemes, calibration, recipe.mixed_precision, fit=fit, ranges=ranges)
         learned = None
+        if plan is not None and plan.estimation is not None and plan.estimation.of_frames:
+            schemes = with_frames(model, schemes, next(iter(calibration), None))
         if plan is not None:
             done = reconstruct(
                 model, schemes, calibration, plan, fit=fit, ranges=ranges, edges=edges, finished=finished,

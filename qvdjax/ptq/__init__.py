@@ -8,6 +8,7 @@ from qvdjax.ptq.layers import quantize_layer
 from qvdjax.ptq.range_search import RangeSearch, search_ranges
 from qvdjax.ptq.reconstruction import Reconstruction, reconstruct
 from qvdjax.ptq.rounding import rounded_layers
+from qvdjax.ptq.token_frames import with_frames
 from qvdjax.ptq.transforms import FitChannelScale, FitProduct, FitRotation, FitShift
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "rounded_layers",
     "search_ranges",
     "set_execution",
+    "with_frames",
 ]
