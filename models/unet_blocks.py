@@ -49,7 +49,7 @@ class ResnetBlock(nnx.Module):
         keys = jax.random.split(key, 4)
         mixes = ALONG_FRAMES if along_frames else {"kernel": (3, 3), "padding": ONE_AROUND}
         norm = functools.partial(GroupNorm, groups=groups, epsilon=epsilon, dtype=dtype)
-        conv = functools.partial(Conv, role="convolution", dtype=dtype)
+        conv = functools.partial(Conv, role="convolution", frame_axis=None if along_frames else 0, dtype=dtype)
         across, back = ("mlp", "embed"), ("embed", "mlp")
         self.norm1, self.norm2 = norm(channels), norm(width, axis="mlp")
         self.conv1 = conv(channels, width, **mixes, axes=across, key=keys[0])
@@ -141,8 +141,8 @@ class UpBlock(_Layer):
 
 def _resampler(width: int, stride: tuple[int, int], key: jax.Array, dtype) -> Conv:
     return Conv(
-        width, width, (3, 3), stride=stride, padding=ONE_AROUND, role="convolution", axes=("embed", None), key=key,
-        dtype=dtype,
+        width, width, (3, 3), stride=stride, padding=ONE_AROUND, role="convolution", axes=("embed", None),
+        frame_axis=0, key=key, dtype=dtype,
     )  # fmt: skip
 
 

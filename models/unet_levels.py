@@ -56,15 +56,15 @@ class VideoUNet(VideoModel):
         self.config = config
         width = config.block_out_channels[0]
         self.conv_in = Conv(
-            config.in_channels, width, (3, 3), padding=ONE_AROUND, role="embedder", axes=("embed", None), key=keys[0],
-            dtype=dtype,
+            config.in_channels, width, (3, 3), padding=ONE_AROUND, role="embedder", axes=("embed", None),
+            frame_axis=0, key=keys[0], dtype=dtype,
         )  # fmt: skip
         self.time_embedding = TimestepEmbedding(width, config.time_dim, key=keys[1], dtype=dtype)
         self.stacks = nnx.List([*first, *_stacks(config, parts_of, keys[2], dtype)])
         self.conv_norm_out = GroupNorm(width, groups, epsilon=epsilon, dtype=dtype)
         self.conv_out = Conv(
-            width, config.out_channels, (3, 3), padding=ONE_AROUND, role="head", axes=(None, "embed"), key=keys[3],
-            dtype=dtype,
+            width, config.out_channels, (3, 3), padding=ONE_AROUND, role="head", axes=(None, "embed"),
+            frame_axis=0, key=keys[3], dtype=dtype,
         )  # fmt: skip
 
     @property

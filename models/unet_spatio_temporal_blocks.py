@@ -87,7 +87,8 @@ class SpatioTemporalTransformer(nnx.Module):
     def __init__(self, width: int, heads: int, context: int, groups: int, *, key: jax.Array, dtype):
         keys = jax.random.split(key, 5)
         self.norm = GroupNorm(width, groups, epsilon=EPSILON, dtype=dtype)
-        self.proj_in, self.proj_out = (projection(width, width, linear=True, key=k, dtype=dtype) for k in keys[:2])
+        shared = {"linear": True, "frame_axis": 1, "dtype": dtype}
+        self.proj_in, self.proj_out = (projection(width, width, key=k, **shared) for k in keys[:2])
         spatial = SpatialBlock(width, heads, context, key=keys[2], dtype=dtype)
         temporal = CrossTemporalBlock(width, heads, context, key=keys[3], dtype=dtype)
         self.transformer_blocks = nnx.Dict({"0": spatial})

@@ -14,6 +14,7 @@ from qvdjax.nn import QUANTIZED_LAYERS, Execution, VideoModel, layers_of, refuse
 from qvdjax.ptq import (
     FitChannelScale,
     FitRotation,
+    FitShift,
     absorb_rotations,
     absorb_scales,
     apply_schemes,
@@ -22,7 +23,9 @@ from qvdjax.ptq import (
     reconstruct,
     rounded_layers,
     search_ranges,
+    search_scales,
     with_frames,
+    with_gains,
 )  # fmt: skip
 from qvdjax.ptq.mixed_precision import with_mixed_precision
 from qvdjax.ptq.reconstruction import FinishedBlocks
@@ -79,7 +82,7 @@ def quantize(
     schemes = decide(model, recipe).schemes
     if isinstance(recipe.transform, FitRotation) and recipe.transform.absorb:
         model, schemes = absorb_rotations(model, schemes, recipe.transform)
-    ranges = rounded = edges = None
+    ranges = rounded = edges = fitted = None
     features = {}
     if recipe.needs_calibration:
         if calibration is None:
@@ -90,15 +93,20 @@ def quantize(
             calibration = select(calibration, plan.selection)
         if recipe.needs_ranges:
             ranges = _channel_ranges(model, recipe, calibration)
-        if isinstance(recipe.transform, FitChannelScale) and recipe.transform.absorb:
-            model, schemes, ranges = absorb_scales(model, schemes, ranges, recipe.transform)
+        if isinstance(fit, FitChannelScale) and fit.absorb:
+            model, schemes, ranges = absorb_scales(model, schemes, ranges, fit)
+        if isinstance(fit, FitShift) and fit.search is not None:
+            fitted = search_scales(model, schemes, _fitted_on(recipe, calibration), fit.search, ranges)
         if recipe.range_search is not None:
-            edges = search_ranges(model, schemes, calibration, recipe.range_search, fit=fit, ranges=ranges)
+            edges = search_ranges(
+                model, schemes, calibration, recipe.range_search, fit=fit, ranges=ranges, fitted=fitted
+            )
+            schemes = with_frames(schemes, edges)
         if recipe.mixed_precision is not None:
             schemes = with_mixed_precision(model, schemes, calibration, recipe.mixed_precision, fit=fit, ranges=ranges)
         learned = None
         if plan is not None and plan.estimation is not None and plan.estimation.of_frames:
-            schemes = with_frames(model, schemes, next(iter(calibration), None))
+            schemes = with_gains(model, schemes, next(iter(calibration), None))
         if plan is not None:
             done = reconstruct(
                 model, schemes, calibration, plan, fit=fit, ranges=ranges, edges=edges, finished=finished,
@@ -113,8 +121,9 @@ def quantize(
             schemes, features = fit_feature_grids(model, schemes, recipe.feature_grids, calibration)
     execution = execution or best_execution()[0]
     quantized = apply_schemes(
-        model, schemes, execution=execution, fit=recipe.transform, ranges=ranges, edges=edges, rounded=rounded
-    )
+        model, schemes, execution=execution, fit=recipe.transform, ranges=ranges, edges=edges, rounded=rounded,
+        fitted=fitted,
+    )  # fmt: skip
     fill_feature_grids(quantized, features)
     quantized.recipe_name = recipe.name
     return quantized
@@ -124,4 +133,9 @@ def _channel_ranges(model: VideoModel, recipe: Recipe, calibration: Iterable[Map
     """Smallest and largest input of each channel by layer, as the recipe takes them over steps."""
     if recipe.channel_statistics == "salience":
         return input_saliences(model, calibration)
-    return input_ranges(model, first_steps(calibration) if recipe.channel_statistics == "first" else calibration)
+    return input_ranges(model, _fitted_on(recipe, calibration))
+
+
+def _fitted_on(recipe: Recipe, calibration: Iterable[Mapping[str, jax.Array]]) -> Iterable[Mapping[str, jax.Array]]:
+    """The part of a calibration set that transforms are fitted to."""
+    return first_steps(calibration) if recipe.channel_statistics == "first" else calibration

@@ -2,6 +2,7 @@
 
 from qvdjax.nn.attention import Attention, dot_product_attention, quantized_attention
 from qvdjax.nn.conv import Conv, QuantizedConv
+from qvdjax.nn.frames import FrameAxis
 from qvdjax.nn.input_clip import InputClip
 from qvdjax.nn.layers import FLOAT_LAYERS, QUANTIZED_LAYERS, TABLE_LAYERS, layers_of
 from qvdjax.nn.linear import Linear, QuantizedLinear
@@ -30,6 +31,7 @@ __all__ = [
     "Conv",
     "EstimatorBranch",
     "Execution",
+    "FrameAxis",
     "GroupNorm",
     "InputClip",
     "InputTransform",

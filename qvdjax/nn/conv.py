@@ -1,6 +1,7 @@
 """Convolutions on channels-last arrays with PyTorch's weight orientation: float, and quantized."""
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +25,20 @@ class Conv(nnx.Module):
     Attributes:
         weight: [out, in, *kernel]. bias: [out], or None.
         stride, padding: One entry a spatial axis.
+        frame_axis: 0 where samples of its input are frames of a video, else None.
     """
 
     def __init__(
         self, in_features: int, out_features: int, kernel: tuple[int, ...], *, role: Role, axes: tuple, key: jax.Array,
         stride: tuple[int, ...] | None = None, padding: Padding | None = None, dtype=jnp.float32, bias: bool = True,
+        frame_axis: Literal[0] | None = None,
     ):  # fmt: skip
         shape = (out_features, in_features, *kernel)
         bound = math.sqrt(1 / (in_features * math.prod(kernel)))
         self.weight = Param(bound * jax.random.normal(key, shape, dtype), axes=(*axes, *[None] * len(kernel)))
         self.bias = Param(jnp.zeros((out_features,), dtype), axes=axes[:1]) if bias else None
         self.stride, self.padding = stride or (1,) * len(kernel), padding or ((0, 0),) * len(kernel)
-        self.kernel, self.role, self.axes, self.scheme = kernel, role, axes, LayerScheme()
+        self.kernel, self.role, self.axes, self.scheme, self.frame_axis = kernel, role, axes, LayerScheme(), frame_axis
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [batch, *space, in] -> [batch, *space', out], in x's type."""
@@ -63,9 +66,10 @@ class QuantizedConv(QuantizedLayer):
     """A Conv with a quantized weight (one range an output channel or the tensor) and one range an input sample.
 
     A product here sums over positions too, so activations can have no finer range than "tensor" (dynamic: one a
-    sample; static: one in all). Integer execution is for one and two axes away from GPUs; int8 convolution over three
-    axes is slower than bf16 on TPU and unreliable on GPU, so there the same integers are multiplied as floats. A kernel
-    of three axes that mixes the first alone (frames) counts as one of two.
+    sample; static: one in all, or one for each frame where samples are frames). Integer execution is for one and two
+    axes away from GPUs; int8 convolution over three axes is slower than bf16 on TPU and unreliable on GPU, so there the
+    same integers are multiplied as floats. A kernel of three axes that mixes the first alone (frames) counts as one of
+    two.
 
     Attributes, beside those of every quantized layer (`in` is in * kernel here):
         kernel, stride, padding: One entry a spatial axis.
@@ -111,8 +115,9 @@ class QuantizedConv(QuantizedLayer):
         """Scale and zero point, each [batch or 1, 1, 1]."""
         if self.input_scale is None:
             return self.scheme.activation.scale_of(rows)
-        zero_point = None if self.input_zero_point is None else self.input_zero_point[...][None]
-        return self.input_scale[...][None], zero_point
+        scale, zero_point = self.static_range(rows.shape)
+        # one range in all: [1, 1] -> [1, 1, 1]
+        return tuple(None if a is None else a.reshape(-1, 1, 1) for a in (scale, zero_point))
 
     def _simulated(self, x, rows, scale, zero_point):
         x = fake_quantize(rows, self.scheme.activation.grid, scale, zero_point).reshape(x.shape)

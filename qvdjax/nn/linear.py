@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qvdjax.kernels import quantized_matmul
+from qvdjax.nn.frames import FrameAxis
 from qvdjax.nn.low_rank import LowRankBranch
 from qvdjax.nn.quantized_layer import QuantizedLayer
 from qvdjax.nn.scheme import LayerScheme, Role
@@ -25,11 +26,12 @@ class Linear(nnx.Module):
         weight: [out, in]. bias: [out], or None.
         role: What the layer does in its model; recipes match it.
         scheme: Why the layer is float, once a recipe has looked at it.
+        frame_axis: Where the frames of a video lie in its input, None for nowhere.
     """
 
     def __init__(
         self, in_features: int, out_features: int, *, role: Role, axes: tuple, key: jax.Array, dtype=jnp.float32,
-        bias: bool = True, keep_float32: bool = False, zero: bool = False,
+        bias: bool = True, keep_float32: bool = False, zero: bool = False, frame_axis: FrameAxis | None = None,
     ):  # fmt: skip
         """Fan-in initialisation. `axes` names the weight's two axes; `zero` starts at zero; `keep_float32` says
         that loading with a narrower dtype leaves the layer in float32."""
@@ -38,7 +40,7 @@ class Linear(nnx.Module):
         weight = jnp.zeros(shape, dtype) if zero else initializer(key, shape, dtype)
         self.weight = Param(weight, axes=axes, keep_float32=keep_float32)
         self.bias = Param(jnp.zeros((out_features,), dtype), axes=axes[:1], keep_float32=keep_float32) if bias else None
-        self.role, self.axes, self.scheme = role, axes, LayerScheme()
+        self.role, self.axes, self.scheme, self.frame_axis = role, axes, LayerScheme(), frame_axis
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., out], in x's type."""
@@ -84,7 +86,7 @@ class QuantizedLinear(QuantizedLayer, TimestepReader):
     def _input_range(self, x):
         if self.input_scale is None:
             return self.scheme.activation.scale_of(x, self._clip(x))
-        return self.input_scale[...], None if self.input_zero_point is None else self.input_zero_point[...]
+        return self.static_range(x.shape)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., tokens, in] -> [..., tokens, out], in x's type. A vector a sample may come as [batch, in]."""

@@ -3,6 +3,7 @@
 import jax
 from flax import nnx
 
+from qvdjax.nn.frames import FrameAxis, for_input
 from qvdjax.nn.scheme import Execution, LayerScheme, Role
 from qvdjax.nn.variables import Codes, Param, Scale, Statistic
 from qvdjax.numerics import QTensor
@@ -15,14 +16,17 @@ class QuantizedLayer(nnx.Module):
         codes: [out, in] integers, or None when the weight stays float.
         weight_scale, weight_zero_point: [out or 1, groups] float32; no zero point when symmetric.
         bias: [out], or None.
-        input_scale, input_zero_point: [1, 1] float32 of a static activation quantizer, else None.
+        input_scale, input_zero_point: [1, 1] float32 of a static activation quantizer, [frames, 1] of one with a range
+            for each frame, else None.
         weight_sqnr_db: [] signal-to-quantization-noise ratio of the weight, recorded when quantizing.
         axes: Logical names of the two axes of `codes`.
+        frame_axis: Where frames lie in the input, None for nowhere.
     """
 
     def __init__(
         self, *, weight: QTensor | None, bias: jax.Array | None, role: Role, axes: tuple, scheme: LayerScheme,
         execution: Execution, input_scale=None, input_zero_point=None, weight_sqnr_db=None,
+        frame_axis: FrameAxis | None = None,
     ):  # fmt: skip
         if weight is None:
             self.codes = self.weight_scale = self.weight_zero_point = None
@@ -37,6 +41,7 @@ class QuantizedLayer(nnx.Module):
         self.input_zero_point = None if input_zero_point is None else Scale(input_zero_point, axes=(None, None))
         self.weight_sqnr_db = None if weight_sqnr_db is None else Statistic(weight_sqnr_db, axes=())
         self.role, self.axes, self.scheme, self.execution = role, axes, scheme, execution
+        self.frame_axis = frame_axis
 
     @property
     def qweight(self) -> QTensor:
@@ -44,3 +49,10 @@ class QuantizedLayer(nnx.Module):
         zero_point = None if self.weight_zero_point is None else self.weight_zero_point[...]
         quantizer = self.scheme.weight
         return QTensor(self.codes[...], self.weight_scale[...], zero_point, quantizer.bits, quantizer.codebook)
+
+    def static_range(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array | None]:
+        """Scale and zero point of a static activation quantizer, broadcastable against an input of that shape."""
+        pair = tuple(None if a is None else a[...] for a in (self.input_scale, self.input_zero_point))
+        if self.scheme.activation.granularity != "frame":
+            return pair
+        return tuple(None if a is None else for_input(a, self.frame_axis, shape) for a in pair)

@@ -86,6 +86,9 @@ class LayerScheme:
         for name in _OPTIONAL:
             if fields[name] is None:
                 del fields[name]  # folders without one stay readable by programs that do not know it
+        for name in ("weight", "activation"):
+            if fields[name] is not None and fields[name]["frames"] is None:
+                del fields[name]["frames"]  # likewise
         return fields
 
     @classmethod

@@ -1,7 +1,7 @@
 """What a quantizer is: bits, grid, granularity, and how its range is chosen."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from einops import rearrange
 from qvdjax.numerics.grid import Grid
 from qvdjax.numerics.refinement import refined
 
-Granularity = Literal["tensor", "channel", "token", "group"]
+Granularity = Literal["tensor", "channel", "token", "group", "frame"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Quantizer:
         symmetric: No zero point.
         granularity: One range for the last two axes ("tensor"), for each row ("channel" for the output channels
             of a weight, "token" for activations: the same thing under the name that fits), or for each
-            `group_size` neighbours within a row ("group").
+            `group_size` neighbours within a row ("group"). Activations only, and static: for each frame of a video,
+            the same for all samples of a batch ("frame"; `qvdjax.nn.frames`).
         group_size: Width of a group; must divide the width of every array it meets.
         dynamic: Activations only: the range is taken from each input (True) or from calibration (False).
         range_method: "minmax" covers every value; "search" shrinks the range to the one with the smallest
@@ -34,6 +35,7 @@ class Quantizer:
         range_norm: Exponent of the searched error.
         codebook: Levels that are not evenly spaced (`qvdjax.numerics.codebook`), scaled by the root mean square of the
             values that share a range; None for an even grid. Symmetric, "minmax", and for activations dynamic.
+        frames: Of granularity "frame", how many there are; None until calibration has counted them.
     """
 
     bits: int
@@ -44,14 +46,19 @@ class Quantizer:
     range_method: Literal["minmax", "search", "refine"] = "minmax"
     range_norm: float = 2.4
     codebook: str | None = None
+    frames: int | None = None
 
     def __post_init__(self):
         if (self.granularity == "group") != (self.group_size is not None):
             raise ValueError("group_size belongs to granularity 'group', and only to it")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be positive, not {self.group_size}")
-        if self.granularity not in ("tensor", "channel", "token", "group"):
+        if self.granularity not in get_args(Granularity):
             raise ValueError(f"unknown granularity {self.granularity!r}")
+        if self.granularity == "frame" and self.dynamic:
+            raise ValueError("ranges of frames are static")
+        if self.frames is not None and (self.granularity != "frame" or self.frames < 1):
+            raise ValueError("frames, at least one, belong to granularity 'frame', and only to it")
         if self.range_method not in ("minmax", "search", "refine"):
             raise ValueError(f"unknown range_method {self.range_method!r}")
         if self.codebook is not None and (self.range_method != "minmax" or not self.symmetric):

@@ -34,7 +34,7 @@ ON_CONVOLUTIONS = ("shift", "smooth_scale")
 def quantize_layer(
     layer: Linear | Conv, scheme: LayerScheme, *, execution: Execution, fit=None, input_range=None, edges=None,
     rounding: ErrorCompensation | None = None, moment: jax.Array | None = None,
-    arrays: Mapping[str, Any] | None = None,
+    transform: Mapping[str, jax.Array] | None = None, arrays: Mapping[str, Any] | None = None,
 ) -> nnx.Module:  # fmt: skip
     """The quantized layer that a scheme asks for.
 
@@ -48,7 +48,9 @@ def quantize_layer(
             that are to be loaded later.
         rounding: How the weight of a linear layer is rounded; None to the nearest code.
         moment: Second moments of the input, [in, in] (or [layers, in, in]), which `rounding` needs.
-        arrays: What `quantized_arrays` made of the layer, or a stack of it, instead of the last five.
+        transform: The arrays of the scheme's transform, with the layer's leading axis if it has one, in the place of
+            `fit`.
+        arrays: What `quantized_arrays` made of the layer, or a stack of it, instead of the last six.
 
     Raises:
         UserError: A group size that does not divide the layer's width; a rotation, input clip or branch on a
@@ -79,15 +81,19 @@ def quantize_layer(
         out = 1 + stacked
         weight = weight.reshape(*weight.shape[:out], -1)  # ([layers,] out, in, *kernel) -> ([layers,] out, in * kernel)
     if arrays is None:
+        learned = None if transform is None else {"transform": dict(transform)}
         arrays = _quantize_stack(
-            weight, input_range, moment, None, edges, stacked=stacked, positions=positions, scheme=scheme, fit=fit,
+            weight, input_range, moment, learned, edges, stacked=stacked, positions=positions, scheme=scheme, fit=fit,
             rounding=rounding,
         )  # fmt: skip
     parts = _checked(arrays, layer.role)
     transform = None
     if scheme.transforms:
         transform = InputTransform(**parts.pop("transform"), rotation=scheme.rotation)
-    common = {"role": layer.role, "axes": layer.axes, "scheme": scheme, "execution": execution, "transform": transform}
+    common = {
+        "role": layer.role, "axes": layer.axes, "scheme": scheme, "execution": execution, "transform": transform,
+        "frame_axis": layer.frame_axis,
+    }  # fmt: skip
     bias = None if layer.bias is None else layer.bias[...]
     if "shifted" in parts and not (convolution and any(map(any, layer.padding))):
         # At least float32 whatever the weights are: a far shift makes it large, and its rounding would be an offset.
@@ -222,7 +228,8 @@ def _quantize_arrays(
     parts = dict(prepared.arrays)
     if scheme.activation is not None and not scheme.activation.dynamic:
         edges = (prepared.low.min(), prepared.high.max()) if edges is None else edges
-        low, high = (rearrange(edge, "-> 1 1") for edge in edges)
+        ranges = (scheme.activation.frames or 1, 1)
+        low, high = (jnp.broadcast_to(edge.reshape(-1, 1), ranges) for edge in edges)  # [] or [frames] -> [ranges, 1]
         parts["input_scale"], parts["input_zero_point"] = scheme.activation.grid.from_range(low, high)
     if scheme.feature_grid is not None:
         # Fitted to features of timesteps, which no weight knows (`qvdjax.ptq.feature_grids`): these are only shapes.

@@ -152,7 +152,8 @@ class Method:
         plain = dataclasses.replace(weight, codebook=None)
         tensor = None
         if activation is not None:
-            tensor = dataclasses.replace(activation, granularity="tensor", group_size=None, codebook=None)
+            whole = "frame" if activation.granularity == "frame" else "tensor"
+            tensor = dataclasses.replace(activation, granularity=whole, group_size=None, codebook=None)
         channel = dataclasses.replace(plain, granularity="channel", group_size=None)
         feature, grids = self._temporal_feature(plain)
         product = LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation,

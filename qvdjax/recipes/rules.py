@@ -5,7 +5,7 @@ import re
 from typing import Any, Literal
 
 from qvdjax.errors import UserError
-from qvdjax.nn import Attention, AttentionScheme, LayerScheme, VideoModel, layers_of
+from qvdjax.nn import Attention, AttentionScheme, Conv, LayerScheme, Linear, VideoModel, layers_of
 from qvdjax.recipes.training import Training
 
 
@@ -101,7 +101,7 @@ def decide(model: VideoModel, recipe: Recipe) -> Decision:
         for name in names:
             decisions = (rule.scheme for rule in recipe.rules if rule.matches(name, layer.role))
             scheme = next(decisions, None) or LayerScheme(reason="no rule of the recipe names it")
-            schemes[name] = _for_products(scheme) if isinstance(layer, Attention) else scheme
+            schemes[name] = _for_products(scheme) if isinstance(layer, Attention) else _for_layer(scheme, layer)
     dead = [rule.path for rule in recipe.rules if rule.path and not _reaches(model, rule)]
     if dead:
         raise UserError(
@@ -115,6 +115,14 @@ def decide(model: VideoModel, recipe: Recipe) -> Decision:
 def _for_products(scheme: LayerScheme | AttentionScheme) -> AttentionScheme:
     """A rule about layers leaves the products of attention float."""
     return scheme if isinstance(scheme, AttentionScheme) else AttentionScheme(reason=scheme.reason)
+
+
+def _for_layer(scheme: LayerScheme, layer: Linear | Conv) -> LayerScheme:
+    """Where frames lie nowhere in a layer's input, they have no ranges of their own: there is one for all of it."""
+    activation = scheme.activation
+    if activation is None or activation.granularity != "frame" or layer.frame_axis is not None:
+        return scheme
+    return dataclasses.replace(scheme, activation=dataclasses.replace(activation, granularity="tensor"))
 
 
 def _reaches(model, rule) -> bool:

@@ -26,7 +26,7 @@ import models
 import qvdjax
 from qvdjax.errors import UserError
 from qvdjax.nn import TokenEstimator
-from qvdjax.ptq import reconstruct, set_execution, with_frames
+from qvdjax.ptq import reconstruct, set_execution, with_gains
 from qvdjax.ptq.reconstruction import FinishedBlocks
 from qvdjax.ptq.reconstruction.temporal import temporal_divergence
 from qvdjax.ptq.reconstruction.token_estimation import first_gains
@@ -86,7 +86,7 @@ def test_gains_start_by_the_formula():
 ])  # fmt: skip
 def test_layers_that_see_the_video_have_gains(config, inputs, wanted):
     model = models.abstract(config)
-    schemes = with_frames(model, decide(model, get("q-vdit-w4a6")).schemes, inputs())
+    schemes = with_gains(model, decide(model, get("q-vdit-w4a6")).schemes, inputs())
     found = {name: schemes[name].estimator for name in wanted}
     assert found == {name: TokenEstimator(1, *layout) for name, layout in wanted.items()}
 
@@ -99,7 +99,7 @@ def small():
 def test_a_killed_run_goes_on_and_blocks_come_nearer(small, tmp_path):
     model, batches = small
     recipe = get("q-vdit-w3a8", **SHORT)
-    schemes = with_frames(model, decide(model, recipe).schemes, batches[0])
+    schemes = with_gains(model, decide(model, recipe).schemes, batches[0])
     arguments = (model, schemes, batches, recipe.reconstruction)
     whole = reconstruct(*arguments)
     assert all(0 < report.after < report.before for report in whole.blocks), whole.blocks
@@ -124,7 +124,7 @@ def test_all_blocks_together(small):
     """One unit, whose error is that of the stream behind the last block; every layer is found under its own name."""
     model, batches = small
     recipe = get("q-vdit-w3a8", scope="model", **{**SHORT, "iterations": 20})
-    schemes = with_frames(model, decide(model, recipe).schemes, batches[0])
+    schemes = with_gains(model, decide(model, recipe).schemes, batches[0])
     whole = reconstruct(model, schemes, batches, recipe.reconstruction)
     (report,) = whole.blocks
     assert report.name == "model"
@@ -188,6 +188,6 @@ def test_what_is_refused(options, message):
 
 def test_models_without_frames_of_tokens_are_refused():
     with pytest.raises(UserError, match="which tokens are a frame's; set gains to none"):
-        with_frames(models.abstract(UNET), {}, unet_inputs())
+        with_gains(models.abstract(UNET), {}, unet_inputs())
     with pytest.raises(UserError, match="empty"):
-        with_frames(models.abstract(WAN), {}, None)
+        with_gains(models.abstract(WAN), {}, None)
