@@ -25,6 +25,7 @@ from qvdjax.ptq import (
     search_ranges,
     search_scales,
     with_frames,
+    with_gains,
 )  # fmt: skip
 from qvdjax.ptq.mixed_precision import with_mixed_precision
 from qvdjax.ptq.reconstruction import FinishedBlocks
@@ -104,6 +105,8 @@ def quantize(
         if recipe.mixed_precision is not None:
             schemes = with_mixed_precision(model, schemes, calibration, recipe.mixed_precision, fit=fit, ranges=ranges)
         learned = None
+        if plan is not None and plan.estimation is not None and plan.estimation.of_frames:
+            schemes = with_gains(model, schemes, next(iter(calibration), None))
         if plan is not None:
             done = reconstruct(
                 model, schemes, calibration, plan, fit=fit, ranges=ranges, edges=edges, finished=finished,

@@ -34,11 +34,13 @@ def planned_reconstruction(config: dict, recipe: Recipe, mesh: Mesh, inputs: dic
         that are no arguments: the other blocks, which wait.
 
     Raises:
-        UserError: The recipe reconstructs nothing.
+        UserError: The recipe reconstructs nothing, or all blocks together.
     """
     plan = recipe.reconstruction
     if plan is None:
         raise UserError(f"{recipe.name} reconstructs no blocks", remedy="choose one that does, such as flatquant")
+    if plan.scope == "model":
+        raise UserError("a step of one block is planned, not of all together", remedy="plan with --set scope=block")
     model = jax.eval_shape(lambda: models.build(config, dtype=jnp.bfloat16))
     schemes = decide(model, recipe).schemes
     stack = model.stacks[0]

@@ -3,6 +3,7 @@
 from qvdjax.ptq.absorb import absorb_rotations, absorb_scales
 from qvdjax.ptq.apply import apply_schemes, set_execution
 from qvdjax.ptq.feature_grids import ChooseGrid, fill_feature_grids, fit_feature_grids
+from qvdjax.ptq.frame_gains import with_gains
 from qvdjax.ptq.gptq import ErrorCompensation
 from qvdjax.ptq.layers import quantize_layer
 from qvdjax.ptq.range_search import RangeSearch, search_ranges, with_frames
@@ -33,4 +34,5 @@ __all__ = [
     "search_scales",
     "set_execution",
     "with_frames",
+    "with_gains",
 ]

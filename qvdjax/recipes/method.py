@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from qvdjax.nn import AttentionScheme, InputClip, LayerScheme, LowRank
+from qvdjax.nn import AttentionScheme, InputClip, LayerScheme, LowRank, TokenEstimator
 from qvdjax.numerics import FeatureGrid, Quantizer
 from qvdjax.numerics.codebook import MOST_BITS
 from qvdjax.ptq.feature_grids import ChooseGrid
@@ -121,6 +121,10 @@ class Method:
         """The branch in full precision beside every product; None for none."""
         return
 
+    def estimator(self) -> TokenEstimator | None:
+        """The learned estimate that is added to every product; None for none."""
+        return
+
     def _temporal_feature(self, weight: Quantizer) -> tuple[LayerScheme, ChooseGrid | None]:
         """What becomes of layers that add the timestep to a UNet's blocks, and among which grids that is chosen."""
         kind, bits = self.temporal_features, self.activation_bits
@@ -153,7 +157,7 @@ class Method:
         channel = dataclasses.replace(plain, granularity="channel", group_size=None)
         feature, grids = self._temporal_feature(plain)
         product = LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation,
-                              self.low_rank(), kronecker)  # fmt: skip
+                              self.low_rank(), kronecker, estimator=self.estimator())  # fmt: skip
         untransformed = tuple(role for role in PRODUCTS if role not in self.transformed)
         rules = []
         if self.skip:

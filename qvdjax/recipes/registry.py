@@ -21,6 +21,7 @@ from qvdjax.recipes.orbitquant import OrbitQuant
 from qvdjax.recipes.ptq4dit import PTQ4DiT
 from qvdjax.recipes.q_dit import QDiT
 from qvdjax.recipes.q_dm import QDM
+from qvdjax.recipes.q_vdit import QVDiT
 from qvdjax.recipes.quarot import QuaRot
 from qvdjax.recipes.qvd import QVD, QVDPaper
 from qvdjax.recipes.qvgen import QVGen, QVGenCode, QVGenPaper
@@ -33,7 +34,7 @@ from qvdjax.recipes.vidit_q import ViDiTQ
 
 POST_TRAINING = (
     RoundToNearest, MinMax, MSE, SmoothQuant, QuaRot, GPTQ, AdaRound, SVDQuant, PTQ4DiT, ViDiTQ, QDiT, DVDQuant,
-    OrbitQuant, FlatQuant, S2QVDiT, QVD, QVDPaper,
+    OrbitQuant, FlatQuant, S2QVDiT, QVDiT, QVD, QVDPaper,
 )  # fmt: skip
 TRAINED = (LearnedStepSize, QDM, EfficientDM, QVGen, QVGenPaper, QVGenCode, DSAQuant)
 METHODS = {method.name: method for method in (*POST_TRAINING, *TRAINED)}
