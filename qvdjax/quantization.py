@@ -8,6 +8,7 @@ from qvdjax.calibration.dataset import CalibrationSet
 from qvdjax.calibration.ranges import input_ranges
 from qvdjax.calibration.selection import select
 from qvdjax.calibration.steps import first_steps
+from qvdjax.calibration.timestep_draw import draw
 from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, Execution, VideoModel, layers_of, refuse_tables
 from qvdjax.ptq import (
@@ -53,8 +54,8 @@ def quantize(
         recipe: A recipe, or its name (`qvdjax.recipes.names()` lists presets).
         calibration: Batches of the model's keyword arguments (latents, timestep, context), for instance of a
             `qvdjax.calibration.CalibrationSet`; needed by recipes with static ranges, fitted transforms,
-            compensated rounding or reconstruction. Where a recipe selects samples, it selects from a CalibrationSet;
-            any other batches are taken as they are.
+            compensated rounding or reconstruction. Where a recipe selects or draws samples, it does so from a
+            CalibrationSet; any other batches are taken as they are.
         execution: "integer", "simulate", or None for the device's best.
         finished: Where blocks are kept that are reconstructed, to go on after an interruption.
         progress: Called with ("reconstructing", blocks done, blocks in all).
@@ -87,6 +88,8 @@ def quantize(
         calibration = list(calibration) if iter(calibration) is calibration else calibration
         if plan is not None and plan.selection is not None and isinstance(calibration, CalibrationSet):
             calibration = select(calibration, plan.selection)
+        if recipe.draw is not None and isinstance(calibration, CalibrationSet):
+            calibration = draw(calibration, recipe.draw)
         first = recipe.channel_statistics == "first"
         if recipe.needs_ranges:
             ranges = input_ranges(model, first_steps(calibration) if first else calibration)

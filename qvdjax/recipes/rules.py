@@ -4,6 +4,7 @@ import dataclasses
 import re
 from typing import Any, Literal
 
+from qvdjax.calibration.timestep_draw import TimestepDraw
 from qvdjax.errors import UserError
 from qvdjax.nn import Attention, AttentionScheme, Conv, LayerScheme, Linear, VideoModel, layers_of
 from qvdjax.recipes.training import Training
@@ -50,6 +51,7 @@ class Recipe:
         range_search: How static ranges are searched for (see `qvdjax.ptq.range_search`), None for the widest seen.
         channel_statistics: Whether the ranges of channels, which transforms are fitted to, are those of "all" sampling
             steps or of the "first", where latents are noise.
+        draw: Which inputs are drawn from a calibration set, None for all of it.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Recipe:
     feature_grids: Any = None
     range_search: Any = None
     channel_statistics: Literal["all", "first"] = "all"
+    draw: TimestepDraw | None = None
 
     @property
     def needs_calibration(self) -> bool:
