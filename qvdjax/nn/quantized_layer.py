@@ -18,6 +18,7 @@ class QuantizedLayer(nnx.Module):
         bias: [out], or None.
         input_scale, input_zero_point: [1, 1] float32 of a static activation quantizer, [frames, 1] of one with a range
             for each frame, else None.
+            Of a convolution whose input is in parts with ranges of their own, [parts, 1].
         weight_sqnr_db: [] signal-to-quantization-noise ratio of the weight, recorded when quantizing.
         axes: Logical names of the two axes of `codes`.
         frame_axis: Where frames lie in the input, None for nowhere.

@@ -35,6 +35,8 @@ class LayerScheme:
         low_rank: The branch in full precision beside the product, None for none. What it leaves is quantized.
         feature_grid: The grid of an input that is the timestep's alone, in the place of `activation`, None for none.
             Its levels are the layer's own, and the product is of floats.
+        split: Channels of each part of a convolution's input that has ranges of its own, of the input and of the weight
+            (Q-Diffusion's split shortcut), None for one in all.
     """
 
     weight: Quantizer | None = None
@@ -46,6 +48,7 @@ class LayerScheme:
     low_rank: LowRank | None = None
     kronecker: Kronecker | None = None
     feature_grid: FeatureGrid | None = None
+    split: tuple[int, ...] | None = None
 
     def __post_init__(self):
         check_transforms(self.transforms, self.rotation, self.kronecker)
@@ -55,6 +58,8 @@ class LayerScheme:
             raise ValueError("a low-rank branch belongs to a quantized weight")
         if self.feature_grid is not None and self.activation is not None:
             raise ValueError("an input has a quantizer or a feature grid, not both")
+        if self.split is not None and self.activation is not None and self.activation.granularity != "tensor":
+            raise ValueError("parts of an input have one range each")
 
     def check_width(self, width: int) -> None:
         """UserError where groups of the weight or the input, or a Kronecker factor, do not divide a layer's width."""
@@ -78,7 +83,7 @@ class LayerScheme:
     def to_dict(self) -> dict:
         """Plain fields, for a config file."""
         fields = dataclasses.asdict(self)
-        for name in _OPTIONAL:
+        for name in (*_OPTIONAL, "split"):
             if fields[name] is None:
                 del fields[name]  # folders without one stay readable by programs that do not know it
         for name in ("weight", "activation"):
@@ -93,7 +98,8 @@ class LayerScheme:
             name: None if fields.get(name) is None else Quantizer(**fields[name]) for name in ("weight", "activation")
         }
         rest = {name: kind(**fields[name]) for name, kind in _OPTIONAL.items() if fields.get(name) is not None}
-        return cls(**{**fields, **quantizers, **rest, "transforms": tuple(fields.get("transforms", ()))})
+        tuples = {name: tuple(fields[name]) for name in ("transforms", "split") if fields.get(name) is not None}
+        return cls(**{**fields, **quantizers, **rest, **tuples})
 
 
 _OPTIONAL = {

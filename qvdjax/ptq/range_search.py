@@ -16,6 +16,7 @@ from qvdjax.nn.variables import leading_shape, replace, shallow_copy
 from qvdjax.numerics import Grid
 from qvdjax.parallel import to_host
 from qvdjax.ptq.apply import Fitted, stacked_rows
+from qvdjax.ptq.layers import split_channels
 
 Shape = Literal["minmax", "magnitude", "shrink"]
 _SHRINKINGS = np.arange(100, 49, -1) / 100
@@ -93,25 +94,26 @@ class Searched(Watcher):
     """A layer that keeps the range that is best for the transformed input of its last call.
 
     Attributes:
-        low, high: [], or [frames] where each has a range of its own.
+        low, high: [ranges]: of each frame, of each part of the input, or one.
         transform: What the input passes through, or None.
     """
 
     def __init__(
         self, layer: Linear | Conv, leading: tuple[int, ...], transform: InputTransform | None, grid: Grid,
-        search: RangeSearch, frames: int | None = None,
+        search: RangeSearch, frames: int | None = None, split: tuple[int, ...] | None = None,
     ):  # fmt: skip
         super().__init__(layer)
-        shape, axes = ((), ()) if frames is None else ((frames,), (None,))
-        self.low, self.high = (Statistic(jnp.zeros((*leading, *shape), jnp.float32), axes=axes) for _ in range(2))
-        self.transform, self.grid, self.search, self.frames = transform, grid, search, frames
+        zeros = jnp.zeros((*leading, frames or len(split or (1,))), jnp.float32)
+        self.low, self.high = (Statistic(zeros, axes=(None,)) for _ in range(2))
+        self.transform, self.grid, self.search, self.frames, self.split = transform, grid, search, frames, split
 
     def observe(self, x: jax.Array) -> None:
         """x [..., in]."""
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         x = x if self.transform is None else self.transform(x)
         if self.frames is None:
-            low, high = self.search.edges(x, self.grid)
+            edges = [self.search.edges(part, self.grid) for part in split_channels(x, self.split)]
+            low, high = (jnp.stack(ends) for ends in zip(*edges, strict=True))
         else:
             low, high = self.search.edges_by_frame(by_frame(x, self.layer.frame_axis, self.frames), self.grid)
         self.low[...], self.high[...] = low.astype(jnp.float32), high.astype(jnp.float32)
@@ -121,7 +123,7 @@ def search_ranges(
     model: VideoModel, schemes: Mapping[str, Any], batches: Iterable[Mapping[str, jax.Array]], search: RangeSearch, *,
     fit=None, ranges: Mapping[str, tuple] | None = None, fitted: Fitted | None = None,
 ) -> dict[str, tuple]:  # fmt: skip
-    """The edges of every static range, by name in diffusers, for `apply_schemes`: float32 [1], or [frames], twice.
+    """The edges of every static range, by name in diffusers, for `apply_schemes`: float32 [ranges] twice.
 
     Args:
         model: A float model, left as it is.
@@ -150,7 +152,7 @@ def search_ranges(
         raise UserError("the calibration set is empty", remedy="make one with `qvdjax calibrate`")
     edges = {}
     for names, kept in by_layer(watched, total):
-        # ([layers,] [frames]) -> layers ranges
+        # [layers,] ranges -> layers ranges
         pairs = (np.reshape(kept[edge] / calls, (len(names), -1)).astype(np.float32) for edge in ("low", "high"))
         found = zip(names, zip(*pairs, strict=True), strict=True)
         edges.update((name, pair) for name, pair in found if _static(schemes[name]))
@@ -199,7 +201,7 @@ def _watch(model, schemes, search: RangeSearch, fit, ranges, fitted, frames: int
             transform = _transform(layer, fit, *stacked_rows(layer, [ranges[name] for name in names]))
         leading = leading_shape(layer.weight)
         own = frames if scheme.activation.granularity == "frame" else None
-        replace(watched, path, Searched(layer, leading, transform, scheme.activation.grid, search, own))
+        replace(watched, path, Searched(layer, leading, transform, scheme.activation.grid, search, own, scheme.split))
     return watched
 
 

@@ -14,9 +14,10 @@ class PTQ4DM(MSE):
 
     What the source contributes is the calibration set: each input is at a step of its own, drawn from
     N(0.4 T, (0.4 T)^2) (42Shawn/PTQ4DM at 180a4d1).
-    Left open or not followed, and chosen here: ranges of least squared error; inputs are drawn from the trajectories of a calibration set, with both
-    guidance branches, since video models are conditional; 128 of them, where the release takes 1024 images
-    (`samples=1024`); the release ends with 100 iterations of QDrop's block reconstruction, which is left out.
+    Left open or not followed, and chosen here: ranges of least squared error; inputs are drawn from the trajectories of
+    a calibration set, with both guidance branches, since video models are conditional; 128 of them, where the release
+    takes 1024 images (`samples=1024`); the release ends with 100 iterations of QDrop's block reconstruction, which is
+    left out.
     Command: `qvdjax quantize DIR OUT --recipe ptq4dm-w8a8 --calibration CALIBRATION`.
     Expected: about as mse, nearer to the full-precision model late in sampling and further from it early. Published:
     none for video models by itself; QVD's code descends from its.

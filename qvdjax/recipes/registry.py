@@ -19,6 +19,7 @@ from qvdjax.recipes.minmax import MinMax
 from qvdjax.recipes.mse import MSE
 from qvdjax.recipes.orbitquant import OrbitQuant
 from qvdjax.recipes.ptq4dm import PTQ4DM
+from qvdjax.recipes.q_diffusion import QDiffusion
 from qvdjax.recipes.q_dit import QDiT
 from qvdjax.recipes.q_dm import QDM
 from qvdjax.recipes.quarot import QuaRot
@@ -33,7 +34,7 @@ from qvdjax.recipes.vidit_q import ViDiTQ
 
 POST_TRAINING = (
     RoundToNearest, MinMax, MSE, SmoothQuant, QuaRot, GPTQ, AdaRound, SVDQuant, ViDiTQ, QDiT, DVDQuant, OrbitQuant,
-    FlatQuant, S2QVDiT, PTQ4DM, QVD, QVDPaper,
+    FlatQuant, S2QVDiT, PTQ4DM, QDiffusion, QVD, QVDPaper,
 )  # fmt: skip
 TRAINED = (LearnedStepSize, QDM, EfficientDM, QVGen, QVGenPaper, QVGenCode, DSAQuant)
 METHODS = {method.name: method for method in (*POST_TRAINING, *TRAINED)}
