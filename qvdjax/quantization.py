@@ -22,7 +22,7 @@ from qvdjax.ptq import (
     rounded_layers,
     search_ranges,
     search_scales,
-    with_frames,
+    with_counts,
 )  # fmt: skip
 from qvdjax.ptq.mixed_precision import with_mixed_precision
 from qvdjax.ptq.reconstruction import FinishedBlocks
@@ -100,7 +100,7 @@ def quantize(
             edges = search_ranges(
                 model, schemes, calibration, recipe.range_search, fit=fit, ranges=ranges, fitted=fitted
             )
-            schemes = with_frames(schemes, edges)
+            schemes = with_counts(schemes, edges, calibration)
         if recipe.mixed_precision is not None:
             schemes = with_mixed_precision(model, schemes, calibration, recipe.mixed_precision, fit=fit, ranges=ranges)
         learned = None

@@ -73,10 +73,10 @@ class QuantizedConv(QuantizedLayer):
     Where the input is made of parts, these may have ranges of their own, of input and weight (`LayerScheme.split`).
 
     A product here sums over positions too, so activations can have no finer range than "tensor" (dynamic: one a
-    sample; static: one in all, or one for each frame where samples are frames). Integer execution is for one and two
-    axes away from GPUs; int8 convolution over three axes is slower than bf16 on TPU and unreliable on GPU, so there the
-    same integers are multiplied as floats. A kernel of three axes that mixes the first alone (frames) counts as one of
-    two.
+    sample; static: one in all, or one for each frame where samples are frames, or for each timestep). Integer execution
+    is for one and two axes away from GPUs; int8 convolution over three axes is slower than bf16 on TPU and unreliable
+    on GPU, so there the same integers are multiplied as floats. A kernel of three axes that mixes the first alone
+    (frames) counts as one of two.
 
     Attributes, beside those of every quantized layer (`in` is in * kernel here):
         kernel, stride, padding: One entry a spatial axis.

@@ -87,19 +87,25 @@ class LayerScheme:
             if fields[name] is None:
                 del fields[name]  # folders without one stay readable by programs that do not know it
         for name in ("weight", "activation"):
-            if fields[name] is not None and fields[name]["frames"] is None:
-                del fields[name]["frames"]  # likewise
+            for part in ("frames", "timesteps"):
+                if fields[name] is not None and fields[name][part] is None:
+                    del fields[name][part]  # likewise
         return fields
 
     @classmethod
     def from_dict(cls, fields: dict) -> "LayerScheme":
         """Inverse of `to_dict`; raises TypeError or ValueError on unknown fields or values."""
         quantizers = {
-            name: None if fields.get(name) is None else Quantizer(**fields[name]) for name in ("weight", "activation")
+            name: None if fields.get(name) is None else _quantizer(fields[name]) for name in ("weight", "activation")
         }
         rest = {name: kind(**fields[name]) for name, kind in _OPTIONAL.items() if fields.get(name) is not None}
         tuples = {name: tuple(fields[name]) for name in ("transforms", "split") if fields.get(name) is not None}
         return cls(**{**fields, **quantizers, **rest, **tuples})
+
+
+def _quantizer(fields: dict) -> Quantizer:
+    timesteps = fields.get("timesteps")
+    return Quantizer(**{**fields, "timesteps": None if timesteps is None else tuple(map(float, timesteps))})
 
 
 _OPTIONAL = {

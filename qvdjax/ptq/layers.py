@@ -228,7 +228,7 @@ def _quantize_arrays(
                 jnp.stack([pick(part) for part in parts_of(a)])
                 for pick, a in ((jnp.min, prepared.low), (jnp.max, prepared.high))
             )
-        ranges = (scheme.activation.frames or len(scheme.split or (1,)), 1)
+        ranges = (len(scheme.split) if scheme.split else scheme.activation.static_ranges, 1)
         low, high = (jnp.broadcast_to(edge.reshape(-1, 1), ranges) for edge in edges)  # [] or [ranges] -> [ranges, 1]
         parts["input_scale"], parts["input_zero_point"] = scheme.activation.grid.from_range(low, high)
     if scheme.feature_grid is not None:

@@ -14,6 +14,7 @@ from qvdjax.recipes.training import Training
 
 PRODUCTS = ("query", "key", "value", "attention_output", "feed_forward_in", "feed_forward_out", "projection")
 FLOAT_ACTIVATION_BITS = 16
+_OF_THE_WHOLE = ("frame", "step")  # granularities that leave no axis of a product with ranges of its own
 _ONE_VECTOR = "weights only: its input is one vector a step"
 
 
@@ -150,7 +151,7 @@ class Method:
         plain = dataclasses.replace(weight, codebook=None)
         tensor = None
         if activation is not None:
-            whole = "frame" if activation.granularity == "frame" else "tensor"
+            whole = activation.granularity if activation.granularity in _OF_THE_WHOLE else "tensor"
             tensor = dataclasses.replace(activation, granularity=whole, group_size=None, codebook=None)
         channel = dataclasses.replace(plain, granularity="channel", group_size=None)
         feature, grids = self._temporal_feature(plain)
@@ -188,8 +189,8 @@ class Method:
         static = activation is not None and not activation.dynamic
         if self.split_inputs and (mixed is not None or self.training() is not None):
             raise ValueError("ranges of parts are for methods that calibrate, with bits of one number")
-        if self.split_inputs and activation is not None and activation.granularity == "frame":
-            raise ValueError("an input has ranges of its parts or of its frames: leave one of the two out")
+        if self.split_inputs and activation is not None and activation.granularity in _OF_THE_WHOLE:
+            raise ValueError("an input has ranges of its parts, or of frames or timesteps: leave one of the two out")
         return Recipe(
             self.recipe_name, tuple(rules), transform, self.training(), self.rounding(), self.reconstruction(), mixed,
             grids, self.range_search() if static else None, self.channel_statistics(), split_inputs=self.split_inputs,

@@ -30,11 +30,12 @@ from qvdjax.recipes.rules import Recipe
 from qvdjax.recipes.s2q_vdit import S2QVDiT
 from qvdjax.recipes.smoothquant import SmoothQuant
 from qvdjax.recipes.svdquant import SVDQuant
+from qvdjax.recipes.tfmq_dm import TFMQDM
 from qvdjax.recipes.vidit_q import ViDiTQ
 
 POST_TRAINING = (
     RoundToNearest, MinMax, MSE, SmoothQuant, QuaRot, GPTQ, AdaRound, SVDQuant, ViDiTQ, QDiT, DVDQuant, OrbitQuant,
-    FlatQuant, S2QVDiT, PTQ4DM, QDiffusion, QVD, QVDPaper,
+    FlatQuant, S2QVDiT, PTQ4DM, QDiffusion, TFMQDM, QVD, QVDPaper,
 )  # fmt: skip
 TRAINED = (LearnedStepSize, QDM, EfficientDM, QVGen, QVGenPaper, QVGenCode, DSAQuant)
 METHODS = {method.name: method for method in (*POST_TRAINING, *TRAINED)}

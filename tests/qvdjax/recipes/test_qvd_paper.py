@@ -12,7 +12,7 @@ from small_models import unet_inputs
 import models
 import qvdjax
 from qvdjax.errors import UserError
-from qvdjax.nn import QUANTIZED_LAYERS, layers_of
+from qvdjax.nn import QUANTIZED_LAYERS, LayerScheme, layers_of
 from qvdjax.ptq import RangeSearch, SearchScale, search_ranges
 from qvdjax.recipes import decide, get
 
@@ -93,8 +93,10 @@ def test_another_number_of_frames_is_refused(paper):
     with pytest.raises(UserError, match="latents of 4 frames"):
         paper(**{**inputs, "latents": longer})
     batches = [*calibration(), {**calibration()[0], "latents": longer}]
+    model = unet()
+    unwatched = {name: LayerScheme() for names, _, _ in layers_of(model) for name in names}
     with pytest.raises(UserError, match="of 3 frames and of 4"):
-        search_ranges(unet(), {}, batches, RangeSearch())
+        search_ranges(model, unwatched, batches, RangeSearch())
 
 
 def test_models_without_frames_in_their_layers_have_one_range():
