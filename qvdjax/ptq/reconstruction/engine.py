@@ -120,11 +120,10 @@ def _trained(student, outer, chunks, met, wanted, weights, plan: Reconstruction,
     examples = sum(len(inputs["latents"]) for inputs in chunks)
     epochs = plan.epochs_of(examples)
     steps = epochs * examples
-    # What a step does not read is left at its default, so that plans that differ in it share their programs.
-    rest = ("selection", "token_weights", "inputs", "memory", "batch", "epochs", "iterations")
-    plan = dataclasses.replace(
-        plan, **{field.name: field.default for field in dataclasses.fields(plan) if field.name in rest}
-    )
+    # What a step does not read is the same in all plans, so that those that differ in it share their programs.
+    rest = ("selection", "inputs", "memory", "batch", "epochs", "iterations")
+    defaults = {field.name: field.default for field in dataclasses.fields(plan) if field.name in rest}
+    plan = dataclasses.replace(plan, token_weights=None, **defaults)
     if plan.estimation is not None and plan.estimation.gains == "formula":
         _start_gains(student, outer, (chunk(i) for i in range(len(chunks))))
     state = start(student, plan=plan, steps=steps)

@@ -48,7 +48,7 @@ def test_the_scale_is_the_balance_of_saliences():
     assert get("ptq4dit-w8a8", salience="largest").channel_statistics == "all"
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("static", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_rounding_is_learned_behind_it_and_executions_agree(static, tmp_path):
     model, batches = wan(num_layers=2), [wan_inputs(batch=1, seed=seed) for seed in (1, 2)]
     learned = qvdjax.quantize(model, get("ptq4dit-w3a8", static=static, **SHORT), batches, execution="integer")
