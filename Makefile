@@ -43,7 +43,7 @@ test: $(VENV)/.installed-test
 
 # What compiled code prints before it ends a process goes past Python: only its own output is captured.
 test-slow: $(VENV)/.installed-test
-	$(SUITE) -m slow --capture=sys
+	$(SUITE) -m slow --capture=sys --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .

@@ -218,8 +218,9 @@ def _only_our_words(arguments: Common) -> Iterator[None]:
                 logging.getLogger(name).setLevel(logging.ERROR)
             for name in ("absl", "orbax", "asyncio"):  # what Orbax logs of an error it raises too
                 logging.getLogger(name).setLevel(logging.CRITICAL)
-            stack.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
-            sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
+            if getattr(sys.unraisablehook, "func", None) is not _unraisable:
+                # For good: what is still under way when the command is over complains after it.
+                sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
         yield
 
 

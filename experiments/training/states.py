@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -154,7 +155,8 @@ def _write_errors(path: Path) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     line = (str(error).splitlines() or [type(error).__name__])[0]
-    return line if len(line) <= 200 else f"{line[:60]} ... {line[-135:]}"  # tensorstore gives the reason last
+    line = re.sub(r" \[\w+='.*", "", line)  # what tensorstore hangs on, in any order: whole specifications among it
+    return line if len(line) <= 200 else f"{line[:60]} ... {line[-135:]}"  # the reason comes last
 
 
 def last_state(folder: Path, like: State) -> State | None:

@@ -13,6 +13,7 @@ from qvdjax.nn.scheme import EXECUTIONS, AttentionScheme, Execution, LayerScheme
 from qvdjax.nn.swap import swap_layers
 from qvdjax.nn.timestep import PerCall, TimestepReader
 from qvdjax.nn.timestep_table import TimestepTable, check_timesteps, refuse_tables, tables_of
+from qvdjax.nn.token_estimator import EstimatorBranch, TokenEstimator
 from qvdjax.nn.transforms import InputTransform, Kronecker, Rotation
 from qvdjax.nn.values import CarriesValues
 from qvdjax.nn.variables import Buffer, Codes, Param, Scale, Statistic, Table
@@ -28,6 +29,7 @@ __all__ = [
     "CarriesValues",
     "Codes",
     "Conv",
+    "EstimatorBranch",
     "Execution",
     "FrameAxis",
     "GroupNorm",
@@ -53,6 +55,7 @@ __all__ = [
     "TableScheme",
     "TimestepReader",
     "TimestepTable",
+    "TokenEstimator",
     "VideoModel",
     "at_least_float32",
     "at_timestep",

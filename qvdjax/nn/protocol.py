@@ -89,6 +89,10 @@ class VideoModel(nnx.Module):
         """Which of a stream's tokens are the video's; others are the text's."""
         return slice(0, tokens)
 
+    def token_frames(self, conditioning) -> int | None:
+        """Into how many frames the video's tokens divide, which come frame by frame; None where they do not."""
+        return None
+
     def __call__(self, latents, timestep, context, *, remat: bool = False, **conditions) -> jax.Array:
         """Predict.
 

@@ -7,6 +7,7 @@ from typing import Literal
 from qvdjax.errors import UserError
 from qvdjax.nn.input_clip import InputClip
 from qvdjax.nn.low_rank import LowRank
+from qvdjax.nn.token_estimator import TokenEstimator
 from qvdjax.nn.transforms import Kronecker, Rotation, check_transforms
 from qvdjax.numerics import FeatureGrid, Quantizer
 
@@ -35,6 +36,7 @@ class LayerScheme:
         low_rank: The branch in full precision beside the product, None for none. What it leaves is quantized.
         feature_grid: The grid of an input that is the timestep's alone, in the place of `activation`, None for none.
             Its levels are the layer's own, and the product is of floats.
+        estimator: The learned estimate that is added to the product, None for none.
         split: Channels of each part of a convolution's input that has ranges of its own, of the input and of the weight
             (Q-Diffusion's split shortcut), None for one in all.
     """
@@ -48,6 +50,7 @@ class LayerScheme:
     low_rank: LowRank | None = None
     kronecker: Kronecker | None = None
     feature_grid: FeatureGrid | None = None
+    estimator: TokenEstimator | None = None
     split: tuple[int, ...] | None = None
 
     def __post_init__(self):
@@ -56,6 +59,8 @@ class LayerScheme:
             raise ValueError("an input clip belongs to a dynamic activation quantizer")
         if self.low_rank is not None and self.weight is None:
             raise ValueError("a low-rank branch belongs to a quantized weight")
+        if self.estimator is not None and self.weight is None:
+            raise ValueError("an estimate of what rounding takes off belongs to a quantized weight")
         if self.feature_grid is not None and self.activation is not None:
             raise ValueError("an input has a quantizer or a feature grid, not both")
         if self.split is not None and self.activation is not None and self.activation.granularity != "tensor":
@@ -110,7 +115,7 @@ def _quantizer(fields: dict) -> Quantizer:
 
 _OPTIONAL = {
     "input_clip": InputClip, "rotation": Rotation, "low_rank": LowRank, "kronecker": Kronecker,
-    "feature_grid": FeatureGrid,
+    "feature_grid": FeatureGrid, "estimator": TokenEstimator,
 }  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """Post-training quantization: transforms, ranges and rounding, applied to a model."""
 
-from qvdjax.ptq.absorb import absorb_rotations
+from qvdjax.ptq.absorb import absorb_rotations, absorb_scales
 from qvdjax.ptq.apply import apply_schemes, set_execution
 from qvdjax.ptq.feature_grids import ChooseGrid, fill_feature_grids, fit_feature_grids
+from qvdjax.ptq.frame_gains import with_gains
 from qvdjax.ptq.gptq import ErrorCompensation
 from qvdjax.ptq.layers import quantize_layer
 from qvdjax.ptq.range_search import RangeSearch, search_ranges, with_counts
@@ -22,6 +23,7 @@ __all__ = [
     "Reconstruction",
     "SearchScale",
     "absorb_rotations",
+    "absorb_scales",
     "apply_schemes",
     "fill_feature_grids",
     "fit_feature_grids",
@@ -32,4 +34,5 @@ __all__ = [
     "search_scales",
     "set_execution",
     "with_counts",
+    "with_gains",
 ]

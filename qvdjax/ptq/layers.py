@@ -14,6 +14,7 @@ from flax import nnx
 from qvdjax.errors import UserError
 from qvdjax.nn import (
     Conv,
+    EstimatorBranch,
     Execution,
     InputTransform,
     LayerScheme,
@@ -65,6 +66,8 @@ def quantize_layer(
         raise UserError("a convolution has no codebook", remedy="give its role a rule without one")
     if convolution and scheme.low_rank is not None:
         raise UserError("a convolution has no low-rank branch", remedy="give its role a rule without one")
+    if convolution and scheme.estimator is not None:
+        raise UserError("a convolution has no estimate beside it", remedy="give its role a rule without one")
     if convolution and scheme.feature_grid is not None:
         raise UserError("a convolution has no grid of temporal features", remedy="give its role a rule without one")
     static = scheme.activation is not None and not scheme.activation.dynamic
@@ -101,10 +104,12 @@ def quantize_layer(
         return QuantizedConv(
             bias=bias, kernel=layer.kernel, stride=layer.stride, padding=layer.padding, **common, **parts
         )
-    low_rank = None
+    low_rank = estimator = None
     if scheme.low_rank is not None:
         low_rank = LowRankBranch(*parts.pop("low_rank"), axes=layer.axes)
-    return QuantizedLinear(bias=bias, low_rank=low_rank, **common, **parts)
+    if scheme.estimator is not None:
+        estimator = EstimatorBranch(**parts.pop("estimator"), scheme=scheme.estimator, axes=layer.axes)
+    return QuantizedLinear(bias=bias, low_rank=low_rank, estimator=estimator, **common, **parts)
 
 
 def quantized_arrays(
@@ -118,7 +123,8 @@ def quantized_arrays(
         weight: [out, in].
         name: For messages.
         learned: What reconstruction found for the layer (`qvdjax.ptq.reconstruction`): `transform`, instead of `fit`,
-            `input_clip`, and either `weight_clip`, factors of range ends, or `weight`, the codes themselves.
+            `input_clip`, `estimator`, the arrays of one, and one of `weight_clip`, factors of range ends,
+            `weight_scale`, scale and zero point, and `weight`, the codes themselves.
 
     Raises:
         UserError: A group size that does not divide the width, or second moments that cannot be factored.
@@ -238,6 +244,10 @@ def _quantize_arrays(
     if scheme.input_clip is not None:
         start = scheme.input_clip.start_table(scheme.activation.symmetric)
         parts["input_clip"] = start if learned is None else learned["input_clip"]
+    if scheme.estimator is not None:
+        # A layer that nothing was learned of has an estimate of nothing.
+        blank = EstimatorBranch.blank(scheme.estimator, prepared.whole.shape)
+        parts["estimator"] = blank if learned is None else learned["estimator"]
     if scheme.weight is None:
         return {**parts, "weight": prepared.whole.astype(weight.dtype)}
     rest, learned = prepared.whole - prepared.taken, learned or {}
@@ -247,6 +257,8 @@ def _quantize_arrays(
         return {**parts, "weight": quantized, "weight_sqnr_db": sqnr_db(prepared.whole, real)}
     if "weight" in learned:
         quantized = learned["weight"]
+    elif "weight_scale" in learned:
+        quantized = encode(rest, scheme.weight.grid, *learned["weight_scale"])
     elif rounding is None:
         quantized = encode(rest, scheme.weight.grid, *scheme.weight.scale_of(rest, clip))
     else:

@@ -15,10 +15,12 @@ class FitChannelScale:
     Attributes:
         alpha: In 0..1, how much of the spread moves from the input to the weight.
         floor: Smallest maximum that counts, so that a channel that is always zero keeps a finite scale.
+        absorb: Whether scales are put into weights where that is exact (`qvdjax.ptq.absorb`).
     """
 
     alpha: float
     floor: float = 1e-5
+    absorb: bool = False
 
     names = ("smooth_scale",)
     rotation = kronecker = None

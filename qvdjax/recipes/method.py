@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from qvdjax.nn import AttentionScheme, InputClip, LayerScheme, LowRank
+from qvdjax.nn import AttentionScheme, InputClip, LayerScheme, LowRank, TokenEstimator
 from qvdjax.numerics import FeatureGrid, Quantizer
 from qvdjax.numerics.codebook import MOST_BITS
 from qvdjax.ptq.feature_grids import ChooseGrid
@@ -69,6 +69,7 @@ class Method:
     split_inputs: bool = False
 
     name = ""  # of the method, as recipes spell it
+    transformed = PRODUCTS  # roles whose inputs pass through `transform`
     transforms_convolutions = False  # whether the inputs of convolutions pass through `transform` too
 
     @property
@@ -105,7 +106,7 @@ class Method:
         return
 
     def channel_statistics(self) -> str:
-        """Sampling steps over which the ranges of channels are taken, "all" or "first"."""
+        """How the ranges of channels are taken over sampling steps: "all", "first" or "salience" (see `Recipe`)."""
         return "all"
 
     def rounding(self):
@@ -122,6 +123,10 @@ class Method:
 
     def low_rank(self) -> LowRank | None:
         """The branch in full precision beside every product; None for none."""
+        return
+
+    def estimator(self) -> TokenEstimator | None:
+        """The learned estimate that is added to every product; None for none."""
         return
 
     def _temporal_feature(self, weight: Quantizer) -> tuple[LayerScheme, ChooseGrid | None]:
@@ -155,6 +160,9 @@ class Method:
             tensor = dataclasses.replace(activation, granularity=whole, group_size=None, codebook=None)
         channel = dataclasses.replace(plain, granularity="channel", group_size=None)
         feature, grids = self._temporal_feature(plain)
+        product = LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation,
+                              self.low_rank(), kronecker, estimator=self.estimator())  # fmt: skip
+        untransformed = tuple(role for role in PRODUCTS if role not in self.transformed)
         rules = []
         if self.skip:
             rules.append(Rule(LayerScheme(reason="the option `skip` keeps it float"), path=self.skip))
@@ -165,13 +173,14 @@ class Method:
                  roles=("head",)),
             Rule(LayerScheme(plain, reason=_ONE_VECTOR), roles=("modulation",)),
             Rule(feature, roles=("temporal_feature",)),
-            Rule(LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation,
-                             self.low_rank(), kronecker),
-                 roles=PRODUCTS),
+            Rule(product, roles=self.transformed),
             Rule(LayerScheme(channel, tensor, transforms if self.transforms_convolutions else (),
                              "a product over all positions: one range for the input"),
                  roles=("convolution",)),
         ]  # fmt: skip
+        if untransformed:
+            bare = dataclasses.replace(product, transforms=(), rotation=None, kronecker=None)
+            rules.append(Rule(bare, roles=untransformed))
         if self.attention_qk_bits or self.attention_pv_bits:
             products = AttentionScheme(
                 self.attention_qk_bits, self.attention_pv_bits, reason="the option attention_*_bits"

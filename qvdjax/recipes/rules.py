@@ -50,7 +50,8 @@ class Recipe:
         feature_grids: Among which grids temporal features are rounded (see `qvdjax.ptq.feature_grids`), None for float.
         range_search: How static ranges are searched for (see `qvdjax.ptq.range_search`), None for the widest seen.
         channel_statistics: Whether the ranges of channels, which transforms are fitted to, are those of "all" sampling
-            steps or of the "first", where latents are noise.
+            steps, of the "first", where latents are noise, or a mean over steps by "salience"
+            (`qvdjax.calibration.salience`), which no static range follows from.
         draw: Which inputs are drawn from a calibration set, None for all of it.
         split_inputs: Whether the arrays that a convolution's input is made of have ranges of their own.
     """
@@ -64,7 +65,7 @@ class Recipe:
     mixed_precision: Any = None
     feature_grids: Any = None
     range_search: Any = None
-    channel_statistics: Literal["all", "first"] = "all"
+    channel_statistics: Literal["all", "first", "salience"] = "all"
     draw: TimestepDraw | None = None
     split_inputs: bool = False
 

@@ -137,6 +137,24 @@ def test_a_full_disk_is_reported_and_leaves_the_last_state(tmp_path, small_disk,
     assert (last_state(tmp_path, state)["params"]["weight"] == weight).all()
 
 
+@pytest.mark.parametrize("code", [1, 0])
+def test_the_reason_is_said_however_much_hangs_on_it(tmp_path, monkeypatch, code):
+    """The error's code and the whole specification follow the reason, now in this order, now in the other."""
+    written = "Failed to write 16231 bytes to file 14: File too large"
+    annotations = [" [os_error_code='27']", f" [tensorstore_spec='{{{'driver, ' * 200}}}']"]
+    message = f"OUT_OF_RANGE: Error opening {'long/path/' * 30}: {written}{annotations[1 - code]}{annotations[code]}"
+
+    def fail(*_):
+        raise ValueError(message)
+
+    states = States(tmp_path)
+    monkeypatch.setattr(states._checkpointer, "save", fail)
+    with pytest.raises(UserError) as error:
+        states.save(STATE)
+    assert str(error.value).count(written) == 1
+    assert "driver" not in str(error.value)
+
+
 def test_a_folder_belongs_to_one_run(tmp_path):
     folder, run = tmp_path / "states", {"steps": 9, "shape": (2, 3)}
     claim(folder, run, resume=True)  # nothing there yet: the same command can be given from the start
