@@ -104,6 +104,7 @@ def test_small_inputs_lose_less_than_with_one_range(quantized):
     assert errors[0] < 0.25 * errors[1]
 
 
+@pytest.mark.slow
 def test_a_scanned_model_in_a_folder(tmp_path):
     others = r"blocks\..*(attn2.*|ffn.*)|condition_embedder\.time_proj"
     batches = [{**wan_inputs(batch=1, seed=s), "timestep": jnp.full((1,), 900.0 - 500 * s)} for s in (0, 1)]
