@@ -36,24 +36,24 @@ def bits(scheme) -> tuple:
 
 
 def test_the_source_quantizes_every_layer():
-    schemes = schemes_of(small_models.unet(), get("qvd-paper-w4a6"))
+    schemes = schemes_of(models.abstract(small_models.UNET), get("qvd-paper-w4a6"))
     ends = {"conv_in": (8, 8), "conv_out": (8, None)}
     for name, scheme in schemes.items():
         wanted = (4, None) if name.endswith("time_emb_proj") else (4, 6)  # whose input has a grid of its own
         assert bits(scheme) == ends.get(name, wanted), name
         assert not scheme.weight.symmetric
-    plain = schemes_of(small_models.unet(), get("qvd-w4a6"))
+    plain = schemes_of(models.abstract(small_models.UNET), get("qvd-w4a6"))
     floats = {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"}
     assert {name for name, scheme in plain.items() if not scheme.quantizes} == floats
     assert all(s.activation.granularity == "tensor" for s in plain.values() if s.activation)
 
 
-@pytest.mark.parametrize("family", ["unet", "unet_3d", "unet_spatio_temporal"])
+@pytest.mark.parametrize("family", ["UNET", "UNET_3D", "UNET_SPATIO_TEMPORAL"])
 def test_layers_that_see_frames_one_by_one(family):
-    schemes = schemes_of(getattr(small_models, family)(), get("qvd-paper-w8a8"))
+    schemes = schemes_of(models.abstract(getattr(small_models, family)), get("qvd-paper-w8a8"))
     own = {name for name, s in schemes.items() if s.activation and s.activation.granularity == "frame"}
     block = "down_blocks.0.attentions.0.transformer_blocks.0"
-    inner = ".spatial_res_block" if family == "unet_spatio_temporal" else ""
+    inner = ".spatial_res_block" if family == "UNET_SPATIO_TEMPORAL" else ""
     assert {
         "conv_in", f"down_blocks.0.resnets.0{inner}.conv2", "down_blocks.0.downsamplers.0.conv", f"{block}.attn1.to_k",
         f"{block}.attn2.to_q", f"{block}.attn2.to_out.0", f"{block}.ff.net.2", "down_blocks.0.attentions.0.proj_in",
@@ -66,7 +66,7 @@ def test_layers_that_see_frames_one_by_one(family):
 
 
 def test_models_without_frames_in_their_layers_have_one_range():
-    schemes = schemes_of(small_models.wan(), get("qvd-paper-w6a8"))
+    schemes = schemes_of(models.abstract(small_models.WAN), get("qvd-paper-w6a8"))
     assert {s.activation.granularity for s in schemes.values() if s.activation} == {"tensor"}
     assert schemes["patch_embedding"].weight.bits == schemes["proj_out"].weight.bits == 8
 

@@ -99,11 +99,12 @@ def test_small_inputs_lose_less_than_with_one_range(quantized):
     given = batch([100.0])  # which both were calibrated with, so that nothing lies outside
     exact = Model()(**given)
     errors = [float(jnp.square(model(**given) - exact).mean()) for model in (quantized, one)]
-    # Both calls' ranges on average are five times as wide, so a step's square is 25 times as large; a quarter leaves room
-    # for where the search cuts.
+    # Both calls' ranges on average are five times as wide, so a step's square is 25 times as large; a quarter leaves
+    # room for where the search cuts.
     assert errors[0] < 0.25 * errors[1]
 
 
+@pytest.mark.slow
 def test_a_scanned_model_in_a_folder(tmp_path):
     others = r"blocks\..*(attn2.*|ffn.*)|condition_embedder\.time_proj"
     batches = [{**wan_inputs(batch=1, seed=s), "timestep": jnp.full((1,), 900.0 - 500 * s)} for s in (0, 1)]
