@@ -149,7 +149,7 @@ class EncoderFolder(CheckpointFolder):
 def _alike(folder: CheckpointFolder, one: str, other: str, rows: int = 4096) -> bool:
     """Whether two tensors of a file hold the same, compared some rows at a time."""
     shape = folder.info(one).shape
-    if shape != folder.info(other).shape:
+    if not shape or shape != folder.info(other).shape:
         return False
     parts = (slice(start, start + rows) for start in range(0, shape[0], rows))
     return all(np.array_equal(folder.read(one, (part,)), folder.read(other, (part,))) for part in parts)
