@@ -79,6 +79,12 @@ def export(
             "layers that shift their input have no form in other formats: they keep an exact product of the shift",
             remedy="quantize with --set shift=false", items=shifted,
         )  # fmt: skip
+    estimates = {name: layer.scheme.estimator for name, layer in layers.items() if layer.scheme.estimator is not None}
+    if gained := [name for name, estimator in estimates.items() if estimator.frames is not None]:
+        raise UserError(
+            "estimates with a gain for each frame have no form in other formats: no weight is one for all frames",
+            remedy="quantize with --set gains=none", items=gained,
+        )  # fmt: skip
     side_files = {name: folder.path / name for name in SIDE_FILES if (folder.path / name).is_file()}
     report: dict[str, Any] = {"source": str(source), "target": str(target), "format": format}
     if format == "compressed-tensors":

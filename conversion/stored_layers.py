@@ -49,8 +49,8 @@ class StoredLayer:
         return unpack_bits(packed, self.scheme.weight.bits, math.prod(self.shape[1:]))
 
     def weight(self) -> np.ndarray:
-        """The float weight [out, in, *kernel] that its codes stand for, with its branch added and
-        transforms undone; float32 or wider.
+        """The float weight [out, in, *kernel] that its codes stand for, with its branch and its estimate added, as one
+        without gains, and transforms undone; float32 or wider.
         """
         if not self.has_codes:
             return self._untransformed(self.tensor("weight"))
@@ -58,6 +58,9 @@ class StoredLayer:
         grid = self.scheme.weight.grid
         if grid.codebook is not None:
             codes = grid.levels[codes.astype(np.int32) - grid.low]
+        if self.scheme.split is not None:  # [out, parts] -> [out, in]: each column has its part's
+            widths = np.array(self.scheme.split) * math.prod(self.shape[2:])
+            scale, zero_point = (None if a is None else np.repeat(a, widths, axis=-1) for a in (scale, zero_point))
         groups = scale.shape[-1]
         # [out, (groups size)] -> [out, groups, size]
         real = codes.astype(scale.dtype).reshape(len(codes), groups, -1)
@@ -68,6 +71,9 @@ class StoredLayer:
             real = real.reshape(len(codes), -1)  # [out, groups, size] -> [out, in]
             if self.scheme.low_rank is not None:
                 up, down = (self.tensor(f"low_rank.{side}").astype(real.dtype) for side in ("up", "down"))
+                real += up @ down
+            if self.scheme.estimator is not None:
+                up, down = (self.tensor(f"estimator.{side}").astype(real.dtype) for side in ("up", "down"))
                 real += up @ down
             return self._untransformed(real).reshape(self.shape)  # -> [out, in, ...]
 

@@ -247,6 +247,10 @@ class CogVideoXModel(VideoModel):
         """Those after the text's."""
         return slice(conditioning.text_tokens, tokens)
 
+    def token_frames(self, conditioning) -> int:
+        """Those of the patches."""
+        return conditioning.grid[0]
+
     def head(self, stream, conditioning):
         """Tokens -> latents (batch, frames, height, width, out_channels); in a patch, columns vary fastest."""
         video = self.norm_final(stream[:, conditioning.text_tokens :])

@@ -60,16 +60,26 @@ def parse_config(config: dict[str, Any]):
         UserError: An unknown architecture or field, or a value of the wrong kind or of an absurd size.
     """
     family = family_of(config)
+    return parse_fields(config, family.config, family.name)
+
+
+def parse_fields(config: dict[str, Any], kind: type, name: str):
+    """A configuration of a `kind` from the fields of `config.json`, as `parse_config` makes one; `name` is what it
+    describes, for the message.
+
+    Raises:
+        UserError: An unknown field, or a value of the wrong kind or of an absurd size.
+    """
     fields = {k: v for k, v in config.items() if not k.startswith("_") and k != "quantization_config"}
-    known = {field.name: field for field in dataclasses.fields(family.config)}
+    known = {field.name: field for field in dataclasses.fields(kind)}
     if unknown := sorted(set(fields) - set(known)):
         raise UserError("config.json has fields that this architecture does not", remedy="remove them", items=unknown)
-    for name, value in fields.items():
-        check_field(name, value, known[name].default)
+    for field, value in fields.items():
+        check_field(field, value, known[field].default)
     try:
-        return family.config(**fields)
+        return kind(**fields)
     except (TypeError, ValueError) as error:
-        raise UserError(f"config.json does not describe a {family.name} model ({error})", remedy="mend it") from error
+        raise UserError(f"config.json does not describe a {name} model ({error})", remedy="mend it") from error
 
 
 def build(config: dict[str, Any], *, key: jax.Array | None = None, dtype=jnp.float32) -> VideoModel:

@@ -270,6 +270,10 @@ class HunyuanVideoModel(VideoModel):
         """Those before the text's."""
         return slice(0, conditioning.video_tokens)
 
+    def token_frames(self, conditioning) -> int:
+        """Those of the patches."""
+        return conditioning.grid[0]
+
     def head(self, stream, conditioning):
         """Tokens -> latents (batch, frames, height, width, out_channels); in a patch, columns vary fastest."""
         video = stream[:, : conditioning.video_tokens]

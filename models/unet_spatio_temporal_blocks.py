@@ -41,10 +41,14 @@ class Blend(nnx.Module):
 class SpatioTemporalResnet(nnx.Module):
     """A ResNet in every frame, one along frames on top of it, and both blended."""
 
-    def __init__(self, channels: int, width: int, time_dim: int, *, groups: int, epsilon: float, key: jax.Array, dtype):
+    def __init__(
+        self, channels: int, width: int, time_dim: int, *, groups: int, epsilon: float,
+        parts: tuple[int, ...] | None = None, key: jax.Array, dtype,
+    ):  # fmt: skip
+        """As `ResnetBlock` takes them."""
         first, second = jax.random.split(key)
         options = {"groups": groups, "epsilon": epsilon, "dtype": dtype}
-        self.spatial_res_block = ResnetBlock(channels, width, time_dim, key=first, **options)
+        self.spatial_res_block = ResnetBlock(channels, width, time_dim, parts=parts, key=first, **options)
         self.temporal_res_block = ResnetBlock(
             width, width, time_dim, joint=True, along_frames=True, key=second, **options
         )
@@ -87,7 +91,8 @@ class SpatioTemporalTransformer(nnx.Module):
     def __init__(self, width: int, heads: int, context: int, groups: int, *, key: jax.Array, dtype):
         keys = jax.random.split(key, 5)
         self.norm = GroupNorm(width, groups, epsilon=EPSILON, dtype=dtype)
-        self.proj_in, self.proj_out = (projection(width, width, linear=True, key=k, dtype=dtype) for k in keys[:2])
+        shared = {"linear": True, "frame_axis": 1, "dtype": dtype}
+        self.proj_in, self.proj_out = (projection(width, width, key=k, **shared) for k in keys[:2])
         spatial = SpatialBlock(width, heads, context, key=keys[2], dtype=dtype)
         temporal = CrossTemporalBlock(width, heads, context, key=keys[3], dtype=dtype)
         self.transformer_blocks = nnx.Dict({"0": spatial})

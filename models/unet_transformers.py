@@ -15,21 +15,27 @@ from flax import nnx
 
 from models.blocks import merge_heads, split_heads
 from models.unet_stream import UNetConditioning, per_frame
-from qvdjax.nn import Attention, Buffer, Conv, GroupNorm, LayerNorm, Linear
+from qvdjax.nn import Attention, Buffer, Conv, FrameAxis, GroupNorm, LayerNorm, Linear
 
 EPSILON = 1e-6  # of both transformers' group norms, whatever `norm_eps` says
 
 
 class UNetAttention(nnx.Module):
-    """Attention of a token to others of its sequence, or to those of a context; only the output has a bias."""
+    """Attention of a token to others of its sequence, or to those of a context; only the output has a bias.
 
-    def __init__(self, width: int, heads: int, context: int, *, key: jax.Array, dtype):
+    `frame_axis` and `context_frame_axis` say where the frames of a video lie in both.
+    """
+
+    def __init__(
+        self, width: int, heads: int, context: int, *, frame_axis: FrameAxis | None = None,
+        context_frame_axis: FrameAxis | None = None, key: jax.Array, dtype,
+    ):  # fmt: skip
         keys = jax.random.split(key, 4)
         across = {"axes": ("heads", "embed"), "dtype": dtype, "bias": False}
-        self.to_q = Linear(width, width, role="query", key=keys[0], **across)
-        self.to_k = Linear(context, width, role="key", key=keys[1], **across)
-        self.to_v = Linear(context, width, role="value", key=keys[2], **across)
-        back = {"axes": ("embed", "heads"), "dtype": dtype}
+        self.to_q = Linear(width, width, role="query", key=keys[0], frame_axis=frame_axis, **across)
+        self.to_k = Linear(context, width, role="key", key=keys[1], frame_axis=context_frame_axis, **across)
+        self.to_v = Linear(context, width, role="value", key=keys[2], frame_axis=context_frame_axis, **across)
+        back = {"axes": ("embed", "heads"), "frame_axis": frame_axis, "dtype": dtype}
         self.to_out = nnx.Dict({"0": Linear(width, width, role="attention_output", key=keys[3], **back)})
         self.attention = Attention(keys="context")  # tokens of a frame, a place or a text: never the whole stream
         self.heads = heads
@@ -43,11 +49,11 @@ class UNetAttention(nnx.Module):
 class GatedFeedForward(nnx.Module):
     """Linear to values and gates, values times the exact GELU of gates, Linear (diffusers' GEGLU)."""
 
-    def __init__(self, width: int, *, key: jax.Array, dtype):
+    def __init__(self, width: int, *, frame_axis: FrameAxis | None = None, key: jax.Array, dtype):
         up, down = jax.random.split(key)
-        hidden = 4 * width
-        wide = Linear(width, 2 * hidden, role="feed_forward_in", axes=("mlp", "embed"), key=up, dtype=dtype)
-        narrow = Linear(hidden, width, role="feed_forward_out", axes=("embed", "mlp"), key=down, dtype=dtype)
+        hidden, shared = 4 * width, {"frame_axis": frame_axis, "dtype": dtype}
+        wide = Linear(width, 2 * hidden, role="feed_forward_in", axes=("mlp", "embed"), key=up, **shared)
+        narrow = Linear(hidden, width, role="feed_forward_out", axes=("embed", "mlp"), key=down, **shared)
         self.net = nnx.Dict({"0": nnx.Dict({"proj": wide}), "2": narrow})
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -57,19 +63,26 @@ class GatedFeedForward(nnx.Module):
 
 
 class _Block(nnx.Module):
-    """Three norms, two attentions and a feed-forward."""
+    """Three norms, two attentions and a feed-forward; `frame_axes` says where frames lie in the inputs of these."""
 
-    def __init__(self, width: int, heads: int, context: int, *, key: jax.Array, dtype):
-        keys = jax.random.split(key, 3)
+    def __init__(
+        self, width: int, heads: int, context: int, *, frame_axes: tuple[FrameAxis | None, ...] = (None,) * 3,
+        key: jax.Array, dtype,
+    ):  # fmt: skip
+        keys, (own, other, feed_forward) = jax.random.split(key, 3), frame_axes
         norm = functools.partial(LayerNorm, width, epsilon=1e-5, affine=True, dtype=dtype)
         self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
-        self.attn1 = UNetAttention(width, heads, width, key=keys[0], dtype=dtype)
-        self.attn2 = UNetAttention(width, heads, context, key=keys[1], dtype=dtype)
-        self.ff = GatedFeedForward(width, key=keys[2], dtype=dtype)
+        places = {"frame_axis": own, "context_frame_axis": own}
+        self.attn1 = UNetAttention(width, heads, width, **places, key=keys[0], dtype=dtype)
+        self.attn2 = UNetAttention(width, heads, context, frame_axis=other, key=keys[1], dtype=dtype)
+        self.ff = GatedFeedForward(width, frame_axis=feed_forward, key=keys[2], dtype=dtype)
 
 
 class SpatialBlock(_Block):
     """Attention within each frame, attention to the text, feed-forward."""
+
+    def __init__(self, width: int, heads: int, context: int, *, key: jax.Array, dtype):
+        super().__init__(width, heads, context, frame_axes=(0, 1, 1), key=key, dtype=dtype)
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         """x (batch, frames, positions, width) -> the same; context (batch, text tokens, text_dim)."""
@@ -138,7 +151,8 @@ class SpatialTransformer(nnx.Module):
         keys = jax.random.split(key, 3)
         self.norm = GroupNorm(width, groups, epsilon=EPSILON, dtype=dtype)
         self.transformer_blocks = nnx.Dict({"0": SpatialBlock(width, heads, context, key=keys[0], dtype=dtype)})
-        self.proj_in, self.proj_out = (projection(width, width, linear=linear, key=k, dtype=dtype) for k in keys[1:])
+        shared = {"linear": linear, "frame_axis": 0, "dtype": dtype}
+        self.proj_in, self.proj_out = (projection(width, width, key=k, **shared) for k in keys[1:])
 
     def __call__(self, x: jax.Array, conditioning: UNetConditioning) -> jax.Array:
         """x (batch, frames, height, width, channels) -> the same."""
@@ -148,9 +162,11 @@ class SpatialTransformer(nnx.Module):
         return x + per_frame(self.proj_out, tokens.reshape(x.shape))  # b f (h w) c -> b f h w c
 
 
-def projection(channels: int, width: int, *, linear: bool, key: jax.Array, dtype) -> Linear | Conv:
+def projection(
+    channels: int, width: int, *, linear: bool, frame_axis: FrameAxis | None = None, key: jax.Array, dtype
+) -> Linear | Conv:
     """Between the stream and a transformer: a linear layer, or as checkpoints of SD 1.5 have it a 1 x 1 convolution."""
-    common = {"axes": ("embed", None), "key": key, "dtype": dtype}
+    common = {"axes": ("embed", None), "frame_axis": frame_axis, "key": key, "dtype": dtype}
     if linear:
         return Linear(channels, width, role="projection", **common)
     return Conv(channels, width, (1, 1), role="convolution", **common)

@@ -264,6 +264,10 @@ class WanModel(VideoModel):
         cosines, sines = (jnp.asarray(table, jnp.promote_types(dtype, jnp.float32)) for table in tables)
         return x, WanConditioning(embedding, modulation, text, cosines, sines, grid)
 
+    def token_frames(self, conditioning) -> int:
+        """Those of the patches."""
+        return conditioning.grid[0]
+
     def head(self, stream, conditioning):
         """Tokens -> latents; within a patch of the output, channels vary fastest."""
         table = at_least_float32(self.scale_shift_table[...]) + conditioning.time_embedding[..., None, :]

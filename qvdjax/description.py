@@ -33,10 +33,10 @@ def describe(model: VideoModel) -> list[dict[str, Any]]:
         `float_bytes` (the same layer in bfloat16), `sqnr_db` (signal-to-quantization-noise ratio of the weight in
         decibels, None for float weights or where the model is abstract), `execution`, `reason` and `online`: what is
         computed beside the product (names of transforms, channels of a rotated block, rank and bytes of a low-rank
-        branch, multiply-adds a token and their share of the product's), None for nothing. The products of attention
-        have rows only where they are quantized; they hold no bytes. A table over timesteps has `execution`
-        "table", `shape` (steps, out), its own type as `weight_bits`, no `activation_bits`, and `replaced_bytes`: those
-        of the layer in whose place it stands.
+        branch, and where there is one rank, frames with gains of their own and bytes of an estimate, multiply-adds a
+        token and their share of the product's), None for nothing. The products of attention have rows only where they
+        are quantized; they hold no bytes. A table over timesteps has `execution` "table", `shape` (steps, out), its own
+        type as `weight_bits`, no `activation_bits`, and `replaced_bytes`: those of the layer in whose place it stands.
     """
     rows = []
     for names, _, layer in layers_of(model, (*FLOAT_LAYERS, *QUANTIZED_LAYERS, *TABLE_LAYERS)):
@@ -76,14 +76,21 @@ def _row(layer) -> dict[str, Any]:
 
 def _online(layer, shape: tuple[int, ...]) -> dict[str, Any] | None:
     """What a layer computes beside its product, None for nothing; multiply-adds are those of one token."""
-    transform, branch = getattr(layer, "transform", None), getattr(layer, "low_rank", None)
-    if transform is None and branch is None:
+    transform, branch, estimator = (getattr(layer, name, None) for name in ("transform", "low_rank", "estimator"))
+    if transform is None and branch is None and estimator is None:
         return None
     rotation = layer.scheme.rotation
     multiply_adds = 0 if transform is None else transform.multiply_adds(shape[1])
     multiply_adds += 0 if branch is None else branch.rank * sum(shape)
+    estimates = {}
+    if estimator is not None:
+        multiply_adds += estimator.rank * (sum(shape) + (estimator.gain is not None))
+        estimates = {
+            "estimate_rank": estimator.rank, "estimate_frames": estimator.scheme.frames,
+            "estimate_bytes": layer_bytes(estimator),
+        }  # fmt: skip
     return {
-        "transforms": list(layer.scheme.transforms),
+        "transforms": list(layer.scheme.transforms), **estimates,
         "rotation_block": None if rotation is None else rotation.block_of(shape[1]),
         "rank": None if branch is None else branch.rank,
         "branch_bytes": 0 if branch is None else layer_bytes(branch),

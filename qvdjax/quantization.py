@@ -6,19 +6,27 @@ import jax
 
 from qvdjax.calibration.dataset import CalibrationSet
 from qvdjax.calibration.ranges import input_ranges
+from qvdjax.calibration.salience import input_saliences
 from qvdjax.calibration.selection import select
 from qvdjax.calibration.steps import first_steps
+from qvdjax.calibration.timestep_draw import draw
 from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, Execution, VideoModel, layers_of, refuse_tables
 from qvdjax.ptq import (
+    FitChannelScale,
     FitRotation,
+    FitShift,
     absorb_rotations,
+    absorb_scales,
     apply_schemes,
     fill_feature_grids,
     fit_feature_grids,
     reconstruct,
     rounded_layers,
     search_ranges,
+    search_scales,
+    with_counts,
+    with_gains,
 )  # fmt: skip
 from qvdjax.ptq.mixed_precision import with_mixed_precision
 from qvdjax.ptq.reconstruction import FinishedBlocks
@@ -50,8 +58,8 @@ def quantize(
         recipe: A recipe, or its name (`qvdjax.recipes.names()` lists presets).
         calibration: Batches of the model's keyword arguments (latents, timestep, context), for instance of a
             `qvdjax.calibration.CalibrationSet`; needed by recipes with static ranges, fitted transforms,
-            compensated rounding or reconstruction. Where a recipe selects samples, it selects from a CalibrationSet;
-            any other batches are taken as they are.
+            compensated rounding or reconstruction. Where a recipe selects or draws samples, it does so from a
+            CalibrationSet; any other batches are taken as they are.
         execution: "integer", "simulate", or None for the device's best.
         finished: Where blocks are kept that are reconstructed, to go on after an interruption.
         progress: Called with ("reconstructing", blocks done, blocks in all).
@@ -75,7 +83,7 @@ def quantize(
     schemes = decide(model, recipe).schemes
     if isinstance(recipe.transform, FitRotation) and recipe.transform.absorb:
         model, schemes = absorb_rotations(model, schemes, recipe.transform)
-    ranges = rounded = edges = None
+    ranges = rounded = edges = fitted = None
     features = {}
     if recipe.needs_calibration:
         if calibration is None:
@@ -84,29 +92,53 @@ def quantize(
         calibration = list(calibration) if iter(calibration) is calibration else calibration
         if plan is not None and plan.selection is not None and isinstance(calibration, CalibrationSet):
             calibration = select(calibration, plan.selection)
+        if recipe.draw is not None and isinstance(calibration, CalibrationSet):
+            calibration = draw(calibration, recipe.draw)
         if recipe.needs_ranges:
-            first = recipe.channel_statistics == "first"
-            ranges = input_ranges(model, first_steps(calibration) if first else calibration)
+            ranges = _channel_ranges(model, recipe, calibration)
+        if isinstance(fit, FitChannelScale) and fit.absorb:
+            model, schemes, ranges = absorb_scales(model, schemes, ranges, fit)
+        if isinstance(fit, FitShift) and fit.search is not None:
+            fitted = search_scales(model, schemes, _fitted_on(recipe, calibration), fit.search, ranges)
         if recipe.range_search is not None:
-            edges = search_ranges(model, schemes, calibration, recipe.range_search, fit=fit, ranges=ranges)
+            edges = search_ranges(
+                model, schemes, calibration, recipe.range_search, fit=fit, ranges=ranges, fitted=fitted
+            )
+            schemes = with_counts(schemes, edges, calibration)
         if recipe.mixed_precision is not None:
             schemes = with_mixed_precision(model, schemes, calibration, recipe.mixed_precision, fit=fit, ranges=ranges)
         learned = None
+        if plan is not None and plan.estimation is not None and plan.estimation.of_frames:
+            schemes = with_gains(model, schemes, next(iter(calibration), None))
         if plan is not None:
             done = reconstruct(
-                model, schemes, calibration, plan, fit=fit, ranges=ranges, finished=finished, progress=progress
-            )
+                model, schemes, calibration, plan, fit=fit, ranges=ranges, edges=edges, finished=finished,
+                progress=progress,
+            )  # fmt: skip
             learned = done.layers
         if recipe.rounding is not None or learned is not None:
             rounded = rounded_layers(
-                model, schemes, calibration, recipe.rounding, fit=fit, ranges=ranges, learned=learned
+                model, schemes, calibration, recipe.rounding, fit=fit, ranges=ranges, edges=edges, learned=learned
             )
         if recipe.feature_grids is not None:
             schemes, features = fit_feature_grids(model, schemes, recipe.feature_grids, calibration)
     execution = execution or best_execution()[0]
     quantized = apply_schemes(
-        model, schemes, execution=execution, fit=recipe.transform, ranges=ranges, edges=edges, rounded=rounded
-    )
+        model, schemes, execution=execution, fit=recipe.transform, ranges=ranges, edges=edges, rounded=rounded,
+        fitted=fitted,
+    )  # fmt: skip
     fill_feature_grids(quantized, features)
     quantized.recipe_name = recipe.name
     return quantized
+
+
+def _channel_ranges(model: VideoModel, recipe: Recipe, calibration: Iterable[Mapping[str, jax.Array]]) -> dict:
+    """Smallest and largest input of each channel by layer, as the recipe takes them over steps."""
+    if recipe.channel_statistics == "salience":
+        return input_saliences(model, calibration)
+    return input_ranges(model, _fitted_on(recipe, calibration))
+
+
+def _fitted_on(recipe: Recipe, calibration: Iterable[Mapping[str, jax.Array]]) -> Iterable[Mapping[str, jax.Array]]:
+    """The part of a calibration set that transforms are fitted to."""
+    return first_steps(calibration) if recipe.channel_statistics == "first" else calibration

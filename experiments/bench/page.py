@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.bench import training
 from qvdjax.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
@@ -49,9 +50,10 @@ def load(folder: Path) -> dict[str, dict]:
     return reports
 
 
-def page(reports: dict[str, dict]) -> str:
-    """The page as Markdown."""
-    return "\n".join([INTRODUCTION, *(_section(name, report) for name, report in reports.items())])
+def page(reports: dict[str, dict], trained: dict[str, dict] | None = None) -> str:
+    """The page as Markdown; `trained` are reports of `experiments.bench.training`."""
+    sections = (_section(name, report) for name, report in reports.items())
+    return "\n".join([INTRODUCTION, *sections, *training.section(trained or {})])
 
 
 def _section(name: str, report: dict) -> str:
@@ -126,7 +128,8 @@ def write(folder: Path = FOLDER) -> list[Path]:
     """Write the page and one plot a report into the folder; returns the files."""
     reports = load(folder)
     files = [folder / "README.md"]
-    files[0].write_text(page(reports))
+    trained = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "training").glob("*.json"))}
+    files[0].write_text(page(reports, trained))
     for name, report in reports.items():
         files.append(folder / f"{name}.png")
         plot(report, files[-1])

@@ -59,6 +59,8 @@ was compiled for a TPU slice by the TPU compiler itself, on a machine without a 
   exchange that it has cut into a loop counts as often as that turns. Between slices they are no measure of time.
 - **bound** is arithmetic, not a measurement: model FLOPs at the published peak of all chips, or the bytes a chip holds
   at its memory's rate, whichever is longer. Real steps take longer; how much is for a slice to say.
+- **compiled in** is wall clock on two cores, in brackets the time that all cores spent on it: where the first is much
+  longer, the machine had other work.
 - Sampling is one forward pass of one video (guidance takes two). Training is `qvdjax train --dtype bfloat16 --remat`
   with its teacher; the start of a phase of rank decay, which comes a few times in a run, is counted in every step.
 """
@@ -109,9 +111,15 @@ def _row(report: dict) -> str:
         f"{held} of {report['chip_bytes'] / 2**30:.2f} GiB", "yes" if report["fits"] else "**no**",
         ", ".join(f"{row['dtype']} {_size(row['bytes'])}" for row in gathered if row["bytes"] >= 2**20) or "none",
         ", ".join(f"{kind} {_size(size)}" for kind, size in others.items() if size >= 2**20) or "none",
-        bound, f"{report['compile_seconds']:.0f} s",
+        bound, _compiling(report),
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def _compiling(report: dict) -> str:
+    """Wall clock, and the time of all cores where a plan has it."""
+    processor = report.get("compile_processor_seconds")
+    return f"{report['compile_seconds']:.0f} s" + ("" if processor is None else f" ({processor:.0f} s)")
 
 
 def _size(count: int) -> str:

@@ -34,11 +34,13 @@ def planned_reconstruction(config: dict, recipe: Recipe, mesh: Mesh, inputs: dic
         that are no arguments: the other blocks, which wait.
 
     Raises:
-        UserError: The recipe reconstructs nothing.
+        UserError: The recipe reconstructs nothing, or all blocks together.
     """
     plan = recipe.reconstruction
     if plan is None:
         raise UserError(f"{recipe.name} reconstructs no blocks", remedy="choose one that does, such as flatquant")
+    if plan.scope == "model":
+        raise UserError("a step of one block is planned, not of all together", remedy="plan with --set scope=block")
     model = jax.eval_shape(lambda: models.build(config, dtype=jnp.bfloat16))
     schemes = decide(model, recipe).schemes
     stack = model.stacks[0]
@@ -49,7 +51,7 @@ def planned_reconstruction(config: dict, recipe: Recipe, mesh: Mesh, inputs: dic
         block = whole.stacks[0].layer(0)
         ranges = {dotted(p): (jnp.zeros(shape_of(linear.weight)[-1:]),) * 2 for p, linear in iterate(block, Linear)}
         own = {path: schemes[name] for path, name in names.items()}
-        student = prepared(block, own, recipe.transform, ranges, plan)
+        student = prepared(block, own, recipe.transform, ranges, {}, plan)
         return student, without_blocks(whole), start(student, plan=plan, steps=STEPS)
 
     def lead(array, *axes):

@@ -16,6 +16,7 @@ from experiments.training.teacher import check_teaches, frozen
 from experiments.training.trainer import Trainer
 from models.scheduler import PUBLISHED
 from qvdjax import parallel
+from qvdjax.nn import VideoModel
 from qvdjax.recipes import Recipe
 
 STEPS = 2000  # of a whole run, which the phases of a recipe divide
@@ -34,6 +35,29 @@ class PlannedStep:
     function: Any
     arguments: tuple
     weights: Any
+
+
+def published_trainer(
+    model: VideoModel, recipe: Recipe | None, batch: int, *, accumulate: int = 1, mesh: Mesh | None = None
+) -> Trainer:
+    """The trainer of `qvdjax train --dtype bfloat16 --remat`, at the noise schedule its family was published with.
+
+    Args:
+        model: In float32; may be abstract.
+        recipe: As of `planned_step`.
+        batch: Videos in the global batch.
+        accumulate: Micro-batches that the batch is cut into.
+        mesh: Where everything lies; None for one device.
+    """
+    plan = None if recipe is None else recipe.training
+    solver = PUBLISHED[models.family_of(model.config.to_dict()).name].solver
+    objective = Objective() if recipe is None else following(plan)
+    settings = Settings(
+        batch=batch, accumulate=accumulate, dtype="bfloat16", remat=True,
+        average=None if recipe is None else averaged(plan, Settings.average), group_rates=group_rates(plan),
+        objective=dataclasses.replace(objective, solver=solver),
+    )  # fmt: skip
+    return Trainer(model, settings, student=student_of(model, recipe, STEPS), mesh=mesh)
 
 
 def planned_step(
@@ -59,18 +83,11 @@ def planned_step(
     def described(dtype) -> Any:
         return jax.eval_shape(lambda: models.build(config, dtype=dtype))
 
-    plan = None if recipe is None else recipe.training
-    solver = PUBLISHED[models.family_of(config).name].solver
-    objective = Objective() if recipe is None else following(plan)
-    settings = Settings(
-        batch=data["latents"].shape[0], accumulate=accumulate, dtype="bfloat16", remat=True,
-        average=None if recipe is None else averaged(plan, Settings.average), group_rates=group_rates(plan),
-        objective=dataclasses.replace(objective, solver=solver),
+    trainer = published_trainer(
+        described(jnp.float32), recipe, data["latents"].shape[0], accumulate=accumulate, mesh=mesh
     )  # fmt: skip
-    taught = recipe is not None and objective.teacher != 0
+    taught = recipe is not None and trainer.settings.objective.teacher != 0
     check_teaches(taught, teacher, teacher_cache)
-    model = described(jnp.float32)
-    trainer = Trainer(model, settings, student=student_of(model, recipe, STEPS), mesh=mesh)
     state = trainer.described(STEPS)
     beside = None
     if teacher_cache:

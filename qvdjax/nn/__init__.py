@@ -2,6 +2,7 @@
 
 from qvdjax.nn.attention import Attention, dot_product_attention, quantized_attention
 from qvdjax.nn.conv import Conv, QuantizedConv
+from qvdjax.nn.frames import FrameAxis
 from qvdjax.nn.input_clip import InputClip
 from qvdjax.nn.layers import FLOAT_LAYERS, QUANTIZED_LAYERS, TABLE_LAYERS, layers_of
 from qvdjax.nn.linear import Linear, QuantizedLinear
@@ -12,6 +13,7 @@ from qvdjax.nn.scheme import EXECUTIONS, AttentionScheme, Execution, LayerScheme
 from qvdjax.nn.swap import swap_layers
 from qvdjax.nn.timestep import PerCall, TimestepReader
 from qvdjax.nn.timestep_table import TimestepTable, check_timesteps, refuse_tables, tables_of
+from qvdjax.nn.token_estimator import EstimatorBranch, TokenEstimator
 from qvdjax.nn.transforms import InputTransform, Kronecker, Rotation
 from qvdjax.nn.values import CarriesValues
 from qvdjax.nn.variables import Buffer, Codes, Param, Scale, Statistic, Table
@@ -27,7 +29,9 @@ __all__ = [
     "CarriesValues",
     "Codes",
     "Conv",
+    "EstimatorBranch",
     "Execution",
+    "FrameAxis",
     "GroupNorm",
     "InputClip",
     "InputTransform",
@@ -51,6 +55,7 @@ __all__ = [
     "TableScheme",
     "TimestepReader",
     "TimestepTable",
+    "TokenEstimator",
     "VideoModel",
     "at_least_float32",
     "at_timestep",

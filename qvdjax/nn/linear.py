@@ -5,10 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qvdjax.kernels import quantized_matmul
+from qvdjax.nn.frames import FrameAxis
 from qvdjax.nn.low_rank import LowRankBranch
 from qvdjax.nn.quantized_layer import QuantizedLayer
 from qvdjax.nn.scheme import LayerScheme, Role
-from qvdjax.nn.timestep import TimestepReader
+from qvdjax.nn.token_estimator import EstimatorBranch
 from qvdjax.nn.transforms import InputTransform
 from qvdjax.nn.variables import Param, Scale
 from qvdjax.numerics import QTensor, encode, fake_quantize, fake_quantize_dynamic, to_levels
@@ -24,11 +25,12 @@ class Linear(nnx.Module):
         weight: [out, in]. bias: [out], or None.
         role: What the layer does in its model; recipes match it.
         scheme: Why the layer is float, once a recipe has looked at it.
+        frame_axis: Where the frames of a video lie in its input, None for nowhere.
     """
 
     def __init__(
         self, in_features: int, out_features: int, *, role: Role, axes: tuple, key: jax.Array, dtype=jnp.float32,
-        bias: bool = True, keep_float32: bool = False, zero: bool = False,
+        bias: bool = True, keep_float32: bool = False, zero: bool = False, frame_axis: FrameAxis | None = None,
     ):  # fmt: skip
         """Fan-in initialisation. `axes` names the weight's two axes; `zero` starts at zero; `keep_float32` says
         that loading with a narrower dtype leaves the layer in float32."""
@@ -37,7 +39,7 @@ class Linear(nnx.Module):
         weight = jnp.zeros(shape, dtype) if zero else initializer(key, shape, dtype)
         self.weight = Param(weight, axes=axes, keep_float32=keep_float32)
         self.bias = Param(jnp.zeros((out_features,), dtype), axes=axes[:1], keep_float32=keep_float32) if bias else None
-        self.role, self.axes, self.scheme = role, axes, LayerScheme()
+        self.role, self.axes, self.scheme, self.frame_axis = role, axes, LayerScheme(), frame_axis
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., out], in x's type."""
@@ -45,7 +47,7 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-class QuantizedLinear(QuantizedLayer, TimestepReader):
+class QuantizedLinear(QuantizedLayer):
     """A Linear whose weight, input or both are quantized.
 
     Integer execution multiplies int8 codes into int32 and applies scales afterwards; simulated execution multiplies the
@@ -56,19 +58,21 @@ class QuantizedLinear(QuantizedLayer, TimestepReader):
         input_clip: [count, sides] float32 factors of the dynamic range (`qvdjax.nn.input_clip`), or None.
         transform: What the input passes through first, or None.
         low_rank: A branch in full precision, whose product of the transformed input is added, or None.
+        estimator: What is added to the product for what rounding takes off it, made of the rounded input, or None.
         input_levels, input_edges: [count] and [count - 1] float32 of a grid of temporal features, or None.
     """
 
     def __init__(
         self, *, weight: QTensor | jax.Array, axes: tuple, input_clip=None, transform: InputTransform | None = None,
-        low_rank: LowRankBranch | None = None, input_levels=None, input_edges=None, **shared,
+        low_rank: LowRankBranch | None = None, estimator: EstimatorBranch | None = None, input_levels=None,
+        input_edges=None, **shared,
     ):  # fmt: skip
         """`weight` as codes or as floats [out, in]; `shared` as `QuantizedLayer` takes it."""
         quantized = isinstance(weight, QTensor)
         super().__init__(weight=weight if quantized else None, axes=axes, **shared)
         self.weight = None if quantized else Param(weight, axes=axes)
         self.input_clip = None if input_clip is None else Scale(input_clip, axes=(None, None))
-        self.transform, self.low_rank = transform, low_rank
+        self.transform, self.low_rank, self.estimator = transform, low_rank, estimator
         self.input_levels, self.input_edges = (
             None if values is None else Scale(values, axes=(None,)) for values in (input_levels, input_edges)
         )
@@ -81,7 +85,7 @@ class QuantizedLinear(QuantizedLayer, TimestepReader):
     def _input_range(self, x):
         if self.input_scale is None:
             return self.scheme.activation.scale_of(x, self._clip(x))
-        return self.input_scale[...], None if self.input_zero_point is None else self.input_zero_point[...]
+        return self.static_range(x.shape)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., tokens, in] -> [..., tokens, out], in x's type. A vector a sample may come as [batch, in]."""
@@ -90,25 +94,27 @@ class QuantizedLinear(QuantizedLayer, TimestepReader):
             x = self.transform(x)
         if self.input_levels is not None:
             x = to_levels(x, self.input_levels[...], self.input_edges[...])
-            y = _contract(x, self._float_weight(x.dtype), jax.lax.Precision.HIGHEST)
+            rounded, y = x, _contract(x, self._float_weight(x.dtype), jax.lax.Precision.HIGHEST)
         elif activation is None:
-            y = _contract(x.astype(dtype), self._float_weight(dtype))
+            rounded, y = x, _contract(x.astype(dtype), self._float_weight(dtype))
         elif self.codes is None or self.execution == "simulate":
-            y = self._simulated(x)
+            rounded = self._rounded(x)
+            y = _contract(rounded, self._float_weight(rounded.dtype), jax.lax.Precision.HIGHEST)
         else:
-            y = quantized_matmul(encode(x, activation.grid, *self._input_range(x), jnp.int8), self.qweight)
+            rounded = encode(x, activation.grid, *self._input_range(x), jnp.int8)
+            y = quantized_matmul(rounded, self.qweight)
         if self.low_rank is not None:
             y = y + self.low_rank(x.astype(dtype)).astype(y.dtype)
+        if self.estimator is not None:
+            y = y + self.estimator(rounded.dequantize() if isinstance(rounded, QTensor) else rounded).astype(y.dtype)
         return y.astype(dtype) if self.bias is None else (y + self.bias[...].astype(y.dtype)).astype(dtype)
 
-    def _simulated(self, x: jax.Array) -> jax.Array:
-        """The same integers, multiplied as floats; gradients pass straight through the rounding."""
+    def _rounded(self, x: jax.Array) -> jax.Array:
+        """The floats that the same integers stand for; gradients pass straight through the rounding."""
         activation = self.scheme.activation
         if self.input_scale is None:
-            x = fake_quantize_dynamic(x, activation, self._clip(x))
-        else:
-            x = fake_quantize(x, activation.grid, *self._input_range(x))
-        return _contract(x, self._float_weight(x.dtype), jax.lax.Precision.HIGHEST)
+            return fake_quantize_dynamic(x, activation, self._clip(x))
+        return fake_quantize(x, activation.grid, *self._input_range(x))
 
     def _float_weight(self, dtype) -> jax.Array:
         return (self.weight[...] if self.codes is None else self.qweight.dequantize()).astype(dtype)

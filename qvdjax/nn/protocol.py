@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qvdjax.errors import UserError
+from qvdjax.nn.quantized_layer import QuantizedLayer
 from qvdjax.nn.scheme import Role
 from qvdjax.nn.timestep import PerCall, TimestepReader
 from qvdjax.nn.variables import at, dotted, iterate, shallow_copy
@@ -87,6 +89,10 @@ class VideoModel(nnx.Module):
         """Which of a stream's tokens are the video's; others are the text's."""
         return slice(0, tokens)
 
+    def token_frames(self, conditioning) -> int | None:
+        """Into how many frames the video's tokens divide, which come frame by frame; None where they do not."""
+        return None
+
     def __call__(self, latents, timestep, context, *, remat: bool = False, **conditions) -> jax.Array:
         """Predict.
 
@@ -107,6 +113,7 @@ class VideoModel(nnx.Module):
 
         A Variable that a block writes inside a scan is lost unless it is returned; this returns it.
         """
+        check_frames(self, latents.shape[1])
         model = at_timestep(self, timestep)
         stream, conditioning = model.embed(latents, timestep, context, **conditions)
         collected = []
@@ -135,6 +142,17 @@ def at_timestep(model: VideoModel, timestep: jax.Array) -> VideoModel:
         layer = at(model, path)
         layer.timestep = for_one_call(model, path, timestep if layer.reads_tokens else of_sample)
     return model
+
+
+def check_frames(model: VideoModel, frames: int) -> None:
+    """UserError where layers have ranges for another number of frames than latents have."""
+    inputs = [layer.scheme.activation for _, layer in iterate(model, QuantizedLayer)]
+    others = {quantizer.frames for quantizer in inputs if quantizer is not None} - {None, frames}
+    if others:
+        raise UserError(
+            f"latents of {frames} frames, but the ranges of inputs are those of {others.pop()}, each its own",
+            remedy="give as many frames as were calibrated, or quantize with one range for all",
+        )
 
 
 def for_one_call(model: VideoModel, path: tuple, value: jax.Array) -> PerCall:

@@ -7,6 +7,7 @@ from typing import Literal
 from qvdjax.errors import UserError
 from qvdjax.nn.input_clip import InputClip
 from qvdjax.nn.low_rank import LowRank
+from qvdjax.nn.token_estimator import TokenEstimator
 from qvdjax.nn.transforms import Kronecker, Rotation, check_transforms
 from qvdjax.numerics import FeatureGrid, Quantizer
 
@@ -35,6 +36,9 @@ class LayerScheme:
         low_rank: The branch in full precision beside the product, None for none. What it leaves is quantized.
         feature_grid: The grid of an input that is the timestep's alone, in the place of `activation`, None for none.
             Its levels are the layer's own, and the product is of floats.
+        estimator: The learned estimate that is added to the product, None for none.
+        split: Channels of each part of a convolution's input that has ranges of its own, of the input and of the weight
+            (Q-Diffusion's split shortcut), None for one in all.
     """
 
     weight: Quantizer | None = None
@@ -46,6 +50,8 @@ class LayerScheme:
     low_rank: LowRank | None = None
     kronecker: Kronecker | None = None
     feature_grid: FeatureGrid | None = None
+    estimator: TokenEstimator | None = None
+    split: tuple[int, ...] | None = None
 
     def __post_init__(self):
         check_transforms(self.transforms, self.rotation, self.kronecker)
@@ -53,8 +59,12 @@ class LayerScheme:
             raise ValueError("an input clip belongs to a dynamic activation quantizer")
         if self.low_rank is not None and self.weight is None:
             raise ValueError("a low-rank branch belongs to a quantized weight")
+        if self.estimator is not None and self.weight is None:
+            raise ValueError("an estimate of what rounding takes off belongs to a quantized weight")
         if self.feature_grid is not None and self.activation is not None:
             raise ValueError("an input has a quantizer or a feature grid, not both")
+        if self.split is not None and self.activation is not None and self.activation.granularity != "tensor":
+            raise ValueError("parts of an input have one range each")
 
     def check_width(self, width: int) -> None:
         """UserError where groups of the weight or the input, or a Kronecker factor, do not divide a layer's width."""
@@ -78,24 +88,34 @@ class LayerScheme:
     def to_dict(self) -> dict:
         """Plain fields, for a config file."""
         fields = dataclasses.asdict(self)
-        for name in _OPTIONAL:
+        for name in (*_OPTIONAL, "split"):
             if fields[name] is None:
                 del fields[name]  # folders without one stay readable by programs that do not know it
+        for name in ("weight", "activation"):
+            for part in ("frames", "timesteps"):
+                if fields[name] is not None and fields[name][part] is None:
+                    del fields[name][part]  # likewise
         return fields
 
     @classmethod
     def from_dict(cls, fields: dict) -> "LayerScheme":
         """Inverse of `to_dict`; raises TypeError or ValueError on unknown fields or values."""
         quantizers = {
-            name: None if fields.get(name) is None else Quantizer(**fields[name]) for name in ("weight", "activation")
+            name: None if fields.get(name) is None else _quantizer(fields[name]) for name in ("weight", "activation")
         }
         rest = {name: kind(**fields[name]) for name, kind in _OPTIONAL.items() if fields.get(name) is not None}
-        return cls(**{**fields, **quantizers, **rest, "transforms": tuple(fields.get("transforms", ()))})
+        tuples = {name: tuple(fields[name]) for name in ("transforms", "split") if fields.get(name) is not None}
+        return cls(**{**fields, **quantizers, **rest, **tuples})
+
+
+def _quantizer(fields: dict) -> Quantizer:
+    timesteps = fields.get("timesteps")
+    return Quantizer(**{**fields, "timesteps": None if timesteps is None else tuple(map(float, timesteps))})
 
 
 _OPTIONAL = {
     "input_clip": InputClip, "rotation": Rotation, "low_rank": LowRank, "kronecker": Kronecker,
-    "feature_grid": FeatureGrid,
+    "feature_grid": FeatureGrid, "estimator": TokenEstimator,
 }  # fmt: skip
 
 

@@ -32,7 +32,8 @@ def plan(
             did not say.
         `chip_bytes`: what a program may use there; None where no limit is known.
         `collectives`: [{kind, dtype, bytes, count}] of one device and one step (see `Program.collectives`).
-        `compile_seconds`: lowering and compiling.
+        `compile_seconds`: lowering and compiling; `compile_processor_seconds`: of all cores meanwhile, which other
+            work on the machine hardly changes.
         `reason`: the compiler's sentence when it does not fit, else None.
         `compiler_flops`, `compiler_bytes`: operations and memory traffic of one device as the compiler counts them: the
             body of a loop once, the dearest branch of a conditional; None if it did not say.
@@ -42,12 +43,19 @@ def plan(
     limit = chip_bytes(mesh.devices.flat[0])
     report = {
         "fits": False, "bytes_per_chip": None, "chip_bytes": limit, "collectives": [],
-        "compile_seconds": None, "reason": None, "argument_bytes": None, "temporary_bytes": None,
-        "products": [], "unknown_loops": 0, "devices": mesh.devices.size, "compiler_flops": None,
-        "compiler_bytes": None,
+        "compile_seconds": None, "compile_processor_seconds": None, "reason": None, "argument_bytes": None,
+        "temporary_bytes": None, "products": [], "unknown_loops": 0, "devices": mesh.devices.size,
+        "compiler_flops": None, "compiler_bytes": None,
     }  # fmt: skip
     jitted = step if hasattr(step, "lower") else jax.jit(step, donate_argnums=donate)
-    begin = time.perf_counter()
+    begin, begin_processor = time.perf_counter(), time.process_time()
+
+    def spent() -> dict[str, float]:
+        return {
+            "compile_seconds": time.perf_counter() - begin,
+            "compile_processor_seconds": time.process_time() - begin_processor,
+        }
+
     try:
         with jax.set_mesh(mesh):
             compiled = jitted.lower(*abstract_args).compile()
@@ -56,12 +64,10 @@ def plan(
             raise
         used, available = _stated_memory(str(error))
         reason = str(error).split(". ")[0].strip().splitlines()[0]
-        seconds = time.perf_counter() - begin
         return {
-            **report, "reason": reason, "bytes_per_chip": used, "chip_bytes": limit or available,
-            "compile_seconds": seconds,
+            **report, **spent(), "reason": reason, "bytes_per_chip": used, "chip_bytes": limit or available,
         }  # fmt: skip
-    seconds = time.perf_counter() - begin
+    compiling = spent()
     memory = compiled.memory_analysis()
     total = (
         memory.argument_size_in_bytes
@@ -74,9 +80,8 @@ def plan(
     fits = limit is None or total <= limit
     reason = None if fits else f"needs {total / 2**30:.2f} GiB of {limit / 2**30:.2f} GiB"
     return {
-        **report, "fits": fits, "bytes_per_chip": total, "collectives": program.collectives(),
-        "compile_seconds": seconds, "reason": reason,
-        "argument_bytes": memory.argument_size_in_bytes,
+        **report, **compiling, "fits": fits, "bytes_per_chip": total, "collectives": program.collectives(),
+        "reason": reason, "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes, "products": program.products(),
         "unknown_loops": program.unknown_loops, "compiler_flops": cost.get("flops"),
         "compiler_bytes": cost.get("bytes accessed"),

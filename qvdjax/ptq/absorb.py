@@ -1,4 +1,4 @@
-"""Rotations that cost nothing: those of values, put into the layers that make values and read their averages."""
+"""Transforms that cost nothing: those of values, put into the layers that make values and read their averages."""
 
 import dataclasses
 import functools
@@ -11,9 +11,10 @@ from flax import nnx
 
 from qvdjax.nn import AttentionScheme, CarriesValues, InputTransform, LayerScheme, Linear, Rotation, VideoModel
 from qvdjax.nn.layers import layers_of
-from qvdjax.nn.variables import at, iterate, shape_of
+from qvdjax.nn.variables import at, iterate, leading_shape, shape_of
 from qvdjax.numerics.hadamard import largest_order
-from qvdjax.ptq.transforms import FitRotation
+from qvdjax.ptq.apply import Ranges
+from qvdjax.ptq.transforms import FitChannelScale, FitRotation
 
 Schemes = Mapping[str, LayerScheme | AttentionScheme]
 
@@ -48,8 +49,63 @@ def absorb_rotations(model: VideoModel, schemes: Schemes, fit: FitRotation) -> t
         for reader in readers:
             _rotate_inputs(at(model, reader), _of_heads(fit, rotation, features, module.heads), rotated)
             for i in np.flatnonzero(rotated):
-                schemes[names[reader][i]] = _without_rotation(schemes[names[reader][i]])
+                schemes[names[reader][i]] = _without_transform(schemes[names[reader][i]], "rotated")
     return model, schemes
+
+
+def absorb_scales(
+    model: VideoModel, schemes: Schemes, ranges: Ranges, fit: FitChannelScale
+) -> tuple[VideoModel, dict, dict]:
+    """A float model of the same function whose values are divided by the scale of the layers that read their averages.
+
+    Exact up to the rounding of the weights' own type: an average over tokens of v / s is the average of v over s, and
+    each output channel of the layers that make values has a range of its own, which is divided with it. Layers that
+    read one attention's averages share a scale, fitted to all of their weights together. Other products keep theirs
+    online, for the reasons that `absorb_rotations` gives.
+
+    Args:
+        model: Left as it is.
+        schemes: One a layer and block, by name in diffusers.
+        ranges: Smallest and largest input of each channel, by name.
+        fit: How scales are fitted.
+
+    Returns:
+        The model; the schemes: output layers behind scaled values have no transform of their own; and the ranges of the
+        model's inputs as they are now.
+    """
+    model, schemes, ranges = nnx.clone(model), dict(schemes), dict(ranges)
+    names = {path: found for found, path, _ in layers_of(model, (Linear,))}
+    for path, module in iterate(model, CarriesValues):
+        makers, readers = ([(*path, *rest) for rest in paths] for paths in (module.value_layers, module.output_layers))
+        stacked = bool(leading_shape(at(model, readers[0]).weight))
+        scales = []
+        for own in zip(*(names[reader] for reader in readers), strict=True):
+            block = len(scales) if stacked else ...
+            weight = jnp.concatenate([at(model, reader).weight[...][block] for reader in readers])  # (readers out) in
+            if any(schemes[name].transforms != ("smooth_scale",) for name in own):
+                scales.append(jnp.ones(weight.shape[-1], jnp.float32))
+                continue
+            low, high = (pick(np.stack(edges), axis=0) for pick, edges in zip(
+                (np.min, np.max), zip(*(ranges[name] for name in own), strict=True), strict=True
+            ))  # fmt: skip
+            scale = fit.fit(weight.astype(jnp.promote_types(weight.dtype, jnp.float32)), low, high).arrays()
+            scales.append(scale["smooth_scale"])
+            for name in own:
+                schemes[name] = _without_transform(schemes[name], "divided by its scale")
+                ranges[name] = tuple(edge / np.asarray(scales[-1]) for edge in ranges[name])
+        scale = jnp.stack(scales) if stacked else scales[0]  # in, or layers in
+        for maker in makers:
+            _scale(at(model, maker).weight, 1 / scale[..., :, None])  # values are the rows of ([layers,] out, in)
+            if at(model, maker).bias is not None:
+                _scale(at(model, maker).bias, 1 / scale)
+        for reader in readers:
+            _scale(at(model, reader).weight, scale[..., None, :])
+    return model, schemes, ranges
+
+
+def _scale(variable: nnx.Variable, factors: jax.Array) -> None:
+    """Multiply in at least float32, and keep the type."""
+    variable[...] = (variable[...] * factors).astype(variable[...].dtype)
 
 
 def _of_heads(fit: FitRotation, rotation: Rotation, features: int, heads: int) -> InputTransform:
@@ -88,7 +144,8 @@ def _where(rotated: np.ndarray, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(rotated.reshape(-1, *(1,) * (old.ndim - 1)), new.astype(old.dtype), old)  # layers -> layers 1 ...
 
 
-def _without_rotation(scheme: LayerScheme) -> LayerScheme:
-    kept = tuple(name for name in scheme.transforms if name != "rotation")
-    reason = f"{scheme.reason}; its input is rotated by the weights that make values"
+def _without_transform(scheme: LayerScheme, done: str) -> LayerScheme:
+    """The scheme without rotation and scale, and who has `done` what they did."""
+    kept = tuple(name for name in scheme.transforms if name not in ("rotation", "smooth_scale"))
+    reason = f"{scheme.reason}; its input is {done} by the weights that make values"
     return dataclasses.replace(scheme, transforms=kept, rotation=None, reason=reason)

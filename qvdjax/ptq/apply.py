@@ -21,12 +21,14 @@ from qvdjax.nn.variables import iterate, leading_shape
 from qvdjax.ptq.layers import quantize_layer
 
 Ranges = Mapping[str, tuple]  # name in diffusers -> smallest and largest input of each channel
-Edges = Mapping[str, tuple]  # name in diffusers -> smallest and largest value of a static range
+Fitted = Mapping[str, Mapping[str, jax.Array]]  # name in diffusers -> arrays of a layer's transform
+Edges = Mapping[str, tuple]  # name in diffusers -> smallest and largest values of its static ranges
 
 
 def apply_schemes(
     model: VideoModel, schemes: Mapping[str, LayerScheme | AttentionScheme | TableScheme], *, execution: Execution,
     fit=None, ranges: Ranges | None = None, edges: Edges | None = None, rounded: Mapping[str, dict] | None = None,
+    fitted: Fitted | None = None,
 ) -> VideoModel:  # fmt: skip
     """A model whose layers are what `schemes` (by name in diffusers) says; the given model is left as it is.
 
@@ -39,6 +41,7 @@ def apply_schemes(
         ranges: Smallest and largest input of each channel of the layers that need them, by name.
         edges: Of static ranges that were searched for, by name.
         rounded: What linear layers became already (`qvdjax.ptq.rounding`), by name.
+        fitted: Transforms that were searched for (`qvdjax.ptq.scale_search`), by name, in the place of `fit`.
     """
 
     def make(layer, scheme, names):
@@ -51,23 +54,27 @@ def apply_schemes(
             layer.scheme = scheme
             return layer
         if rounded is not None and names[0] in rounded:
-            rows = [rounded[name] for name in names]
-            # one dictionary of arrays a block -> [layers, ...]
-            arrays = jax.tree.map(lambda *a: jnp.stack(a), *rows) if leading_shape(layer.weight) else rows[0]
+            arrays = stacked_rows(layer, [rounded[name] for name in names])
             return quantize_layer(layer, scheme, execution=execution, arrays=arrays)
         input_range, searched = (
-            None if found is None or names[0] not in found else stacked_pairs(layer, [found[name] for name in names])
+            None if found is None or names[0] not in found else stacked_rows(layer, [found[name] for name in names])
             for found in (ranges, edges)
         )
-        return quantize_layer(layer, scheme, execution=execution, fit=fit, input_range=input_range, edges=searched)
+        transform = None
+        if fitted is not None and names[0] in fitted:
+            transform = stacked_rows(layer, [fitted[name] for name in names])
+        return quantize_layer(
+            layer, scheme, execution=execution, fit=fit, input_range=input_range, edges=searched, transform=transform
+        )
 
     return swap_layers(model, schemes, make)
 
 
-def stacked_pairs(layer: nnx.Module, pairs: list[tuple]) -> tuple:
-    """Pairs of arrays, one a block, in the layout of a layer's arrays: [...] each, or [layers, ...] in a stack."""
-    stacked = leading_shape(layer.weight)
-    return tuple(jnp.stack(rows) if stacked else jnp.asarray(rows[0]) for rows in zip(*pairs, strict=True))
+def stacked_rows(layer: nnx.Module, rows: list):
+    """Trees of arrays, one a block, in the layout of a layer's arrays: [...] each, or [layers, ...] in a stack."""
+    if not leading_shape(layer.weight):
+        return jax.tree.map(jnp.asarray, rows[0])
+    return jax.tree.map(lambda *a: jnp.stack(a), *rows)
 
 
 def set_execution(model: VideoModel, execution: Execution) -> VideoModel:

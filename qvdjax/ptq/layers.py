@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 
 from qvdjax.errors import UserError
 from qvdjax.nn import (
     Conv,
+    EstimatorBranch,
     Execution,
     InputTransform,
     LayerScheme,
@@ -22,7 +24,7 @@ from qvdjax.nn import (
     QuantizedLinear,
 )  # fmt: skip
 from qvdjax.nn.variables import shape_of
-from qvdjax.numerics import encode, sqnr_db
+from qvdjax.numerics import QTensor, encode, sqnr_db
 from qvdjax.ptq.gptq import ErrorCompensation
 from qvdjax.ptq.low_rank import leading_directions
 
@@ -33,7 +35,7 @@ ON_CONVOLUTIONS = ("shift", "smooth_scale")
 def quantize_layer(
     layer: Linear | Conv, scheme: LayerScheme, *, execution: Execution, fit=None, input_range=None, edges=None,
     rounding: ErrorCompensation | None = None, moment: jax.Array | None = None,
-    arrays: Mapping[str, Any] | None = None,
+    transform: Mapping[str, jax.Array] | None = None, arrays: Mapping[str, Any] | None = None,
 ) -> nnx.Module:  # fmt: skip
     """The quantized layer that a scheme asks for.
 
@@ -47,7 +49,9 @@ def quantize_layer(
             that are to be loaded later.
         rounding: How the weight of a linear layer is rounded; None to the nearest code.
         moment: Second moments of the input, [in, in] (or [layers, in, in]), which `rounding` needs.
-        arrays: What `quantized_arrays` made of the layer, or a stack of it, instead of the last five.
+        transform: The arrays of the scheme's transform, with the layer's leading axis if it has one, in the place of
+            `fit`.
+        arrays: What `quantized_arrays` made of the layer, or a stack of it, instead of the last six.
 
     Raises:
         UserError: A group size that does not divide the layer's width; a rotation, input clip or branch on a
@@ -62,6 +66,8 @@ def quantize_layer(
         raise UserError("a convolution has no codebook", remedy="give its role a rule without one")
     if convolution and scheme.low_rank is not None:
         raise UserError("a convolution has no low-rank branch", remedy="give its role a rule without one")
+    if convolution and scheme.estimator is not None:
+        raise UserError("a convolution has no estimate beside it", remedy="give its role a rule without one")
     if convolution and scheme.feature_grid is not None:
         raise UserError("a convolution has no grid of temporal features", remedy="give its role a rule without one")
     static = scheme.activation is not None and not scheme.activation.dynamic
@@ -76,15 +82,19 @@ def quantize_layer(
         out = 1 + stacked
         weight = weight.reshape(*weight.shape[:out], -1)  # ([layers,] out, in, *kernel) -> ([layers,] out, in * kernel)
     if arrays is None:
+        learned = None if transform is None else {"transform": dict(transform)}
         arrays = _quantize_stack(
-            weight, input_range, moment, None, edges, stacked=stacked, positions=positions, scheme=scheme, fit=fit,
+            weight, input_range, moment, learned, edges, stacked=stacked, positions=positions, scheme=scheme, fit=fit,
             rounding=rounding,
         )  # fmt: skip
     parts = _checked(arrays, layer.role)
     transform = None
     if scheme.transforms:
         transform = InputTransform(**parts.pop("transform"), rotation=scheme.rotation)
-    common = {"role": layer.role, "axes": layer.axes, "scheme": scheme, "execution": execution, "transform": transform}
+    common = {
+        "role": layer.role, "axes": layer.axes, "scheme": scheme, "execution": execution, "transform": transform,
+        "frame_axis": layer.frame_axis,
+    }  # fmt: skip
     bias = None if layer.bias is None else layer.bias[...]
     if "shifted" in parts and not (convolution and any(map(any, layer.padding))):
         # At least float32 whatever the weights are: a far shift makes it large, and its rounding would be an offset.
@@ -94,10 +104,12 @@ def quantize_layer(
         return QuantizedConv(
             bias=bias, kernel=layer.kernel, stride=layer.stride, padding=layer.padding, **common, **parts
         )
-    low_rank = None
+    low_rank = estimator = None
     if scheme.low_rank is not None:
         low_rank = LowRankBranch(*parts.pop("low_rank"), axes=layer.axes)
-    return QuantizedLinear(bias=bias, low_rank=low_rank, **common, **parts)
+    if scheme.estimator is not None:
+        estimator = EstimatorBranch(**parts.pop("estimator"), scheme=scheme.estimator, axes=layer.axes)
+    return QuantizedLinear(bias=bias, low_rank=low_rank, estimator=estimator, **common, **parts)
 
 
 def quantized_arrays(
@@ -111,7 +123,8 @@ def quantized_arrays(
         weight: [out, in].
         name: For messages.
         learned: What reconstruction found for the layer (`qvdjax.ptq.reconstruction`): `transform`, instead of `fit`,
-            `input_clip`, and either `weight_clip`, factors of range ends, or `weight`, the codes themselves.
+            `input_clip`, `estimator`, the arrays of one, and one of `weight_clip`, factors of range ends,
+            `weight_scale`, scale and zero point, and `weight`, the codes themselves.
 
     Raises:
         UserError: A group size that does not divide the width, or second moments that cannot be factored.
@@ -215,8 +228,14 @@ def _quantize_arrays(
     prepared = prepare_weight(weight, input_range, moment, learned, scheme=scheme, fit=fit, positions=positions)
     parts = dict(prepared.arrays)
     if scheme.activation is not None and not scheme.activation.dynamic:
-        edges = (prepared.low.min(), prepared.high.max()) if edges is None else edges
-        low, high = (rearrange(edge, "-> 1 1") for edge in edges)
+        if edges is None:
+            parts_of = functools.partial(split_channels, split=scheme.split)
+            edges = tuple(
+                jnp.stack([pick(part) for part in parts_of(a)])
+                for pick, a in ((jnp.min, prepared.low), (jnp.max, prepared.high))
+            )
+        ranges = (len(scheme.split) if scheme.split else scheme.activation.static_ranges, 1)
+        low, high = (jnp.broadcast_to(edge.reshape(-1, 1), ranges) for edge in edges)  # [] or [ranges] -> [ranges, 1]
         parts["input_scale"], parts["input_zero_point"] = scheme.activation.grid.from_range(low, high)
     if scheme.feature_grid is not None:
         # Fitted to features of timesteps, which no weight knows (`qvdjax.ptq.feature_grids`): these are only shapes.
@@ -225,15 +244,46 @@ def _quantize_arrays(
     if scheme.input_clip is not None:
         start = scheme.input_clip.start_table(scheme.activation.symmetric)
         parts["input_clip"] = start if learned is None else learned["input_clip"]
+    if scheme.estimator is not None:
+        # A layer that nothing was learned of has an estimate of nothing.
+        blank = EstimatorBranch.blank(scheme.estimator, prepared.whole.shape)
+        parts["estimator"] = blank if learned is None else learned["estimator"]
     if scheme.weight is None:
         return {**parts, "weight": prepared.whole.astype(weight.dtype)}
     rest, learned = prepared.whole - prepared.taken, learned or {}
     clip = learned.get("weight_clip")
+    if scheme.split is not None:
+        quantized, real = _encode_parts(rest, scheme, positions)
+        return {**parts, "weight": quantized, "weight_sqnr_db": sqnr_db(prepared.whole, real)}
     if "weight" in learned:
         quantized = learned["weight"]
+    elif "weight_scale" in learned:
+        quantized = encode(rest, scheme.weight.grid, *learned["weight_scale"])
     elif rounding is None:
         quantized = encode(rest, scheme.weight.grid, *scheme.weight.scale_of(rest, clip))
     else:
         quantized, parts["factored"] = rounding.round(rest, prepared.moment, scheme.weight, clip)
     parts["weight_sqnr_db"] = sqnr_db(prepared.whole, prepared.taken + quantized.dequantize())
     return {**parts, "weight": quantized}
+
+
+def split_channels(a: jax.Array, split: tuple[int, ...] | None) -> list[jax.Array]:
+    """[..., channels] -> one [..., part] a part; all of it where there are none."""
+    return jnp.split(a, np.cumsum(split)[:-1], axis=-1) if split else [a]
+
+
+def _encode_parts(weight: jax.Array, scheme: LayerScheme, positions: int) -> tuple[QTensor, jax.Array]:
+    """weight [out, (channels positions)] -> codes [out, in] with a scale a part [out, parts], and what they stand for.
+
+    The QTensor only carries its arrays: parts may differ in width (`QuantizedConv.qweight`).
+    """
+    quantizer = scheme.weight
+    parts = [
+        encode(part, quantizer.grid, *quantizer.scale_of(part))
+        for part in split_channels(weight, tuple(positions * channels for channels in scheme.split))
+    ]
+    joined = [
+        None if arrays[0] is None else jnp.concatenate(arrays, axis=-1)
+        for arrays in zip(*((part.codes, part.scale, part.zero_point) for part in parts), strict=True)
+    ]
+    return QTensor(*joined, quantizer.bits), jnp.concatenate([part.dequantize() for part in parts], axis=-1)

@@ -1,22 +1,26 @@
 """Static ranges of layers' inputs by search, averaged over the calls of a calibration set (QVD's activation ranges)."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvdjax.calibration.watching import Watcher, by_layer, observe
+from qvdjax.calibration.steps import of_samples, timesteps_of
+from qvdjax.calibration.watching import Kept, Watcher, by_layer, observe
 from qvdjax.errors import UserError
 from qvdjax.nn import Conv, InputTransform, LayerScheme, Linear, Statistic, VideoModel, layers_of
+from qvdjax.nn.frames import by_frame
 from qvdjax.nn.variables import leading_shape, replace, shallow_copy
 from qvdjax.numerics import Grid
 from qvdjax.parallel import to_host
-from qvdjax.ptq.apply import stacked_pairs
+from qvdjax.ptq.apply import Fitted, stacked_rows
+from qvdjax.ptq.layers import split_channels
 
 Shape = Literal["minmax", "magnitude", "shrink"]
+_SHRINKINGS = np.arange(100, 49, -1) / 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +31,8 @@ class RangeSearch:
     PaddleSlim `example/QVD/QDrop/quant/UniformAffineQuantizer.py`.
 
     Attributes:
-        shape: "minmax": from the smallest to the largest value.
+        shape: Of ranges of a tensor; frames have "shrink" but where it is "minmax".
+            "minmax": from the smallest to the largest value.
             "magnitude": the [-T, T] of least error, T = max|x| i / `candidates`; one-sided where no value changes sign.
             As released for ranges of a tensor. Zero then lies between two codes; here the whole range is moved by half
             a step, so that it is a code, where the release leaves to rounding errors which of the two it becomes.
@@ -47,6 +52,18 @@ class RangeSearch:
         if self.norm <= 0 or self.candidates < 1:
             raise ValueError(f"a search needs a positive norm and a candidate, not {self.norm} and {self.candidates}")
 
+    def edges_by_frame(self, x: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
+        """x [batch, frames, values] -> smallest and largest value of each frame's range, [frames] each.
+
+        A frame's ends are those of its samples on average (the release has two: with the prompt and without); all
+        frames are narrowed by one factor.
+        """
+        low, high = x.min(axis=-1).mean(axis=0), x.max(axis=-1).mean(axis=0)  # [batch, frames, values] -> [frames]
+        if self.shape == "minmax":
+            return low, high
+        best = self._best(_SHRINKINGS, x, low[:, None], high[:, None], grid)
+        return low * best, high * best
+
     def edges(self, x: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
         """x [...] -> smallest and largest value of its range, [] each."""
         low, high = x.min(), x.max()
@@ -56,71 +73,95 @@ class RangeSearch:
             largest = jnp.maximum(-low, high)
             half_a_step = jnp.where((low < 0) & (high > 0), largest / (2**grid.bits - 1), 0)
             low, high = jnp.where(low < 0, -largest, 0) - half_a_step, jnp.where(high > 0, largest, 0) - half_a_step
-            ratios = jnp.arange(self.candidates, 0, -1, dtype=x.dtype) / self.candidates
+            ratios = np.arange(self.candidates, 0, -1) / self.candidates
         else:
-            ratios = jnp.arange(100, 49, -1, dtype=x.dtype) / 100
+            ratios = _SHRINKINGS
+        best = self._best(ratios, x, low, high, grid)
+        return low * best, high * best
+
+    def _best(self, ratios, x, low, high, grid: Grid) -> jax.Array:
+        """The factor of least error for ends [low, high] that broadcast against x."""
 
         def error(ratio):
             scale, zero_point = grid.from_range(low * ratio, high * ratio)
             real = grid.decode(grid.encode(x, scale, zero_point), scale, zero_point)
             return (jnp.abs(real - x) ** self.norm).mean()
 
-        best = ratios[jax.lax.map(error, ratios).argmin()]  # the widest of equals
-        return low * best, high * best
+        ratios = jnp.asarray(ratios, x.dtype)
+        return ratios[jax.lax.map(error, ratios).argmin()]  # the widest of equals
 
 
 class Searched(Watcher):
     """A layer that keeps the range that is best for the transformed input of its last call.
 
     Attributes:
-        low, high: [].
+        low, high: [ranges]: of each frame, of each part of the input, or one.
         transform: What the input passes through, or None.
     """
 
     def __init__(
         self, layer: Linear | Conv, leading: tuple[int, ...], transform: InputTransform | None, grid: Grid,
-        search: RangeSearch,
+        search: RangeSearch, frames: int | None = None, split: tuple[int, ...] | None = None,
     ):  # fmt: skip
         super().__init__(layer)
-        self.low, self.high = (Statistic(jnp.zeros(leading, jnp.float32), axes=()) for _ in range(2))
-        self.transform, self.grid, self.search = transform, grid, search
+        zeros = jnp.zeros((*leading, frames or len(split or (1,))), jnp.float32)
+        self.low, self.high = (Statistic(zeros, axes=(None,)) for _ in range(2))
+        self.transform, self.grid, self.search, self.frames, self.split = transform, grid, search, frames, split
 
     def observe(self, x: jax.Array) -> None:
         """x [..., in]."""
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        low, high = self.search.edges(x if self.transform is None else self.transform(x), self.grid)
+        x = x if self.transform is None else self.transform(x)
+        if self.frames is None:
+            edges = [self.search.edges(part, self.grid) for part in split_channels(x, self.split)]
+            low, high = (jnp.stack(ends) for ends in zip(*edges, strict=True))
+        else:
+            low, high = self.search.edges_by_frame(by_frame(x, self.layer.frame_axis, self.frames), self.grid)
         self.low[...], self.high[...] = low.astype(jnp.float32), high.astype(jnp.float32)
 
 
 def search_ranges(
     model: VideoModel, schemes: Mapping[str, Any], batches: Iterable[Mapping[str, jax.Array]], search: RangeSearch, *,
-    fit=None, ranges: Mapping[str, tuple] | None = None,
+    fit=None, ranges: Mapping[str, tuple] | None = None, fitted: Fitted | None = None,
 ) -> dict[str, tuple]:  # fmt: skip
-    """The edges of every static range, by name in diffusers, for `apply_schemes`.
+    """The edges of every static range, by name in diffusers, for `apply_schemes`: float32 [ranges] twice.
 
     Args:
         model: A float model, left as it is.
         schemes: One a layer and block, by name. Blocks of one stack may differ in which of them are quantized.
         batches: Keyword arguments of the model's call.
         search: How ranges are found.
-        fit, ranges: Of the transforms, as `apply_schemes` takes them.
+        fit, ranges, fitted: Of the transforms, as `apply_schemes` takes them.
 
     Raises:
-        UserError: No batch; blocks of one stack with different quantizers of their inputs; values that are not finite.
+        UserError: No batch, or batches of different numbers of frames; blocks of one stack with different quantizers
+            of their inputs; values that are not finite.
     """
-    watched = _watch(model, schemes, search, fit, ranges)
-    total, calls = None, 0
-    for inputs in batches:
+    watched, by_step = None, any(_static(s) and s.activation.granularity == "step" for s in schemes.values())
+    totals: dict[float | None, tuple[Kept, int]] = {}  # sums and calls, of each timestep or of all
+    for timestep, inputs in _apart(batches) if by_step else ((None, inputs) for inputs in batches):
+        frames = inputs["latents"].shape[1]
+        if watched is None:
+            watched, counted = _watch(model, schemes, search, fit, ranges, fitted, frames), frames
+        elif frames != counted:
+            raise UserError(
+                f"calibration inputs of {counted} frames and of {frames}", remedy="calibrate with one number of frames"
+            )
         new = jax.tree.map(lambda a: to_host(a).astype(np.float64), _observe(watched, dict(inputs)))
-        total = new if total is None else jax.tree.map(np.add, total, new)
-        calls += 1
-    if total is None:
+        total, calls = totals.get(timestep, (jax.tree.map(np.zeros_like, new), 0))
+        totals[timestep] = jax.tree.map(np.add, total, new), calls + 1
+    if not totals:
         raise UserError("the calibration set is empty", remedy="make one with `qvdjax calibrate`")
-    edges = {}
-    for names, kept in by_layer(watched, total):
-        pairs = (np.reshape(kept[edge] / calls, len(names)).astype(np.float32) for edge in ("low", "high"))
-        found = zip(names, zip(*pairs, strict=True), strict=True)
-        edges.update((name, pair) for name, pair in found if _static(schemes[name]))
+    edges: dict[str, tuple] = {}
+    for timestep in sorted(totals):  # one alone where they are not told apart
+        total, calls = totals[timestep]
+        for names, kept in by_layer(watched, total):
+            # [layers,] ranges -> layers ranges
+            pairs = (np.reshape(kept[edge] / calls, (len(names), -1)).astype(np.float32) for edge in ("low", "high"))
+            for name, pair in zip(names, zip(*pairs, strict=True), strict=True):
+                if _static(schemes[name]):
+                    before = edges.get(name)
+                    edges[name] = pair if before is None else tuple(map(np.append, before, pair))
     if broken := [name for name, pair in edges.items() if not np.isfinite(pair).all()]:
         raise UserError("calibration met values that are not finite", remedy="check the calibration set", items=broken)
     return edges
@@ -133,7 +174,36 @@ def _static(scheme) -> bool:
     return isinstance(scheme, LayerScheme) and scheme.activation is not None and not scheme.activation.dynamic
 
 
-def _watch(model, schemes, search: RangeSearch, fit, ranges) -> VideoModel:
+def _apart(batches) -> Iterator[tuple[float, dict[str, np.ndarray]]]:
+    """(timestep, its samples) of every batch."""
+    for inputs in batches:
+        timesteps = of_samples(inputs)
+        for timestep in np.unique(timesteps):
+            rows = np.flatnonzero(timesteps == timestep)
+            yield float(timestep), {name: np.asarray(array)[rows] for name, array in inputs.items()}
+
+
+def with_counts(
+    schemes: Mapping[str, Any], edges: Mapping[str, tuple], batches: Iterable[Mapping[str, jax.Array]]
+) -> dict[str, Any]:
+    """The schemes with what searched ranges, by name, are of, where frames or timesteps have their own: the number of
+    frames, or the timesteps of the calibration set."""
+    counted, timesteps = dict(schemes), None
+    for name, (low, _) in edges.items():
+        activation = schemes[name].activation
+        if activation.granularity == "frame":
+            activation, what = dataclasses.replace(activation, frames=len(low)), "frames"
+        elif activation.granularity == "step":
+            timesteps = timesteps or tuple(timesteps_of(batches))
+            activation, what = dataclasses.replace(activation, timesteps=timesteps), "timesteps"
+        else:
+            continue
+        reason = f"{schemes[name].reason}; each of {len(low)} {what} has a range of its own"
+        counted[name] = dataclasses.replace(schemes[name], activation=activation, reason=reason)
+    return counted
+
+
+def _watch(model, schemes, search: RangeSearch, fit, ranges, fitted, frames: int) -> VideoModel:
     watched = shallow_copy(model)
     for names, path, layer in layers_of(model, (Linear, Conv)):
         static = [name for name in names if _static(schemes[name])]
@@ -149,10 +219,13 @@ def _watch(model, schemes, search: RangeSearch, fit, ranges) -> VideoModel:
                 remedy="give them one rule, or choose dynamic ranges", items=static,
             )  # fmt: skip
         transform = None
-        if scheme.transforms:
-            transform = _transform(layer, fit, *stacked_pairs(layer, [ranges[name] for name in names]))
+        if scheme.transforms and fitted is not None:
+            transform = InputTransform(**stacked_rows(layer, [fitted[name] for name in names]))
+        elif scheme.transforms:
+            transform = _transform(layer, fit, *stacked_rows(layer, [ranges[name] for name in names]))
         leading = leading_shape(layer.weight)
-        replace(watched, path, Searched(layer, leading, transform, scheme.activation.grid, search))
+        own = frames if scheme.activation.granularity == "frame" else None
+        replace(watched, path, Searched(layer, leading, transform, scheme.activation.grid, search, own, scheme.split))
     return watched
 
 

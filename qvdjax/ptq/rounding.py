@@ -7,14 +7,14 @@ import jax
 
 from qvdjax.calibration.moments import passes, second_moments
 from qvdjax.nn import LayerScheme, Linear, VideoModel, layers_of
-from qvdjax.ptq.apply import Ranges
+from qvdjax.ptq.apply import Edges, Ranges
 from qvdjax.ptq.gptq import ErrorCompensation
 from qvdjax.ptq.layers import quantized_arrays
 
 
 def rounded_layers(
     model: VideoModel, schemes: Mapping[str, Any], batches: Iterable[Mapping[str, jax.Array]],
-    rounding: ErrorCompensation | None, *, fit=None, ranges: Ranges | None = None,
+    rounding: ErrorCompensation | None, *, fit=None, ranges: Ranges | None = None, edges: Edges | None = None,
     learned: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict]:  # fmt: skip
     """The arrays of every linear layer whose weight is quantized, by name, for `apply_schemes`.
@@ -28,7 +28,7 @@ def rounded_layers(
         batches: Keyword arguments of the model's call. Gone over several times; what can be gone over only once is
             held in memory.
         rounding: How weights are rounded; None to the nearest code, for which no inputs are looked at.
-        fit, ranges: As `apply_schemes` takes them.
+        fit, ranges, edges: As `apply_schemes` takes them.
         learned: What reconstruction found, by name; layers that it did not train have no entry.
 
     Raises:
@@ -49,7 +49,7 @@ def rounded_layers(
     for name, moment in moments():
         arrays[name] = quantized_arrays(
             weights[name](), schemes[name], name=name, fit=fit, rounding=rounding, moment=moment,
-            input_range=(ranges or {}).get(name), learned=(learned or {}).get(name),
+            input_range=(ranges or {}).get(name), edges=(edges or {}).get(name), learned=(learned or {}).get(name),
         )  # fmt: skip
     return arrays
 

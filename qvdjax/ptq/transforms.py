@@ -15,10 +15,12 @@ class FitChannelScale:
     Attributes:
         alpha: In 0..1, how much of the spread moves from the input to the weight.
         floor: Smallest maximum that counts, so that a channel that is always zero keeps a finite scale.
+        absorb: Whether scales are put into weights where that is exact (`qvdjax.ptq.absorb`).
     """
 
     alpha: float
     floor: float = 1e-5
+    absorb: bool = False
 
     names = ("smooth_scale",)
     rotation = kronecker = None
@@ -110,14 +112,47 @@ class FitProduct:
 
 
 @dataclasses.dataclass(frozen=True)
+class SearchScale:
+    """Behind a shift, channels wider than a threshold T are brought to it (OS+, arXiv 2304.09145, section 4.3):
+
+        s = max(1, w / T) with w half the width of a channel's range
+
+    T is that of the least squared error of the layer's output with its weight, and its input in [-T, T], rounded.
+    Candidates are even from the largest w to the mean w, as in QVD's release; OS+ goes down to 1. The release takes at
+    least 100 of them, and more where inputs are larger than 50; it judges query, key and value together by the output
+    of their attention, where each layer is judged by its own here.
+
+    Attributes:
+        candidates: Number of thresholds.
+    """
+
+    candidates: int = 100
+
+    names = ("smooth_scale",)
+
+    def __post_init__(self):
+        if self.candidates < 1:
+            raise ValueError(f"a search needs at least one threshold, not {self.candidates}")
+
+    def thresholds(self, width: jax.Array) -> jax.Array:
+        """Half widths [in] -> thresholds [candidates], descending."""
+        return jnp.maximum(jnp.linspace(width.max(), width.mean(), self.candidates), 1e-30)
+
+    def scale_of(self, width: jax.Array, threshold: jax.Array) -> jax.Array:
+        """Half widths of channels' ranges [in] and T [] -> what the channels are divided by [in]."""
+        return jnp.maximum(1, width / threshold)
+
+
+@dataclasses.dataclass(frozen=True)
 class FitShift:
     """The middle of each channel's range becomes zero (QVD's SCRI, its release's mode "mid"), then a channel scale.
 
     Attributes:
-        scale: Of what is left, None for none.
+        scale: Of what is left, None for none. A `SearchScale` is found with inputs at hand
+            (`qvdjax.ptq.scale_search`), not by `fit`.
     """
 
-    scale: FitChannelScale | None = None
+    scale: FitChannelScale | SearchScale | None = None
 
     rotation = kronecker = None
     needs_calibration = True
@@ -127,8 +162,15 @@ class FitShift:
         """Of the transforms."""
         return ("shift",) if self.scale is None else ("shift", "smooth_scale")
 
+    @property
+    def search(self) -> SearchScale | None:
+        """How the scale is searched for, None where nothing is."""
+        return self.scale if isinstance(self.scale, SearchScale) else None
+
     def fit(self, weight: jax.Array, low: jax.Array, high: jax.Array) -> InputTransform:
         """weight [out, in] and the smallest and largest input of each channel [in] -> the transform."""
+        if self.search is not None:
+            raise ValueError("a scale that is searched for does not follow from ranges: see qvdjax.ptq.scale_search")
         shift = ((low + high) / 2).astype(jnp.float32)
         arrays = {} if self.scale is None else self.scale.fit(weight, low - shift, high - shift).arrays()
         return InputTransform(shift=shift, **arrays)

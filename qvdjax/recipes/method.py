@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from qvdjax.nn import AttentionScheme, InputClip, LayerScheme, LowRank
+from qvdjax.nn import AttentionScheme, InputClip, LayerScheme, LowRank, TokenEstimator
 from qvdjax.numerics import FeatureGrid, Quantizer
 from qvdjax.numerics.codebook import MOST_BITS
 from qvdjax.ptq.feature_grids import ChooseGrid
@@ -14,6 +14,7 @@ from qvdjax.recipes.training import Training
 
 PRODUCTS = ("query", "key", "value", "attention_output", "feed_forward_in", "feed_forward_out", "projection")
 FLOAT_ACTIVATION_BITS = 16
+_OF_THE_WHOLE = ("frame", "step")  # granularities that leave no axis of a product with ranges of its own
 _ONE_VECTOR = "weights only: its input is one vector a step"
 
 
@@ -48,6 +49,8 @@ class Method:
         average_bits: Bits a weight on average, shared out among layers by what rounding each does to the prediction
             (`qvdjax.ptq.mixed_precision`), in the place of one number for all. Blocks whose layers differ are compiled
             one by one.
+        split_inputs: Convolutions that read a UNet's skip connection beside the sample have ranges of their own for
+            both, of the input and of the weight (Q-Diffusion, arXiv 2302.04304, section 4.2).
     """
 
     weight_bits: int = 8
@@ -63,8 +66,10 @@ class Method:
     codebook: str | None = None
     temporal_features: str = "float"
     average_bits: float | None = None
+    split_inputs: bool = False
 
     name = ""  # of the method, as recipes spell it
+    transformed = PRODUCTS  # roles whose inputs pass through `transform`
     transforms_convolutions = False  # whether the inputs of convolutions pass through `transform` too
 
     @property
@@ -101,7 +106,7 @@ class Method:
         return
 
     def channel_statistics(self) -> str:
-        """Sampling steps over which the ranges of channels are taken, "all" or "first"."""
+        """How the ranges of channels are taken over sampling steps: "all", "first" or "salience" (see `Recipe`)."""
         return "all"
 
     def rounding(self):
@@ -118,6 +123,10 @@ class Method:
 
     def low_rank(self) -> LowRank | None:
         """The branch in full precision beside every product; None for none."""
+        return
+
+    def estimator(self) -> TokenEstimator | None:
+        """The learned estimate that is added to every product; None for none."""
         return
 
     def _temporal_feature(self, weight: Quantizer) -> tuple[LayerScheme, ChooseGrid | None]:
@@ -147,9 +156,13 @@ class Method:
         plain = dataclasses.replace(weight, codebook=None)
         tensor = None
         if activation is not None:
-            tensor = dataclasses.replace(activation, granularity="tensor", group_size=None, codebook=None)
+            whole = activation.granularity if activation.granularity in _OF_THE_WHOLE else "tensor"
+            tensor = dataclasses.replace(activation, granularity=whole, group_size=None, codebook=None)
         channel = dataclasses.replace(plain, granularity="channel", group_size=None)
         feature, grids = self._temporal_feature(plain)
+        product = LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation,
+                              self.low_rank(), kronecker, estimator=self.estimator())  # fmt: skip
+        untransformed = tuple(role for role in PRODUCTS if role not in self.transformed)
         rules = []
         if self.skip:
             rules.append(Rule(LayerScheme(reason="the option `skip` keeps it float"), path=self.skip))
@@ -160,13 +173,14 @@ class Method:
                  roles=("head",)),
             Rule(LayerScheme(plain, reason=_ONE_VECTOR), roles=("modulation",)),
             Rule(feature, roles=("temporal_feature",)),
-            Rule(LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation,
-                             self.low_rank(), kronecker),
-                 roles=PRODUCTS),
+            Rule(product, roles=self.transformed),
             Rule(LayerScheme(channel, tensor, transforms if self.transforms_convolutions else (),
                              "a product over all positions: one range for the input"),
                  roles=("convolution",)),
         ]  # fmt: skip
+        if untransformed:
+            bare = dataclasses.replace(product, transforms=(), rotation=None, kronecker=None)
+            rules.append(Rule(bare, roles=untransformed))
         if self.attention_qk_bits or self.attention_pv_bits:
             products = AttentionScheme(
                 self.attention_qk_bits, self.attention_pv_bits, reason="the option attention_*_bits"
@@ -182,7 +196,11 @@ class Method:
         if grids is not None and self.training() is not None:
             raise ValueError("trained methods leave temporal features float: leave temporal_features out")
         static = activation is not None and not activation.dynamic
+        if self.split_inputs and (mixed is not None or self.training() is not None):
+            raise ValueError("ranges of parts are for methods that calibrate, with bits of one number")
+        if self.split_inputs and activation is not None and activation.granularity in _OF_THE_WHOLE:
+            raise ValueError("an input has ranges of its parts, or of frames or timesteps: leave one of the two out")
         return Recipe(
             self.recipe_name, tuple(rules), transform, self.training(), self.rounding(), self.reconstruction(), mixed,
-            grids, self.range_search() if static else None, self.channel_statistics(),
+            grids, self.range_search() if static else None, self.channel_statistics(), split_inputs=self.split_inputs,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from qvdjax import quantize
 from qvdjax.checkpoint import CheckpointFolder, expected_tensors
 from qvdjax.checkpoint.folder import WEIGHTS
 from qvdjax.errors import UserError
-from qvdjax.nn import QUANTIZED_LAYERS, InputClip, LayerScheme, layers_of
+from qvdjax.nn import QUANTIZED_LAYERS, InputClip, LayerScheme, TokenEstimator, layers_of
 from qvdjax.numerics import Quantizer
 from qvdjax.recipes import Recipe, Rule, get
 
@@ -410,6 +410,33 @@ def test_rotations_and_branches_have_no_form_in_compressed_tensors(tmp_path, qua
     folder, _ = quantized(name)
     error = refused(folder, tmp_path, "have a branch", "compressed-tensors")
     assert f"blocks.0.ffn.net.2 ({what})" in error.items
+
+
+@pytest.mark.parametrize("format", ["diffusers", "compressed-tensors"])
+def test_gains_of_frames_have_no_form_elsewhere(tmp_path, format):
+    estimated = LayerScheme(Quantizer(4), TOKENS, estimator=TokenEstimator(frames=3))
+    recipe = Recipe("estimated-w4a8", (Rule(estimated, path=r"blocks\.0\.attn1\.to_q"),))
+    models.save(quantize(wan(), recipe), tmp_path / "estimated")
+    error = refused(tmp_path / "estimated", tmp_path, "no weight is one for all frames", format)
+    assert error.items == ("blocks.0.attn1.to_q",)
+
+
+def test_an_estimate_without_gains_goes_into_the_weight(tmp_path):
+    """Of an input that is not rounded it is one more product with a weight of rank one."""
+    estimated = LayerScheme(Quantizer(4), None, estimator=TokenEstimator())
+    recipe = Recipe("estimated-w4a16", (Rule(estimated, path=r"blocks\.0\.attn1\.to_q"),))
+    model = quantize(wan(), recipe)
+    layer = model.stacks[0].block.attn1.to_q
+    random = np.random.default_rng(0)
+    for side in (layer.estimator.up, layer.estimator.down):
+        side[...] = random.standard_normal(side[...].shape).astype(np.float32)
+    wanted = layer.qweight.dequantize()[0] + np.asarray(layer.estimator.up)[0] @ np.asarray(layer.estimator.down)[0]
+    models.save(model, tmp_path / "estimated")
+    conversion.export(tmp_path / "estimated", tmp_path / "float", "diffusers")
+    found = content(tmp_path / "float")["blocks.0.attn1.to_q.weight"]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)  # the same float32 sum
+    error = refused(tmp_path / "estimated", tmp_path, "an estimate", "compressed-tensors")
+    assert error.items == ("blocks.0.attn1.to_q (estimator)",)
 
 
 def test_clipped_ranges_have_no_form_in_compressed_tensors(tmp_path):

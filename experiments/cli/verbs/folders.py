@@ -113,6 +113,9 @@ def _why(row: dict[str, Any]) -> str:
     block = online["rotation_block"]
     names = [f"rotation of {block} channels" if name == "rotation" else name for name in online["transforms"]]
     names += [] if online["rank"] is None else [f"branch of rank {online['rank']}, {size(online['branch_bytes'])}"]
+    if "estimate_rank" in online:
+        gains = "no gains" if online["estimate_frames"] is None else f"gains of {online['estimate_frames']} frames"
+        names.append(f"estimate of rank {online['estimate_rank']} with {gains}, {size(online['estimate_bytes'])}")
     return f"{row['reason']}; online {', '.join(names)}: {online['share']:.1%} of its multiply-adds"
 
 

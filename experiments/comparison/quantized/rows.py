@@ -10,11 +10,18 @@ ROWS = {
     "GPTQ": Row("gptq"),
     "GPTQ, rotated": Row("gptq", {"rotation": True}, "the rotation of QuaRot before it"),
     "AdaRound": Row("adaround"),
+    "PTQ4DiT": Row("ptq4dit"),
+    "PTQ4DiT, paper": Row(
+        "ptq4dit", {"static": True, "attention_pv_bits": 8}, "one input range a layer, softmax and values at 8 bits"
+    ),
     "SVDQuant": Row("svdquant", {"rank": 8}, "rank 8: the bench's layers are 128 wide"),
     "Q-DiT": Row("q-dit", {"group_size": 64, "activation_group_size": 64}, "groups of 64 channels"),
     "DVD-Quant": Row("dvd-quant", {"activation_group_size": 64}, "groups of 64 channels, the same bits at all steps"),
     "OrbitQuant": Row("orbitquant"),
     "FlatQuant": Row("flatquant"),
+    "Q-VDiT": Row("q-vdit"),
+    "Q-VDiT, paper": Row("q-vdit", {"feed_forward_bits": 8}, "feed-forward layers at 8 bits, as released"),
+    "Q-VDiT, frames apart": Row("q-vdit", {"temporal": 0.0}, "an ablation of the loss between frames"),
     "S2Q-VDiT": Row("s2q-vdit"),
     "S2Q-VDiT, random samples": Row("s2q-vdit", {"select": "random"}, "an ablation of the selection"),
     "S2Q-VDiT, tokens alike": Row("s2q-vdit", {"token_weights": "none"}, "an ablation of the token weights"),

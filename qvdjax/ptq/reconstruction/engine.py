@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from qvdjax.errors import UserError
@@ -28,7 +29,8 @@ from qvdjax.ptq.reconstruction.finished import BlockReport, FinishedBlocks
 from qvdjax.ptq.reconstruction.learned_transform import Learned
 from qvdjax.ptq.reconstruction.plan import Reconstruction
 from qvdjax.ptq.reconstruction.reconstructed_linear import ReconstructedLinear
-from qvdjax.ptq.reconstruction.training import prepared, relative_error, start, train
+from qvdjax.ptq.reconstruction.token_estimation import first_gains
+from qvdjax.ptq.reconstruction.training import frame_statistics, has_gains, prepared, relative_error, start, train
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,8 +50,8 @@ class Reconstructed:
 
 def reconstruct(
     model: VideoModel, schemes: Mapping[str, LayerScheme], batches: Iterable[Inputs], plan: Reconstruction, *,
-    fit=None, ranges: Mapping[str, tuple] | None = None, finished: FinishedBlocks | None = None,
-    progress: Progress | None = None,
+    fit=None, ranges: Mapping[str, tuple] | None = None, edges: Mapping[str, tuple] | None = None,
+    finished: FinishedBlocks | None = None, progress: Progress | None = None,
 ) -> Reconstructed:  # fmt: skip
     """Train what a plan says of every block's layers, one block after the other.
 
@@ -60,7 +62,7 @@ def reconstruct(
         schemes: One a layer and block, by name in diffusers.
         batches: Keyword arguments of the model's call: the examples.
         plan: How.
-        fit, ranges: As `qvdjax.ptq.apply_schemes` takes them.
+        fit, ranges, edges: As `qvdjax.ptq.apply_schemes` takes them.
         finished: Where finished blocks are kept, to go on after an interruption; None for nowhere.
         progress: Called with ("reconstructing", blocks done, blocks in all).
 
@@ -73,10 +75,12 @@ def reconstruct(
     met = exact
     layers: dict[str, dict] = {}
     reports = []
-    count = sum(map(len, model.stacks))
-    for number, (name, block, names) in enumerate(_blocks(model)):
+    units = _blocks(model) if plan.scope == "block" else _all_blocks(model)
+    count = sum(map(len, model.stacks)) if plan.scope == "block" else 1
+    for number, (name, block, names) in enumerate(units):
         own = {path: schemes[full] for path, full in names.items()}
-        student = prepared(block, own, fit, {path: (ranges or {}).get(full) for path, full in names.items()}, plan)
+        found = ({path: (one or {}).get(full) for path, full in names.items()} for one in (ranges, edges))
+        student = prepared(block, own, fit, *found, plan)
         known = None if finished is None else finished.get(name)
         results = [targets(block, outer, c, on_device(s), plan.token_weights) for c, s in zip(chunks, exact)]
         wanted, weights = kept([out for out, _ in results]), [w for _, w in results]
@@ -116,11 +120,12 @@ def _trained(student, outer, chunks, met, wanted, weights, plan: Reconstruction,
     examples = sum(len(inputs["latents"]) for inputs in chunks)
     epochs = plan.epochs_of(examples)
     steps = epochs * examples
-    # What a step does not read is left at its default, so that plans that differ in it share their programs.
-    rest = ("selection", "token_weights", "inputs", "memory", "batch", "epochs", "iterations")
-    plan = dataclasses.replace(
-        plan, **{field.name: field.default for field in dataclasses.fields(plan) if field.name in rest}
-    )
+    # What a step does not read is the same in all plans, so that those that differ in it share their programs.
+    rest = ("selection", "inputs", "memory", "batch", "epochs", "iterations")
+    defaults = {field.name: field.default for field in dataclasses.fields(plan) if field.name in rest}
+    plan = dataclasses.replace(plan, token_weights=None, **defaults)
+    if plan.estimation is not None and plan.estimation.gains == "formula":
+        _start_gains(student, outer, (chunk(i) for i in range(len(chunks))))
     state = start(student, plan=plan, steps=steps)
     nnx.update(student, state[0])
     error, square = sums(student)
@@ -140,6 +145,19 @@ def _trained(student, outer, chunks, met, wanted, weights, plan: Reconstruction,
     return student, report
 
 
+def _start_gains(student: nnx.Module, outer: VideoModel, chunks: Iterable[Examples]) -> None:
+    """Put what gains start as by the paper's formula into a prepared block, in place."""
+    total, count = None, 0
+    for examples in chunks:
+        found = frame_statistics(student, outer, examples)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        count += len(examples.stream)
+    for path, layer in iterate(student, ReconstructedLinear):
+        if has_gains(layer):
+            means = {name: sums / count for name, sums in total[dotted(path)].items()}
+            layer.estimator.gain[...] = first_gains(**means) - 1
+
+
 @jax.jit
 def _learned(block: nnx.Module) -> dict[str, dict]:
     """What was learned of each layer, by its path in the block."""
@@ -155,6 +173,31 @@ def _blocks(model: VideoModel) -> Iterator[tuple[str, nnx.Module, dict[str, str]
         paths = [path for path, _ in iterate(stack.block, Linear)]
         for i in range(len(stack)):
             yield stack.name(i), stack.layer(i), {dotted(path): stack.names(path)[i] for path in paths}
+
+
+class AllBlocks(nnx.Module):
+    """The blocks of a model as if they were one."""
+
+    def __init__(self, blocks: list[nnx.Module]):
+        self.blocks = nnx.List(blocks)
+
+    def __call__(self, stream, conditioning, *, remat: bool = False):
+        """The first block's stream -> the last one's; `remat` recomputes each block in the backward pass."""
+
+        def step(block, stream):
+            return block(stream, conditioning)
+
+        step = jax.checkpoint(step) if remat else step
+        for block in self.blocks:
+            stream = step(block, stream)
+        return stream
+
+
+def _all_blocks(model: VideoModel) -> Iterator[tuple[str, nnx.Module, dict[str, str]]]:
+    """As `_blocks`, all of them as one."""
+    found = list(_blocks(model))
+    names = {f"blocks.{i}.{path}": full for i, (_, _, own) in enumerate(found) for path, full in own.items()}
+    yield "model", AllBlocks([block for _, block, _ in found]), names
 
 
 def _flat(state: nnx.State) -> dict[str, jax.Array]:

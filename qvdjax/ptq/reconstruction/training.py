@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from qvdjax.nn import LayerScheme, Linear, VideoModel
-from qvdjax.nn.variables import dotted, iterate, replace, shallow_copy
+from qvdjax.errors import UserError
+from qvdjax.nn import LayerScheme, Linear, Statistic, VideoModel
+from qvdjax.nn.variables import at, dotted, iterate, replace, shallow_copy
 from qvdjax.ptq.reconstruction.adaptive_rounding import AdaptivelyRoundedWeight, RoundingLogits
 from qvdjax.ptq.reconstruction.examples import Examples
 from qvdjax.ptq.reconstruction.flattened_weight import FlattenedWeight, LearnedClip
 from qvdjax.ptq.reconstruction.learned_transform import Learned
 from qvdjax.ptq.reconstruction.plan import Reconstruction
 from qvdjax.ptq.reconstruction.reconstructed_linear import ReconstructedLinear
+from qvdjax.ptq.reconstruction.temporal import temporal_divergence
+from qvdjax.ptq.reconstruction.token_estimation import FrameStatistics, LearnedEstimator, LearnedStep, SteppedWeight
 
 State = tuple[nnx.State, optax.OptState, jax.Array]
 """What is trained, the optimizer's state, and how many steps are done."""
@@ -23,18 +26,20 @@ State = tuple[nnx.State, optax.OptState, jax.Array]
 
 def prepared(
     block: nnx.Module, schemes: Mapping[str, LayerScheme], fit, ranges: Mapping[str, tuple | None],
-    plan: Reconstruction,
+    edges: Mapping[str, tuple | None], plan: Reconstruction,
 ) -> nnx.Module:  # fmt: skip
     """A copy of a float block in which the layers that a plan trains are set up for it.
 
-    Where rounding is trained these are all whose weight is quantized, else those with transforms or input clips; then
-    others, such as modulation layers, which see one vector a step, stay float.
+    Where rounding is trained these are all whose weight is quantized, where estimates are those that have one, else
+    those with transforms or input clips; then others, such as modulation layers, whose input is one vector a step, stay
+    float.
 
     Args:
         block: One block, without a layer axis.
         schemes: By a layer's path in the block.
         fit: What transforms start as (`qvdjax.ptq.transforms`), None without.
         ranges: Smallest and largest input of each channel, by path; None for those that no calibration saw.
+        edges: Smallest and largest value of static ranges of inputs, by path; where there are none, ranges are empty.
         plan: What is trained.
     """
     block = shallow_copy(block)
@@ -48,17 +53,24 @@ def prepared(
         if scheme.transforms:
             low, high = ranges.get(dotted(path)) or (None, None)
             start = _fitted(weight, low, high, fit=fit)
-        if plan.rounding is None:
-            operands = FlattenedWeight(weight, scheme, start)
-        else:
+        estimator = None
+        if plan.rounding is not None:
             operands = AdaptivelyRoundedWeight(weight, scheme, start, layer.axes)
-        replace(block, path, ReconstructedLinear(layer, scheme, operands))
+        elif plan.estimation is not None:
+            operands = SteppedWeight(weight, scheme, start, layer.axes)
+            estimator = LearnedEstimator(weight.shape, scheme.estimator, plan.estimation, layer.axes)
+        else:
+            operands = FlattenedWeight(weight, scheme, start)
+        own = edges.get(dotted(path)) or (0.0, 0.0)
+        replace(block, path, ReconstructedLinear(layer, scheme, operands, own, estimator))
     return block
 
 
 def _trained(scheme: LayerScheme, plan: Reconstruction) -> bool:
     if plan.rounding is not None:
         return scheme.weight is not None
+    if plan.estimation is not None:
+        return scheme.estimator is not None
     return bool(scheme.transforms or scheme.input_clip)
 
 
@@ -74,7 +86,7 @@ def optimizer(plan: Reconstruction, steps: int) -> optax.GradientTransformation:
         return optax.adamw(optax.cosine_decay_schedule(rate, steps, plan.final_rate), weight_decay=plan.weight_decay)
 
     def kind(variable) -> str:
-        names = {LearnedClip: "clip", RoundingLogits: "rounding"}
+        names = {LearnedClip: "clip", LearnedStep: "clip", RoundingLogits: "rounding"}
         return next((name for kind, name in names.items() if isinstance(variable, kind)), "transform")
 
     def label(learned):
@@ -117,9 +129,20 @@ def train(
 
         def loss(learned):
             student = nnx.merge(graph, learned, frozen)
-            error = weighted_error(student, outer, example, plan.power)
+            _, conditioning = outer.embed(**example.inputs)
+            # All blocks together would keep the inside of each.
+            how = {"remat": True} if plan.scope == "model" else {}
+            out = student(example.stream, conditioning, **how)
+            error = _weighed(out - example.target, example.weights, plan.power)
             unit = error if plan.unit == "error" else change ** (plan.power / 2)
             relative = error / jax.lax.stop_gradient(jnp.maximum(unit, 1e-30))
+            if plan.temporal:
+                video, frames = outer.video_tokens(out.shape[1], conditioning), outer.token_frames(conditioning)
+                if frames is None:
+                    raise UserError(
+                        "this model does not say which tokens are a frame's", remedy="set temporal to 0: no such loss"
+                    )
+                relative += plan.temporal * temporal_divergence(out[:, video], example.target[:, video], frames)
             if plan.rounding is None:
                 return relative
             return relative + plan.rounding.penalty_of(student, done / steps) / example.target.shape[-1]
@@ -130,14 +153,9 @@ def train(
     return jax.lax.scan(step, state, examples)[0]
 
 
-def weighted_error(block: nnx.Module, outer: VideoModel, example: Examples, power: float = 2.0) -> jax.Array:
-    """Mean over tokens of weight x squared error of a block's output (S2Q-VDiT, equation 10), at least float32; of
-    another power of it, if asked for."""
-    _, conditioning = outer.embed(**example.inputs)
-    return _weighed(block(example.stream, conditioning) - example.target, example.weights, power)
-
-
 def _weighed(difference: jax.Array, weights: jax.Array, power: float = 2.0) -> jax.Array:
+    """Mean over tokens of weight x squared difference (S2Q-VDiT, equation 10), at least float32; of another power of
+    it, if asked for."""
     wide = difference.astype(jnp.promote_types(difference.dtype, jnp.float32))
     size = jnp.square(wide) if power == 2 else jnp.abs(wide) ** power
     return (size.mean(axis=-1) * weights).mean()
@@ -148,8 +166,32 @@ def relative_error(block: nnx.Module, outer: VideoModel, examples: Examples) -> 
     """Weighted squared error of a block over a chunk, and the weighted square of what it should change."""
 
     def one(example: Examples):
-        change = _weighed(example.target - example.stream, example.weights)
-        return weighted_error(block, outer, example), change
+        _, conditioning = outer.embed(**example.inputs)
+        error = _weighed(block(example.stream, conditioning) - example.target, example.weights)
+        return error, _weighed(example.target - example.stream, example.weights)
 
     errors, squares = jax.lax.map(one, examples)
     return errors.sum(), squares.sum()
+
+
+@jax.jit
+def frame_statistics(block: nnx.Module, outer: VideoModel, examples: Examples) -> dict[str, dict[str, jax.Array]]:
+    """Of every layer with gains of frames, by its path: sums over a chunk of `similarity` and `share`, [frames] each
+    (see `FrameStatistics`)."""
+    watched = shallow_copy(block)
+    paths = [path for path, layer in iterate(block, ReconstructedLinear) if has_gains(layer)]
+    for path in paths:
+        replace(watched, path, FrameStatistics(at(watched, path)))
+
+    def one(example: Examples):
+        _, conditioning = outer.embed(**example.inputs)
+        own = jax.tree.map(lambda a: a, watched)  # may be written to in the loop
+        own(example.stream, conditioning)
+        return {dotted(path): nnx.to_pure_dict(nnx.state(at(own, path), Statistic)) for path in paths}
+
+    return jax.tree.map(lambda a: a.sum(axis=0), jax.lax.map(one, examples))
+
+
+def has_gains(layer: ReconstructedLinear) -> bool:
+    """Whether a layer's estimate has a gain for each frame."""
+    return layer.estimator is not None and layer.estimator.gain is not None

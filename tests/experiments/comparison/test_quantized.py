@@ -29,7 +29,7 @@ def test_every_row_is_a_recipe(name):
     assert ROWS[name].recipe("w4a4", 0).name.endswith("-w4a4")
     seeded = ROWS[name].recipe("w4a4", 0) != ROWS[name].recipe("w4a4", 1)
     assert seeded == (ROWS[name].method in (
-        "quarot", "adaround", "vidit-q", "dvd-quant", "orbitquant", "flatquant", "s2q-vdit",
+        "quarot", "adaround", "ptq4dit", "vidit-q", "dvd-quant", "orbitquant", "flatquant", "q-vdit", "s2q-vdit",
     ))  # fmt: skip
 
 

@@ -42,6 +42,7 @@ def test_a_row_says_what_travels():
         "wan", "qvgen-w4a4", "v5e:2x4", "fsdp 2, context 4", "8 in 2", "3.00 of 16.00 GiB", "yes", "s8 5 MiB",
         "all-reduce 3.00 GiB", "1.23 s (memory)", "61 s",
     ]  # fmt: skip
+    assert "| 61 s (97 s) |" in page.page({"one": {**REPORT, "compile_processor_seconds": 97.2}})
     assert "**no**" in page.page({"one": {**REPORT, "fits": False, "bytes_per_chip": None, "bound_seconds": None}})
 
 

@@ -142,7 +142,7 @@ def test_correlated_inputs_are_rounded_for_a_smaller_error(transform):
             return scale
 
     edges = {"layer": (jnp.zeros(width), jnp.zeros(width))}
-    student = prepared(block, {"layer": scheme}, Fit(), edges, plan)
+    student = prepared(block, {"layer": scheme}, Fit(), edges, {}, plan)
     weight = scale.on_weight(block.layer.weight[...])
     nearest = encode(weight, scheme.weight.grid, *scheme.weight.scale_of(weight)).dequantize()
     miss = jnp.matmul(scale(x), nearest.T) - (target - x)
