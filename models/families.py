@@ -1,7 +1,6 @@
 """The families of models that are known, by the class name in diffusers' `config.json`."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 
 from models.cogvideox import CogVideoXModel
 from models.cogvideox_config import CogVideoXConfig
+from models.config_fields import check_field
 from models.hunyuanvideo import HunyuanVideoModel
 from models.hunyuanvideo_config import HunyuanVideoConfig
 from models.unet_3d import UNet3DConditionModel
@@ -30,9 +30,6 @@ class Family:
     config: type
     model: type[VideoModel]
 
-
-# Far above any published model, far below what a damaged file may say and a computer cannot build.
-MOST_LAYERS, MOST = 1000, 2**20
 
 FAMILIES = {
     "CogVideoXTransformer3DModel": Family("cogvideox", CogVideoXConfig, CogVideoXModel),
@@ -78,37 +75,11 @@ def parse_fields(config: dict[str, Any], kind: type, name: str):
     if unknown := sorted(set(fields) - set(known)):
         raise UserError("config.json has fields that this architecture does not", remedy="remove them", items=unknown)
     for field, value in fields.items():
-        _check_field(field, value, known[field].default)
+        check_field(field, value, known[field].default)
     try:
         return kind(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"config.json does not describe a {name} model ({error})", remedy="mend it") from error
-
-
-def _check_field(name: str, value: Any, default: Any) -> None:
-    """UserError unless a value is of the kind that the field's default is, and of a credible size."""
-    if type(value) is type(default) and value == default:
-        return  # also where the default is zero
-    most = MOST_LAYERS if name.startswith("num_") and name.endswith("_layers") else MOST
-
-    def whole(number: Any) -> bool:
-        return isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= most
-
-    if isinstance(default, bool):
-        good, kind = isinstance(value, bool), "true or false"
-    elif isinstance(default, int):
-        good, kind = whole(value), f"a positive integer of at most {most}"
-    elif isinstance(default, float):
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-        kind = "a positive number"
-    elif isinstance(default, tuple):
-        good = isinstance(value, (list, tuple)) and len(value) == len(default) and all(map(whole, value))
-        kind = f"{len(default)} positive integers of at most {most}"
-    else:  # None or a name: what it may be, the family's configuration says
-        good, kind = not isinstance(value, int) or whole(value), f"a positive integer of at most {most}"
-    if not good:
-        shown = repr(value) if len(repr(value)) <= 40 else repr(value)[:40] + "..."
-        raise UserError(f"config.json: {name} is {shown}", remedy=f"it must be {kind}")
 
 
 def build(config: dict[str, Any], *, key: jax.Array | None = None, dtype=jnp.float32) -> VideoModel:

@@ -1,7 +1,7 @@
 """Model folders: diffusers' config.json and safetensors, plain or quantized, in and out, without PyTorch."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def skeleton(folder: str | os.PathLike | CheckpointFolder, *, execution: Executi
         UserError: See `load`.
     """
     folder = folder if isinstance(folder, CheckpointFolder) else CheckpointFolder.open(folder)
-    model = _skeleton(folder, execution)
+    model = abstract_model(folder, execution)
     check_tensors(expected_tensors(model), {key: folder.info(key) for key in folder.keys}, str(folder.path))
     graph, state = nnx.split(model)
     leaves = []
@@ -44,7 +44,19 @@ def skeleton(folder: str | os.PathLike | CheckpointFolder, *, execution: Executi
     return nnx.merge(graph, nnx.from_flat_state(leaves))
 
 
-def _skeleton(folder: CheckpointFolder, execution: Execution | None) -> VideoModel:
+def abstract_model(
+    folder: CheckpointFolder, execution: Execution | None, *, build: Callable[[Mapping], nnx.Module] = build
+) -> nnx.Module:
+    """The model that a folder's config describes, quantized layers in place, without a look at its tensors.
+
+    Args:
+        folder: Whatever holds the config.
+        execution: Of quantized layers; None for the device's best.
+        build: Makes the float model from the fields of the config.
+
+    Raises:
+        UserError: An unknown architecture or execution; a quantization that is not ours or does not fit.
+    """
     execution = execution or best_execution()[0]
     if execution not in EXECUTIONS:
         raise UserError(f"unknown execution {execution!r}", remedy=f"use one of {', '.join(EXECUTIONS)}")
@@ -91,7 +103,7 @@ def load(
             finite; an unknown architecture; a quantization that is not ours.
     """
     folder = CheckpointFolder.open(path)
-    abstract = _skeleton(folder, execution)
+    abstract = abstract_model(folder, execution)
     where = None if mesh is None else shardings(abstract, mesh)
     dtype = None if dtype is None else jnp.dtype(dtype)
     return load_variables(abstract, folder, dtype=dtype, shardings=where, progress=progress)

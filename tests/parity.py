@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-def parity_errors(program: str, cases: dict, folder: Path) -> dict[str, float]:
+def parity_errors(program: str, cases: dict | list, folder: Path) -> dict[str, float]:
     """The relative L2 errors that a program prints as JSON in its last line.
 
     It runs in a process of its own, because JAX's 64 bits are global, and compiles without most optimizations: many

@@ -1,12 +1,18 @@
 """Small models with random weights, shared by tests of every storey."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors.numpy import save_file
 
 import models
+from models.encoders import build_encoder
 from models.pipeline import Pipeline
+from qvdjax.checkpoint.loading import tensor_sources
 
 WAN = {
     "_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "num_attention_heads": 2,
@@ -176,3 +182,33 @@ def wan_with_heavy_text():
     for layer in (model.stacks[0].block.attn2.to_k, model.stacks[0].block.attn2.to_v):
         layer.weight[...] = layer.weight[...] / heavy
     return model
+
+
+T5 = {
+    "architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": 40, "d_model": 24, "d_kv": 6, "d_ff": 44,
+    "num_layers": 3, "num_heads": 3, "feed_forward_proj": "gated-gelu", "relative_attention_max_distance": 20,
+}  # fmt: skip
+UMT5 = {**T5, "architectures": ["UMT5EncoderModel"], "model_type": "umt5"}
+CLIP_TEXT = {
+    "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": 40, "hidden_size": 24,
+    "intermediate_size": 44, "projection_dim": 10, "num_hidden_layers": 3, "num_attention_heads": 3,
+    "max_position_embeddings": 9, "eos_token_id": 39, "bos_token_id": 1, "pad_token_id": 39,
+}  # fmt: skip
+CLIP_VISION = {
+    "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_size": 24, "intermediate_size": 44,
+    "projection_dim": 10, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 8, "patch_size": 4,
+}  # fmt: skip
+
+
+def encoder(config: dict, seed: int = 0):
+    """An encoder of texts or images with random parameters."""
+    return randomised(jax.eval_shape(lambda: build_encoder(config)), seed)
+
+
+def encoder_folder(folder: Path, config: dict, seed: int = 0) -> Path:
+    """The same, written as transformers does."""
+    folder.mkdir(parents=True)
+    tensors = {source.name: source.make() for source in tensor_sources(encoder(config, seed))}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -174,14 +174,38 @@ class Tabulate(Solver, Common):
 
 
 @dataclass(frozen=True)
+class EncodePrompts(Common):
+    """Encode prompts with the text encoder of a published pipeline, for `sample --context`."""
+
+    dir: Dir
+    """Pipeline folder of diffusers: model_index.json, text_encoder, tokenizer and what is sampled."""
+    out: Out
+    """FILE.safetensors; replaced if it is there already."""
+    prompt: Annotated[Names, arg(metavar="TEXT", aliases=["-p"])] = ()
+    """A prompt; may be repeated."""
+    prompts: hinted(Path, "FILE", "those given by --prompt") = None
+    """Text file with one prompt a line; empty lines are left out."""
+    negative_prompt: Annotated[str, arg(metavar="TEXT")] = ""
+    """What guidance moves away from."""
+    recipe: hinted(str, "NAME", "full precision") = None
+    """Quantize the text encoder first, such as rtn-w8a16: weights of 8 bits; it is read in full precision before."""
+    dtype: hinted(Dtype, "{float64,float32,bfloat16,float16}", "the file's types") = None
+    """Floating type of the encoder's weights."""
+    mesh: Mesh = None
+    """Devices as a mesh, such as fsdp=4; axes are data, fsdp, context and tensor."""
+    batch: Whole = 4
+    """Prompts encoded at once, at most."""
+
+
+@dataclass(frozen=True)
 class Sample(Sampler, Prompts, Common):
     """Sample videos from a model folder; writes each with a JSON file beside it.
 
-    Without prompts the first shipped one is taken.
+    Without prompts a folder with a pipeline.json takes the first shipped one.
     """
 
     dir: Dir
-    """Model folder, quantized or not."""
+    """Model folder, quantized or not, or pipeline folder of diffusers."""
     output: Annotated[Path, arg(metavar="FILE", aliases=["-o"])]
     """FILE.mp4, or FILE.safetensors for the latents; several videos become FILE-<prompt>-<seed>.mp4."""
     seeds: Annotated[str, arg(metavar="SEEDS")] = "0"
@@ -189,7 +213,7 @@ class Sample(Sampler, Prompts, Common):
     execution: Execution = None
     """How quantized layers compute."""
     dtype: hinted(Dtype, "{float64,float32,bfloat16,float16}", "the file's types") = None
-    """Floating type of the weights."""
+    """Floating type of the weights, a text encoder's too."""
     batch: Whole = 8
     """Videos computed at once, at most; fewer need less memory."""
     step_loop: bool = False
@@ -313,6 +337,7 @@ Command = (
     | Annotated[Quantize, subcommand("quantize")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Tabulate, subcommand("tabulate")]
+    | Annotated[EncodePrompts, subcommand("encode-prompts")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Export, subcommand("export")]

@@ -38,6 +38,7 @@ VERBS = {
     "Train": "experiments.cli.verbs.quantizing:train",
     "Recipes": "experiments.cli.verbs.quantizing:recipes",
     "Tabulate": "experiments.cli.verbs.folders:tabulate",
+    "EncodePrompts": "experiments.cli.verbs.videos:encode_prompts",
     "Sample": "experiments.cli.verbs.videos:sample",
     "Evaluate": "experiments.cli.verbs.videos:evaluate",
     "Bench": "experiments.cli.verbs.machines:bench",
@@ -93,6 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(ours, json=json, code=answer.INTERNAL_ERROR)
 
 
+def as_typed(name: str) -> str:
+    """The verb of a dataclass in `arguments`: "EncodePrompts" -> "encode-prompts"."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()
+
+
 def parse(argv: Sequence[str]) -> Common:
     """Turn arguments into the dataclass of one verb.
 
@@ -102,7 +108,7 @@ def parse(argv: Sequence[str]) -> Common:
     """
     import tyro
 
-    known = [name.lower() for name in VERBS]
+    known = [as_typed(name) for name in VERBS]
     if argv and not argv[0].startswith("-") and argv[0] not in known:
         near = difflib.get_close_matches(argv[0], known, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"

@@ -92,7 +92,7 @@ class Sampler(Solver):
     """What guidance moves away from."""
     context: hinted(Path, "FILE", "prompts are encoded by the folder") = None
     """Safetensors with the text embeddings context and negative_context, (tokens, dim) each, for a model
-    folder without pipeline.json."""
+    folder without pipeline.json; `encode-prompts` makes it."""
     dynamic_guidance: hinted(Literal["timestep", "step"], "{timestep,step}", "the same at every step") = None
     """Let the guidance vary over the steps: as CogVideoX's programs do, by the timestep, or smoothly."""
     guidance_until: Real = 0.0

@@ -58,7 +58,7 @@ def prompts(given: Sequence[str], file: Path | None) -> list[str] | None:
     if file is None:
         return list(given) or None
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         raise UserError(f"{file} is not a text file in UTF-8", remedy="give one prompt a line") from None
     if not any(lines):

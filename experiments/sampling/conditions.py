@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from models.prompts import EncodedPrompts
 from qvdjax.checkpoint import SafetensorsFile
 from qvdjax.errors import UserError
 
@@ -29,7 +30,9 @@ def check_guidance(settings: Any, *, embedded: bool) -> None:
         )
 
 
-def read_conditions(file: SafetensorsFile, config: Any, texts: tuple[int, int]) -> dict[str, np.ndarray]:
+def read_conditions(
+    file: SafetensorsFile | EncodedPrompts, config: Any, texts: tuple[int, int]
+) -> dict[str, np.ndarray]:
     """float32 (texts, ...) of what the file says about its texts beside their tokens.
 
     `encoder_attention_mask`, ones before zeros, may be left out where no text is padded. `image_latents` are of any
@@ -69,7 +72,7 @@ def read_conditions(file: SafetensorsFile, config: Any, texts: tuple[int, int]) 
     return conditions
 
 
-def read_context(file: SafetensorsFile, name: str, default: np.ndarray | None = None) -> np.ndarray:
+def read_context(file: SafetensorsFile | EncodedPrompts, name: str, default: np.ndarray | None = None) -> np.ndarray:
     """float32 (texts, tokens, dim); without the tensor `default`, or `UserError` where that is None."""
     if name not in file.tensors and default is not None:
         return default

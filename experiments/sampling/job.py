@@ -12,8 +12,18 @@ from jax.sharding import Mesh, NamedSharding
 import models
 from experiments.sampling.output import check_output, output_paths, write_video
 from experiments.sampling.record import device_record, memory_record, quantization_record, settings_record
-from experiments.sampling.request import Request, Settings, request_from_context, request_from_pipeline
+from experiments.sampling.request import (
+    Request,
+    Settings,
+    refuse_repeats,
+    request_from_context,
+    request_from_embeddings,
+    request_from_pipeline,
+    sampler_of,
+)  # fmt: skip
 from models.pipeline import FILE
+from models.pipeline_folder import PipelineFolder, is_pipeline_folder
+from models.prompts import PromptEncoder
 from qvdjax.diffusion import compile_sampler, initial_noise, sample
 from qvdjax.errors import UserError
 from qvdjax.nn import check_timesteps
@@ -57,10 +67,11 @@ def sample_folder(
 
     Args:
         folder: A model folder, quantized or not. With a `pipeline.json` it samples prompts to videos; without
-            one (published models) it samples a file of text embeddings to latents.
+            one (published models) it samples a file of text embeddings to latents. Or the folder of a published
+            pipeline, whose text encoder encodes the prompts and is freed before the model that samples is read.
         output: FILE.mp4, or FILE.safetensors for the latents. Several videos are written beside it as
             `FILE-<prompt>-<seed>.mp4`.
-        prompts: Sentences; by default the first shipped caption of the moving shapes.
+        prompts: Sentences; with a `pipeline.json` by default the first shipped caption of the moving shapes.
         seeds: Of the initial noise. A seed means the same video in any batch and on any number of devices, up
             to rounding.
         steps, guidance_scale, shift, solver, sigma_grid, negative_prompt: The folder's by default; without a
@@ -72,7 +83,7 @@ def sample_folder(
         frames, height, width: Of the latents (not of the video); the folder's by default.
         fps: Frames a second; the folder's by default.
         scale: Enlarge the video by this whole factor; by default small videos to about 288 pixels.
-        dtype: Floating type of the weights; the file's by default.
+        dtype: Floating type of the weights, a text encoder's too; the file's by default.
         execution: Of quantized layers: "integer", "simulate", or None for the best on this device.
         mesh: Devices to use, axis name to size; by default the first one. A batch that the data and fsdp axes
             do not divide is computed whole by each.
@@ -83,7 +94,8 @@ def sample_folder(
     Returns:
         `files` (paths as text), `videos` (the JSON beside each), and what all share: `steps`,
         `seconds_per_step` (of a batch), `compile_seconds`, `device`, `peak_memory_bytes`, `peak_memory_of`,
-        `quantization` and more.
+        `quantization` and more; where prompts were encoded by a text encoder also `text_encoder`, and `cut`, how many
+        tokens of which text were too many.
 
     Raises:
         UserError: A missing or corrupt folder, an unknown word, sizes that the model cannot take, a sampler that
@@ -95,13 +107,24 @@ def sample_folder(
         guidance_until, first_frame_guidance,
     )  # fmt: skip
     report = progress or (lambda stage, done, total: None)
+    encoder = None
+    if is_pipeline_folder(folder):
+        whole = PipelineFolder.open(folder)
+        folder = whole.denoiser
+        encoder = PromptEncoder.open(whole) if context_file is None else None
     skeleton = models.skeleton(folder, execution=execution)
     check_output(output, decodes=(folder / FILE).exists())
-    request = _request(folder, skeleton, prompts, seeds, context_file, settings)
+    device_mesh = None if mesh is None else make_mesh(mesh)
+    about_texts = {}
+    if encoder is None:
+        request = _request(folder, skeleton, prompts, seeds, context_file, settings)
+    else:
+        request, about_texts = _encoded(
+            folder, skeleton, encoder, prompts, seeds, settings, dtype, device_mesh, progress
+        )
     check_timesteps(skeleton, request.solver.schedule(request.steps).timesteps)  # before a weight is read
     paths = output_paths(output, request)
 
-    device_mesh = None if mesh is None else make_mesh(mesh)
     model = models.load(folder, dtype=dtype, mesh=device_mesh, execution=execution, progress=progress)
     with contextlib.nullcontext() if device_mesh is None else jax.set_mesh(device_mesh):
         latents, timing = _sample(model, request, device_mesh, min(batch, len(paths)), step_loop, report)
@@ -118,6 +141,7 @@ def sample_folder(
         **device_record(device_mesh),
         **memory_record(device_mesh),
         "quantization": quantization_record(model),
+        **about_texts,
     }
     videos = []
     if jax.process_index() == 0:  # all hosts hold all latents; one of them writes
@@ -126,6 +150,26 @@ def sample_folder(
             for row, path in enumerate(paths)
         ]
     return {"files": [video["file"] for video in videos], **shared, "videos": videos}
+
+
+def _encoded(
+    folder: Path, skeleton, encoder: PromptEncoder, prompts, seeds, settings: Settings, dtype: str | None,
+    mesh: Mesh | None, progress: Progress | None,
+) -> tuple[Request, dict]:  # fmt: skip
+    """A request of prompts that a published pipeline encodes itself, and the record of that."""
+    if not seeds:
+        raise UserError("no seed given", remedy="give one seed per video")
+    if not prompts:
+        raise UserError("no prompt given", remedy="give one with --prompt, or several with --prompts")
+    refuse_repeats("prompts", prompts)
+    # What can be refused is, before a large encoder is read.
+    solver, steps = sampler_of(folder, settings)
+    check_timesteps(skeleton, solver.schedule(steps).timesteps)
+    settings.sizes((None, None, None))
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        texts = encoder.encode(prompts, settings.negative_prompt or "", dtype=dtype, mesh=mesh, progress=progress)
+    request = request_from_embeddings(folder, texts, skeleton.config, seeds, settings)
+    return request, {"text_encoder": texts.encoder, "cut": texts.cut}
 
 
 def _request(folder, skeleton, prompts, seeds, context_file, settings: Settings) -> Request:
@@ -138,7 +182,8 @@ def _request(folder, skeleton, prompts, seeds, context_file, settings: Settings)
     if context_file is None:
         raise UserError(
             f"{folder} has no {FILE}, so it cannot encode prompts",
-            remedy="give a context file: safetensors with `context` and `negative_context` (tokens, dim)",
+            remedy="name the folder of its whole pipeline, or give a context file: safetensors with `context` and"
+            " `negative_context` (tokens, dim), as `qvdjax encode-prompts` makes it",
         )
     return request_from_context(folder, Path(context_file), skeleton.config, prompts, seeds, settings)
 

@@ -12,6 +12,7 @@ import numpy as np
 from experiments.sampling.conditions import GUIDANCE, IMAGE, check_guidance, read_conditions, read_context
 from models import scheduler
 from models.pipeline import FILE, Pipeline
+from models.prompts import EncodedPrompts
 from qvdjax.checkpoint import SafetensorsFile
 from qvdjax.diffusion import Solver, related_solver
 from qvdjax.diffusion.guidance import NEGATIVE
@@ -128,7 +129,7 @@ def request_from_pipeline(
         from experiments.moving_shapes import captions
 
         prompts = captions.prompts(1)
-    _refuse_repeats("prompts", prompts)
+    refuse_repeats("prompts", prompts)
     names = _file_names(prompts)
     pairs = [(prompt, int(seed)) for prompt in prompts for seed in seeds]
     negative = pipeline.negative_prompt if settings.negative_prompt is None else settings.negative_prompt
@@ -154,30 +155,39 @@ def request_from_pipeline(
 def request_from_context(
     folder: Path, file: Path, config: Any, prompts: Sequence[str] | None, seeds: Sequence[int], settings: Settings
 ) -> Request:
-    """Every text embedding of a file at every seed, for a model without a pipeline; the result stays latents.
-
-    Args:
-        folder: The model's, whose scheduler or family says how it is sampled, see `models.scheduler`.
-        file: Safetensors with `context` (tokens, dim) or (texts, tokens, dim), made by the model's own text
-            encoder, and with `negative_context` (tokens, dim) unless guidance is off or a condition. Of the model's
-            further conditions it holds those of texts, (...) or (texts, ...), see
-            `experiments.sampling.conditions.read_conditions`. A model that follows an image takes latents of its size,
-            and zeros are its negative context where there is none. Any floating type.
-        config: The model's parsed configuration.
-        prompts: Must be None: nothing here could encode them.
+    """As `request_from_embeddings` of a file, to which no prompts can be given.
 
     Raises:
-        UserError: The file is missing, damaged or lacks a tensor; sizes are not given; settings out of range; a
-            scheduler that is not here.
+        UserError: Prompts were given, or the file is missing or damaged; see `request_from_embeddings`.
     """
     if prompts is not None or settings.negative_prompt is not None:
         raise UserError(
             f"prompts were given for a model folder without {FILE}",
-            remedy="encode them with the model's own text encoder and give the file of embeddings instead",
+            remedy="encode them with the model's own text encoder (qvdjax encode-prompts) and give the file instead",
         )
+    return request_from_embeddings(folder, SafetensorsFile(file), config, seeds, settings)
+
+
+def request_from_embeddings(
+    folder: Path, embeddings: SafetensorsFile | EncodedPrompts, config: Any, seeds: Sequence[int], settings: Settings
+) -> Request:
+    """Every text embedding at every seed, for a model without a `pipeline.json`; the result stays latents.
+
+    Args:
+        folder: The model's, whose scheduler or family says how it is sampled, see `models.scheduler`.
+        embeddings: Prompts that were encoded, or a file with `context` (tokens, dim) or (texts, tokens, dim), made by
+            the model's own text encoder, and with `negative_context` (tokens, dim) unless guidance is off or a
+            condition. Of the model's further conditions it holds those of texts, (...) or (texts, ...), see
+            `experiments.sampling.conditions.read_conditions`. A model that follows an image takes latents of its size,
+            and zeros are its negative context where there is none. Any floating type.
+        config: The model's parsed configuration.
+
+    Raises:
+        UserError: The file lacks a tensor or holds one of another shape; sizes are not given; settings out of range; a
+            scheduler that is not here.
+    """
     defaults = scheduler.sampling_defaults(folder, solver_named=settings.solver is not None)
     guidance_scale = _choose(settings.guidance_scale, defaults.guidance_scale)
-    embeddings = SafetensorsFile(file)
     context = read_context(embeddings, "context")
     conditions = read_conditions(embeddings, config, context.shape[:2])
     embedded, image = GUIDANCE in config.conditions, conditions.get(IMAGE)
@@ -189,7 +199,7 @@ def request_from_context(
     negative = None if unguided else read_context(embeddings, "negative_context", default=nothing)
     if negative is not None and negative.shape != (1, *context.shape[1:]):
         raise UserError(
-            f"{file}: negative_context is {negative.shape[1:]} beside a context of {context.shape[1:]}",
+            f"{embeddings.path}: negative_context is {negative.shape[1:]} beside a context of {context.shape[1:]}",
             remedy="store one of the context's (tokens, dim)",
         )
     sizes = (None, None, None) if image is None else (config.num_frames, *image.shape[2:4])
@@ -203,14 +213,17 @@ def request_from_context(
     conditions = {name: array[rows] for name, array in conditions.items()}
     if embedded:
         conditions[GUIDANCE] = np.full(len(rows), 1000 * guidance_scale, np.float32)  # as diffusers' pipeline has it
+    prompts, names = (None,) * texts, tuple(f"text{text}" for text in range(texts))
+    if isinstance(embeddings, EncodedPrompts):
+        prompts, names = embeddings.prompts, tuple(_file_names(embeddings.prompts).values())
     return Request(
-        prompts=(None,) * len(rows),
-        names=tuple(f"text{row}" for row in rows),
+        prompts=tuple(prompts[row] for row in rows),
+        names=tuple(names[row] for row in rows),
         seeds=tuple(int(seed) for seed in seeds) * texts,
         context=context[rows],
         negative_context=None if negative is None else np.repeat(negative, len(rows), axis=0),
         latents_shape=(*settings.sizes(sizes), config.latent_channels),
-        negative_prompt=None,
+        negative_prompt=embeddings.negative_prompt if isinstance(embeddings, EncodedPrompts) else None,
         solver=related_solver(defaults.solver, **settings.solver_options()),
         steps=_choose(settings.steps, defaults.steps),
         guidance_scale=guidance_scale,
@@ -234,7 +247,8 @@ def _file_names(prompts: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _refuse_repeats(what: str, values: Sequence) -> None:
+def refuse_repeats(what: str, values: Sequence) -> None:
+    """UserError where a value is given more than once; `what` they are called."""
     repeated = [str(value) for value, count in collections.Counter(values).items() if count > 1]
     if repeated:
         raise UserError(f"some {what} are given more than once", remedy="give each once", items=repeated)

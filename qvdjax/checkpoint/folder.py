@@ -62,8 +62,8 @@ class CheckpointFolder:
     files: Mapping[str, SafetensorsFile]
 
     @classmethod
-    def open(cls, path: str | os.PathLike, *, require_config: bool = True) -> Self:
-        """Read config, index and headers.
+    def open(cls, path: str | os.PathLike, *, require_config: bool = True, stem: str = STEM) -> Self:
+        """Read config, index and headers; `stem` is what its files of weights are called.
 
         Raises:
             UserError: The folder, its config or its weights are missing; a header is corrupt (see
@@ -81,7 +81,7 @@ class CheckpointFolder:
                 f"{path} holds no {CONFIG}", remedy="name a model folder, or make one with `qvdjax convert`"
             )
         config = read_json(path / CONFIG) if has_config else {}
-        return cls(path, config, _files(path))
+        return cls(path, config, _files(path, stem))
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -91,7 +91,7 @@ class CheckpointFolder:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors in their files."""
-        return sum(self.info(key).nbytes for key in self.files)
+        return sum(self.info(key).nbytes for key in self.keys)
 
     def info(self, key: str) -> TensorInfo:
         """Shape and type of one tensor."""
@@ -102,11 +102,12 @@ class CheckpointFolder:
         return self.files[key].read(key, index)
 
 
-def _files(path: Path) -> dict[str, SafetensorsFile]:
-    single, index = path / WEIGHTS, path / INDEX
+def _files(path: Path, stem: str) -> dict[str, SafetensorsFile]:
+    weights = f"{stem}.safetensors"
+    single, index = path / weights, path / f"{weights}.index.json"
     if single.exists() and index.exists():
         raise UserError(
-            f"{path} holds both {WEIGHTS} and an index of shards", remedy="delete the one that is out of date"
+            f"{path} holds both {weights} and an index of shards", remedy="delete the one that is out of date"
         )
     if single.exists():
         return _open(single)
@@ -114,12 +115,9 @@ def _files(path: Path) -> dict[str, SafetensorsFile]:
         return read_shards(index)
     others = sorted(f.name for f in path.glob("*") if f.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"))
     if others:
-        raise UserError(
-            f"{path} holds no {WEIGHTS}, but",
-            remedy="bring it into shape with `qvdjax convert`",
-            items=others,
-        )
-    raise UserError(f"{path} holds no weights ({WEIGHTS})", remedy="name a model folder")
+        ours, theirs = "bring it into shape with `qvdjax convert`", f"save the weights as {weights}"
+        raise UserError(f"{path} holds no {weights}, but", remedy=ours if stem == STEM else theirs, items=others)
+    raise UserError(f"{path} holds no weights ({weights})", remedy="name a model folder")
 
 
 def _open(path: Path) -> dict[str, SafetensorsFile]:

@@ -1,9 +1,9 @@
-"""Verbs that run the sampler: sample and evaluate."""
+"""Verbs that run the sampler, sample and evaluate, and encode-prompts before them."""
 
 from typing import Any
 
 from experiments.cli import values
-from experiments.cli.arguments import Evaluate, Sample
+from experiments.cli.arguments import EncodePrompts, Evaluate, Sample
 from experiments.cli.outcome import Outcome, Table, number, size
 from experiments.cli.terminal import Progress
 
@@ -12,6 +12,32 @@ THRESHOLDS = (
     "max_bytes_ratio",
 )  # fmt: skip
 MEASURES = ("teacher_forced_error", "trajectory_error", "psnr", "ssim")
+
+
+def encode_prompts(arguments: EncodePrompts, progress: Progress | None) -> Outcome:
+    """Encode prompts with a pipeline's text encoder into a file of text embeddings."""
+    from experiments.encoding import encode_prompts
+
+    report = encode_prompts(
+        arguments.dir,
+        arguments.out,
+        values.prompts(arguments.prompt, arguments.prompts),
+        negative_prompt=arguments.negative_prompt,
+        recipe=arguments.recipe,
+        dtype=arguments.dtype,
+        mesh=values.mesh(arguments.mesh),
+        batch=arguments.batch,
+        progress=progress,
+    )
+    encoder = report["text_encoder"]
+    recipe = "" if encoder["recipe"] is None else f", {encoder['recipe']}"
+    made = f"{report['file']}: {report['texts']} texts of {report['tokens']} tokens, {report['dim']} features each"
+    return Outcome(report, [made, *_cut(report), f"{encoder['class']}{recipe}: {size(encoder['weight_bytes'])}"])
+
+
+def _cut(report: dict[str, Any]) -> list[str]:
+    """A line for every prompt that was too long."""
+    return [f"{count} tokens were cut off the end of {text!r}" for text, count in report.get("cut", {}).items()]
 
 
 def sample(arguments: Sample, progress: Progress | None) -> Outcome:
@@ -34,7 +60,7 @@ def sample(arguments: Sample, progress: Progress | None) -> Outcome:
         step_loop=arguments.step_loop,
         progress=progress,
     )
-    lines = [str(path) for path in report["files"]]
+    lines = [*map(str, report["files"]), *_cut(report)]
     lines.append(
         f"{report['steps']} steps, {number(report['seconds_per_step'])} s a step, "
         f"compiled in {number(report['compile_seconds'])} s on {report['device']}"

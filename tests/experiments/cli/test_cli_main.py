@@ -44,7 +44,7 @@ def run(*argv, capsys):
     return code, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], *([name.lower(), "--help"] for name in program.VERBS)])
+@pytest.mark.parametrize("argv", [[], ["--help"], *([program.as_typed(name), "--help"] for name in program.VERBS)])
 def test_help_imports_nothing_heavy(argv):
     # Import time is what makes a program slow to answer, and it does not depend on how busy the machine is.
     code = (

@@ -1,0 +1,86 @@
+"""The job of `qvdjax encode-prompts`: from prompts to a file of text embeddings, which published models sample from."""
+
+import contextlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.sampling.output import LATENTS, check_output
+from experiments.sampling.request import refuse_repeats
+from models.pipeline_folder import PipelineFolder
+from models.prompts import PromptEncoder
+from qvdjax.checkpoint import Progress, TensorSource, write_file
+from qvdjax.errors import UserError
+from qvdjax.parallel import make_mesh
+
+
+def encode_prompts(
+    folder: Path,
+    output: Path,
+    prompts: Sequence[str] | None,
+    *,
+    negative_prompt: str | None = None,
+    recipe: str | None = None,
+    dtype: str | None = None,
+    mesh: Mapping[str, int] | None = None,
+    batch: int = 4,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Encode prompts with a pipeline's own text encoder and write what its model is sampled from.
+
+    A file that exists is replaced when the new one is complete.
+
+    Args:
+        folder: A pipeline folder of diffusers.
+        output: FILE.safetensors: `context` (texts, tokens, dim) and `negative_context` (tokens, dim), in the type that
+            the encoder computes in; the texts stand in its header.
+        prompts: Different texts, at least one.
+        negative_prompt: What guidance leads away from; by default the empty text.
+        recipe: Quantize the encoder first, by a recipe that needs no calibration.
+        dtype: Floating type of the encoder's weights; the file's by default.
+        mesh: Devices to spread the encoder over, axis name to size; by default the first one.
+        batch: Texts encoded at once.
+        progress: Called with (stage, done, total).
+
+    Returns:
+        {file, texts, tokens, dim, dtype, cut, text_encoder, seconds}; `cut` says how many tokens of which text were too
+        many.
+
+    Raises:
+        UserError: No prompt, or one twice; see `models.prompts.PromptEncoder`; an output that cannot be written.
+    """
+    if not prompts:
+        raise UserError("no prompt given", remedy="give one with --prompt, or several with --prompts")
+    refuse_repeats("prompts", prompts)
+    if batch < 1:
+        raise UserError(f"a batch of {batch} texts", remedy="encode at least one at once")
+    if output.suffix != LATENTS:
+        raise UserError(f"{output} is not {LATENTS}", remedy=f"name a file ending in {LATENTS}")
+    check_output(output, decodes=False)
+    encoder = PromptEncoder.open(PipelineFolder.open(folder))
+    started, devices = time.perf_counter(), None if mesh is None else make_mesh(mesh)
+    with contextlib.nullcontext() if devices is None else jax.set_mesh(devices):
+        texts = encoder.encode(
+            prompts, negative_prompt or "", recipe=recipe, dtype=dtype, mesh=devices, batch=batch, progress=progress
+        )
+    tensors = [
+        TensorSource(name, values.shape, values.dtype, lambda values=values: values)
+        for name, values in texts.tensors.items()
+    ]
+    said = {"prompts": json.dumps(texts.prompts), "negative_prompt": texts.negative_prompt}
+    write_file(output, tensors, {**said, "text_encoder": json.dumps(texts.encoder)})
+    count, length, width = texts.tensors["context"].shape
+    return {
+        "file": str(output),
+        "texts": count,
+        "tokens": length,
+        "dim": width,
+        "dtype": str(texts.tensors["context"].dtype),
+        "cut": texts.cut,
+        "text_encoder": texts.encoder,
+        "seconds": time.perf_counter() - started,
+    }

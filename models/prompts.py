@@ -1,0 +1,224 @@
+"""From prompts to what a published model is given: its family's rules, its tokenizer and its text encoder.
+
+The rules are those of diffusers 0.42 `pipelines/wan/pipeline_wan.py`, `pipelines/cogvideo/pipeline_cogvideox.py`,
+`pipelines/animatediff/pipeline_animatediff.py` and `pipelines/text_to_video_synthesis/`.
+"""
+
+import dataclasses
+import gc
+import html
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qvdjax
+from models.encoders import EncoderFolder, load_encoder, parse_encoder_config
+from models.families import family_of, parse_config
+from models.pipeline_folder import PipelineFolder
+from models.tokenizer import TextTokenizer, Tokens
+from qvdjax.checkpoint import CheckpointFolder, Progress
+from qvdjax.description import weight_bytes
+from qvdjax.errors import UserError
+from qvdjax.parallel import to_host
+from qvdjax.recipes import get
+
+try:
+    import ftfy
+except ImportError:
+    ftfy = None
+
+
+def clean_prompt(text: str) -> str:
+    """As Wan's pipeline cleans a prompt: broken encodings mended (where the package ftfy is installed), HTML's names of
+    characters replaced, one space for any white space between words and none around them."""
+    if ftfy is not None:
+        text = ftfy.fix_text(text)
+    # Python's white space but the four separators, which the package regex, used there, does not count as such.
+    return re.sub(r"[^\S\x1c-\x1f]+", " ", html.unescape(html.unescape(text))).strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptRule:
+    """How a family's prompts are encoded; their length is its configuration's `text_tokens`.
+
+    Attributes:
+        encoder: The text encoder's `model_type`.
+        clean: What is done to a text first.
+        masked: Whether padding is hidden from the encoder, and zeros take its place afterwards.
+    """
+
+    encoder: str
+    clean: Callable[[str], str] = str
+    masked: bool = False
+
+
+RULES = {
+    "wan": PromptRule("umt5", clean=clean_prompt, masked=True),
+    "cogvideox": PromptRule("t5"),
+    "animatediff": PromptRule("clip_text_model"),
+    "modelscope": PromptRule("clip_text_model"),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedPrompts:
+    """Prompts and what the text encoder makes of them, read like a file of text embeddings.
+
+    Attributes:
+        path: The pipeline that encoded them.
+        prompts, negative_prompt: The texts.
+        tensors: `context` (texts, tokens, dim) and `negative_context` (tokens, dim), in the encoder's type.
+        cut: How many tokens of each text were too many, of those where there were any.
+        encoder: The record of what encoded them: `class`, `recipe` and `weight_bytes`.
+    """
+
+    path: Path
+    prompts: tuple[str, ...]
+    negative_prompt: str
+    tensors: Mapping[str, np.ndarray]
+    cut: Mapping[str, int]
+    encoder: Mapping[str, Any]
+
+    def read(self, name: str) -> np.ndarray:
+        """One of the tensors."""
+        return self.tensors[name]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptEncoder:
+    """A pipeline's tokenizer, text encoder and rules, checked against each other; no weight is read yet.
+
+    Attributes:
+        pipeline: Where they are.
+        rule: The family's.
+        tokenizer: Ready.
+        encoder: The text encoder's folder.
+        vocabulary: How many tokens it knows.
+        length: Tokens of every text.
+    """
+
+    pipeline: PipelineFolder
+    rule: PromptRule
+    tokenizer: TextTokenizer
+    encoder: Path
+    vocabulary: int
+    length: int
+
+    @classmethod
+    def open(cls, pipeline: PipelineFolder) -> "PromptEncoder":
+        """Look at all that encoding needs.
+
+        Raises:
+            UserError: A missing or damaged component, a family whose encoder is not here, an encoder of another kind or
+                width than the model that is sampled.
+        """
+        config = CheckpointFolder.open(pipeline.denoiser).config
+        family, parsed = family_of(config), parse_config(config)
+        if family.name not in RULES:
+            raise UserError(
+                f"{pipeline.path}: what encodes the prompts of {family.name} is not here",
+                remedy=f"sample {pipeline.denoiser} with a file of embeddings (--context)",
+            )
+        rule, folder = RULES[family.name], pipeline.component("text_encoder")
+        opened = EncoderFolder.open(folder)
+        encoder = parse_encoder_config(opened.config)
+        if opened.config["model_type"] != rule.encoder:
+            raise UserError(
+                f"{folder} is an encoder of the kind {opened.config['model_type']}, and the texts of {family.name} are"
+                f" encoded by {rule.encoder}",
+                remedy="put the model's own text encoder there",
+            )
+        if encoder.width != parsed.text_dim:
+            raise UserError(
+                f"{folder} makes embeddings of {encoder.width} features, the model in {pipeline.denoiser} takes"
+                f" {parsed.text_dim}",
+                remedy="put the model's own text encoder there",
+            )
+        if encoder.most_tokens is not None and encoder.most_tokens < parsed.text_tokens:
+            raise UserError(
+                f"{folder} takes {encoder.most_tokens} tokens, texts of {family.name} have {parsed.text_tokens}",
+                remedy="put the model's own text encoder there",
+            )
+        tokenizer = TextTokenizer(pipeline.component("tokenizer"))
+        return cls(pipeline, rule, tokenizer, folder, encoder.vocab_size, parsed.text_tokens)
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        negative_prompt: str = "",
+        *,
+        recipe: str | None = None,
+        dtype: Any = None,
+        mesh: jax.sharding.Mesh | None = None,
+        batch: int = 4,
+        progress: Progress | None = None,
+    ) -> EncodedPrompts:
+        """Load the text encoder, encode, and free its memory.
+
+        Args:
+            prompts: Any texts.
+            negative_prompt: What guidance leads away from.
+            recipe: Quantize the encoder first, by a recipe that needs no calibration, such as rtn-w8a16.
+            dtype, mesh: Of its weights, see `models.load`.
+            batch: Texts encoded at once.
+            progress: Called with ("reading", bytes done, bytes in all) and ("encoding", texts done, texts in all).
+
+        Raises:
+            UserError: See `models.load` and `qvdjax.quantize`; a tokenizer with more tokens than the encoder;
+                embeddings that are not finite.
+        """
+        texts = [negative_prompt, *prompts]
+        tokens = self.tokenizer.encode([self.rule.clean(text) for text in texts], self.length)
+        if tokens.numbers.max() >= self.vocabulary:
+            raise UserError(
+                f"{self.tokenizer.path} has more tokens than the {self.vocabulary} of {self.encoder}",
+                remedy="put the text encoder's own tokenizer there",
+            )
+        chosen = None if recipe is None else get(recipe)
+        if chosen is not None and (chosen.needs_calibration or chosen.training is not None):
+            raise UserError(
+                f"recipe {recipe} needs a calibration set or training, which text encoders do not get here",
+                remedy="choose another, such as rtn-w8a16",
+            )
+        model = load_encoder(self.encoder, dtype=dtype, mesh=mesh, progress=progress)
+        if chosen is not None:
+            model = qvdjax.quantize(model, chosen)
+            gc.collect()  # modules hold each other: the floats would wait for the collector
+        encoder = {
+            "class": model.config.to_dict()["architectures"][0],
+            "recipe": model.recipe_name or None,
+            "weight_bytes": weight_bytes(model),
+        }
+        embeddings = _run(model, tokens, self.rule.masked, batch, progress or (lambda stage, done, total: None))
+        for array in jax.tree.leaves(model):
+            array.delete()  # at once, before something else is read
+        if not np.isfinite(embeddings.astype(np.float32)).all():
+            raise UserError(
+                f"{self.encoder} makes embeddings that are not finite", remedy="encode with --dtype float32"
+            )
+        tensors = {"context": embeddings[1:], "negative_context": embeddings[0]}
+        cut = {text: count for text, count in zip(texts, tokens.cut, strict=True) if count}
+        return EncodedPrompts(self.pipeline.path, tuple(prompts), negative_prompt, tensors, cut, encoder)
+
+
+@jax.jit
+def _embed(model, numbers: jax.Array, mask: jax.Array | None) -> jax.Array:
+    embeddings = model(numbers, mask)  # (batch, tokens, dim)
+    return embeddings if mask is None else jnp.where(mask[..., None], embeddings, 0)
+
+
+def _run(model, tokens: Tokens, masked: bool, batch: int, report: Progress) -> np.ndarray:
+    """(texts, tokens, dim); the last texts are filled up with the last of them, to compile once."""
+    count = len(tokens.numbers)
+    batch = min(batch, count)
+    parts = []
+    for start in range(0, count, batch):
+        rows = np.arange(start, start + batch).clip(max=count - 1)
+        parts.append(to_host(_embed(model, tokens.numbers[rows], tokens.mask[rows] if masked else None)))
+        report("encoding", min(start + batch, count), count)
+    return np.concatenate(parts)[:count]

@@ -1,0 +1,92 @@
+"""Folders as published models have them: tokenizers of a few words, with numbers below 40, and small pipelines."""
+
+import json
+import struct
+from pathlib import Path
+
+from small_models import CLIP_TEXT, COGVIDEOX, T5, UMT5, UNET, WAN, encoder_folder, randomised
+
+import models
+from models.tokenizer import TextTokenizer
+
+WORDS = ("▁a", "▁cat", "▁red", "▁disc", "s", "▁", "c", "a", "t", "r", "e", "d", "i", "!", "fi")
+PIECES = [("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2)]
+PIECES += [(word, -2.0 - number / 7, 1) for number, word in enumerate(WORDS)]
+
+
+def _varint(number: int) -> bytes:
+    return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + _varint(number >> 7)
+
+
+def _field(number: int, value: bytes | int | float) -> bytes:
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def sentencepiece_bytes(pieces=PIECES, kind: int = 1, character_map: bytes = b"") -> bytes:
+    """The bytes of a `spiece.model`; fields that a reader does not know are among them."""
+    parts = [_field(1, _field(1, text.encode()) + _field(2, score) + _field(3, k)) for text, score, k in pieces]
+    trainer = _field(2, _field(1, b"input.txt") + _field(3, kind) + _field(4, 300))
+    normalizer = _field(3, _field(1, b"nmt_nfkc") + _field(2, character_map) + _field(3, 1))
+    return b"".join(parts) + trainer + normalizer
+
+
+def t5_tokenizer(folder: Path) -> Path:
+    """As CogVideoX's folders have it: `spiece.model`, and no gaps, so that numbers stay small."""
+    folder.mkdir(parents=True)
+    (folder / "spiece.model").write_bytes(sentencepiece_bytes())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>", "extra_ids": 0}))
+    return folder
+
+
+def clip_tokenizer(folder: Path, padding: str = "<|endoftext|>") -> Path:
+    """As the folders of Stable Diffusion have it: `vocab.json` and `merges.txt`."""
+    folder.mkdir(parents=True)
+    letters = list("acdeirst!")
+    merges = ["c a", "ca t</w>", "r e", "re d</w>", "d i", "s c</w>", "di sc</w>"]
+    names = letters + [f"{letter}</w>" for letter in letters] + ["".join(merge.split()) for merge in merges]
+    names += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({name: number for number, name in enumerate(names)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    config = {"pad_token": padding, "model_max_length": 77}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def fast_tokenizer(source: Path, folder: Path) -> Path:
+    """The tokenizer of another folder as Wan's folders have it: `tokenizer.json`."""
+    folder.mkdir(parents=True)
+    TextTokenizer(source)._tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "<pad>"}}))
+    return folder
+
+
+CLIP = {**CLIP_TEXT, "max_position_embeddings": 77}
+ONE_LEVEL = {
+    **UNET, "block_out_channels": [16], "down_block_types": ["CrossAttnDownBlockMotion"],
+    "up_block_types": ["CrossAttnUpBlockMotion"],
+}  # fmt: skip
+# Family -> what is sampled, under which name; its text encoder; the maker of its tokenizer.
+PIPELINES = {
+    "wan": ("transformer", {**WAN, "num_layers": 1}, UMT5, t5_tokenizer),
+    "cogvideox": ("transformer", {**COGVIDEOX, "num_layers": 1}, T5, t5_tokenizer),
+    "animatediff": ("unet", ONE_LEVEL, CLIP, clip_tokenizer),
+}
+
+
+def published_pipeline(folder: Path, family: str) -> Path:
+    """A pipeline of random parameters as diffusers saves it, without its autoencoder."""
+    name, config, encoder, tokenizer = PIPELINES[family]
+    models.save(randomised(models.abstract(config)), folder / name)
+    encoder_folder(folder / "text_encoder", encoder)
+    tokenizer(folder / "tokenizer")
+    index = {
+        "_class_name": "Pipeline", name: ["diffusers", config["_class_name"]],
+        "text_encoder": ["transformers", encoder["architectures"][0]], "tokenizer": ["transformers", "Tokenizer"],
+        "transformer_2": [None, None], "boundary_ratio": None,
+    }  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
