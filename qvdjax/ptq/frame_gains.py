@@ -38,9 +38,7 @@ def tokens_of(model: VideoModel, inputs: Mapping[str, jax.Array]) -> dict[str, i
     return {name: found["tokens"].shape[-1] for names, found in by_layer(watched, kept) for name in names}
 
 
-def with_gains(
-    model: VideoModel, schemes: Mapping[str, Any], inputs: Mapping[str, jax.Array] | None
-) -> dict[str, Any]:
+def with_gains(model: VideoModel, schemes: Mapping[str, Any], inputs: Mapping[str, jax.Array] | None) -> dict[str, Any]:
     """Schemes whose estimators have a gain for each frame, where a layer sees the video's tokens.
 
     These are all layers that see as many tokens as the stream or as the video has. Others, which see the text alone,
