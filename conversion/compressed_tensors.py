@@ -39,21 +39,22 @@ class RoundedZeroPoints:
 
 def refuse_transforms(layers: Iterable[StoredLayer]):
     """UserError for layers whose input is transformed, or its range clipped, or that have a branch, an estimate, a
-    codebook, a grid of temporal features or ranges of frames, which the layout cannot say."""
+    codebook, a grid of temporal features or ranges of frames or timesteps, which the layout cannot say."""
 
     def unsaid(scheme: LayerScheme) -> list[str]:
         quantizers = (scheme.weight, scheme.activation)
         books = any(quantizer is not None and quantizer.codebook is not None for quantizer in quantizers)
         named = ("input_clip", "low_rank", "feature_grid", "estimator")
         parts = [part for part in named if getattr(scheme, part) is not None]
-        frames = scheme.activation is not None and scheme.activation.granularity == "frame"
-        return [*scheme.transforms, *parts, *(["codebook"] if books else []), *(["ranges of frames"] if frames else [])]
+        several = scheme.activation is not None and scheme.activation.granularity in ("frame", "step")
+        ranges = [f"ranges of each {scheme.activation.granularity}"] if several else []
+        return [*scheme.transforms, *parts, *(["codebook"] if books else []), *ranges]
 
     changes = {layer.name: unsaid(layer.scheme) for layer in layers}
     if names := [f"{name} ({', '.join(what)})" for name, what in changes.items() if what]:
         raise UserError(
-            "layers that transform their input, clip its range, have a branch, an estimate, a codebook or ranges of "
-            "frames have no form in compressed-tensors",
+            "layers that transform their input, clip its range, have a branch, an estimate, a codebook or several "
+            "static ranges have no form in compressed-tensors",
             remedy="export to diffusers, or quantize with a recipe without transforms",
             items=names,
         )

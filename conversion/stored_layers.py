@@ -58,6 +58,9 @@ class StoredLayer:
         grid = self.scheme.weight.grid
         if grid.codebook is not None:
             codes = grid.levels[codes.astype(np.int32) - grid.low]
+        if self.scheme.split is not None:  # [out, parts] -> [out, in]: each column has its part's
+            widths = np.array(self.scheme.split) * math.prod(self.shape[2:])
+            scale, zero_point = (None if a is None else np.repeat(a, widths, axis=-1) for a in (scale, zero_point))
         groups = scale.shape[-1]
         # [out, (groups size)] -> [out, groups, size]
         real = codes.astype(scale.dtype).reshape(len(codes), groups, -1)

@@ -85,7 +85,7 @@ def _parts(config: UNet3DConfig, place: Place, *, key: jax.Array, dtype) -> Part
     norms = {"groups": groups, "epsilon": config.norm_eps}
 
     def convolutions(number: str, first: jax.Array, second: jax.Array) -> Parts:
-        resnet = ResnetBlock(place.channels, width, config.time_dim, key=first, **norms, **options)
+        resnet = ResnetBlock(place.channels, width, config.time_dim, parts=place.parts, key=first, **norms, **options)
         return [
             ("resnets", number, resnet),
             ("temp_convs", number, TemporalConvLayer(width, groups, key=second, **options)),

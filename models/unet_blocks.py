@@ -40,11 +40,12 @@ class ResnetBlock(nnx.Module):
         joint: Whether norms take mean and variance over all frames; otherwise over each on its own.
         along_frames: Whether convolutions mix a position's neighbouring frames; otherwise a frame's neighbouring
             positions.
+        parts: Channels of each array that the input is made of, None for one.
     """
 
     def __init__(
         self, channels: int, width: int, time_dim: int, *, groups: int, epsilon: float, joint: bool = False,
-        along_frames: bool = False, key: jax.Array, dtype,
+        along_frames: bool = False, parts: tuple[int, ...] | None = None, key: jax.Array, dtype,
     ):  # fmt: skip
         keys = jax.random.split(key, 4)
         mixes = ALONG_FRAMES if along_frames else {"kernel": (3, 3), "padding": ONE_AROUND}
@@ -52,10 +53,10 @@ class ResnetBlock(nnx.Module):
         conv = functools.partial(Conv, role="convolution", frame_axis=None if along_frames else 0, dtype=dtype)
         across, back = ("mlp", "embed"), ("embed", "mlp")
         self.norm1, self.norm2 = norm(channels), norm(width, axis="mlp")
-        self.conv1 = conv(channels, width, **mixes, axes=across, key=keys[0])
+        self.conv1 = conv(channels, width, **mixes, axes=across, parts=parts, key=keys[0])
         self.time_emb_proj = Linear(time_dim, width, role="temporal_feature", axes=across, key=keys[1], dtype=dtype)
         self.conv2 = conv(width, width, **mixes, axes=back, key=keys[2])
-        shortcut = functools.partial(conv, channels, width, (1, 1), axes=("embed", None), key=keys[3])
+        shortcut = functools.partial(conv, channels, width, (1, 1), axes=("embed", None), parts=parts, key=keys[3])
         self.conv_shortcut = None if channels == width else shortcut()
         self.joint, self.along_frames = joint, along_frames
 

@@ -25,6 +25,7 @@ class Place:
         number: Of the layer in its level, as diffusers' names have it; "" in the middle, where parts have their own.
         channels, width: Channels that come in and go out.
         attends: Whether the level attends to the text.
+        parts: On the way up, channels of the sample and of the skip connection that come in, else None.
     """
 
     way: Literal["down", "middle", "up"]
@@ -33,6 +34,7 @@ class Place:
     channels: int
     width: int
     attends: bool
+    parts: tuple[int, ...] | None = None
 
 
 PartsOf = Callable[..., Parts]
@@ -101,8 +103,8 @@ def _stacks(config: UNetConfig, parts_of: PartsOf, key: jax.Array, dtype) -> lis
     for step, (width, kind) in enumerate(zip(reversed(widths), config.up_block_types, strict=True)):
         for number in range(config.layers_per_block + 1):
             ends = number == config.layers_per_block and step < last
-            channels = before + skips.pop()
-            place = Place("up", last - step, str(number), channels, width, kind.startswith("CrossAttn"))
+            both = (before, skips.pop())
+            place = Place("up", last - step, str(number), sum(both), width, kind.startswith("CrossAttn"), both)
             inside, behind = jax.random.split(_fold(up, step, number))
             parts = parts_of(place, key=inside, dtype=dtype)
             block = UpBlock(parts, width, resamples=ends, key=behind, dtype=dtype)

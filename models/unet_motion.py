@@ -44,7 +44,9 @@ def _parts(config: UNetMotionConfig, place: Place, *, key: jax.Array, dtype) -> 
     keys, width, options = jax.random.split(key, 4), place.width, {"dtype": dtype}
     norms = {"groups": config.norm_num_groups, "epsilon": config.norm_eps}
     joint = config.resnet_group_norm == "joint"
-    resnet = functools.partial(ResnetBlock, place.channels, width, config.time_dim, joint=joint, **norms, **options)
+    resnet = functools.partial(
+        ResnetBlock, place.channels, width, config.time_dim, joint=joint, parts=place.parts, **norms, **options
+    )
     spatial = functools.partial(
         SpatialTransformer, width, config.num_attention_heads, config.cross_attention_dim, config.norm_num_groups,
         linear=config.use_linear_projection, key=keys[1], **options,

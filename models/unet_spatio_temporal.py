@@ -71,8 +71,9 @@ def _parts(config: UNetSpatioTemporalConfig, place: Place, *, key: jax.Array, dt
     # diffusers hands no epsilon on to blocks that attend and to those of the way up, which have a default of their own.
     epsilon = 1e-5 if place.way == "middle" or (place.way == "down" and not place.attends) else 1e-6
     resnet = functools.partial(
-        SpatioTemporalResnet, place.channels, width, config.time_dim, groups=GROUPS, epsilon=epsilon, dtype=dtype
-    )
+        SpatioTemporalResnet, place.channels, width, config.time_dim, groups=GROUPS, epsilon=epsilon, parts=place.parts,
+        dtype=dtype,
+    )  # fmt: skip
     number = place.number or "0"
     parts = [("resnets", number, resnet(key=keys[0]))]
     if place.attends:

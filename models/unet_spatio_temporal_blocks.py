@@ -41,10 +41,14 @@ class Blend(nnx.Module):
 class SpatioTemporalResnet(nnx.Module):
     """A ResNet in every frame, one along frames on top of it, and both blended."""
 
-    def __init__(self, channels: int, width: int, time_dim: int, *, groups: int, epsilon: float, key: jax.Array, dtype):
+    def __init__(
+        self, channels: int, width: int, time_dim: int, *, groups: int, epsilon: float,
+        parts: tuple[int, ...] | None = None, key: jax.Array, dtype,
+    ):  # fmt: skip
+        """As `ResnetBlock` takes them."""
         first, second = jax.random.split(key)
         options = {"groups": groups, "epsilon": epsilon, "dtype": dtype}
-        self.spatial_res_block = ResnetBlock(channels, width, time_dim, key=first, **options)
+        self.spatial_res_block = ResnetBlock(channels, width, time_dim, parts=parts, key=first, **options)
         self.temporal_res_block = ResnetBlock(
             width, width, time_dim, joint=True, along_frames=True, key=second, **options
         )

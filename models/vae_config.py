@@ -40,6 +40,24 @@ class VAEConfig:
             raise UserError(f"config.json: {name} is {shown}", remedy=f"it must be a list: {many}{words}")
         object.__setattr__(self, name, tuple(value))
 
+    def check_levels(self, **only: str) -> None:
+        """UserError unless `block_out_channels` and these fields, lists of kinds of blocks that know one kind, have one
+        entry a level of resolution; they become tuples."""
+        self.check_list("block_out_channels", int)
+        for name, kind in only.items():
+            self.check_list(name, str, len(self.block_out_channels))
+            if other := [entry for entry in getattr(self, name) if entry != kind]:
+                raise UserError(f"config.json: {name} has {other[0]!r}", remedy=f"only {kind!r} is known")
+
+    def check_groups(self) -> None:
+        """UserError unless `norm_num_groups` divides the channels of every level."""
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise UserError(
+                    f"config.json: norm_num_groups {self.norm_num_groups} does not divide {width} channels",
+                    remedy="choose a divisor",
+                )
+
     def fields_for_json(self, class_name: str) -> dict[str, Any]:
         """The fields as `config.json` holds them, tuples as lists."""
         fields = {name: [*v] if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}

@@ -13,12 +13,22 @@ import jax
 import jax.numpy as jnp
 
 from models.families import FAMILIES, Family, parse_fields
+from models.vae_cogvideox import AutoencoderKLCogVideoX, CogVideoXVAEConfig
+from models.vae_hunyuanvideo import AutoencoderKLHunyuanVideo, HunyuanVideoVAEConfig
+from models.vae_image import AutoencoderKL, ImageVAEConfig
 from models.vae_protocol import VideoVAE
+from models.vae_temporal import AutoencoderKLTemporalDecoder, TemporalVAEConfig
 from models.vae_wan import AutoencoderKLWan, WanVAEConfig
 from qvdjax.checkpoint import CheckpointFolder, Progress, load_variables, save_variables
 from qvdjax.errors import UserError
 
 VAES = {
+    "AutoencoderKL": Family("image-vae", ImageVAEConfig, AutoencoderKL),
+    "AutoencoderKLCogVideoX": Family("cogvideox-vae", CogVideoXVAEConfig, AutoencoderKLCogVideoX),
+    "AutoencoderKLHunyuanVideo": Family("hunyuanvideo-vae", HunyuanVideoVAEConfig, AutoencoderKLHunyuanVideo),
+    "AutoencoderKLTemporalDecoder": Family(
+        "stable-video-diffusion-vae", TemporalVAEConfig, AutoencoderKLTemporalDecoder
+    ),
     "AutoencoderKLWan": Family("wan-vae", WanVAEConfig, AutoencoderKLWan),
 }
 

@@ -1,7 +1,7 @@
-"""Videos encoded and decoded in overlapping tiles that are blended into each other, as diffusers does it.
+"""Videos encoded and decoded in overlapping parts that are blended into each other, as diffusers does it.
 
-Tiles do not see each other, so the result is another one than without: it takes the memory of a tile, and the overlap
-hides the seams.
+Tiles of a frame and sections in time do not see each other, so the result is another one than without: it takes the
+memory of a part, and the overlap hides the seams.
 """
 
 import dataclasses
@@ -31,13 +31,62 @@ class Tiling:
         for tile, stride in zip(self.tile, self.stride, strict=True):
             if not 0 < stride <= tile:
                 raise UserError(
-                    f"tiles of {tile} positions every {stride}", remedy="choose a stride of at least 1 and at most a tile"
+                    f"tiles of {tile} positions every {stride}",
+                    remedy="choose a stride of at least 1 and at most a tile",
                 )
 
     def larger(self, times: tuple[int, int]) -> "Tiling":
         """The same in pixels, `times` rows and columns of which are one of latents."""
         grow = lambda sizes: tuple(size * factor for size, factor in zip(sizes, times, strict=True))  # noqa: E731
         return Tiling(grow(self.tile), grow(self.stride))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sections:
+    """How latents are cut in time, where a video's first frame is a latent frame of its own.
+
+    Attributes:
+        length: Latent frames of a section beside its first one, which only the first section keeps.
+        stride: Latent frames from one section to the next. The rest of a section overlaps with the next one.
+    """
+
+    length: int
+    stride: int
+
+    def __post_init__(self):
+        if not 0 < self.stride <= self.length:
+            raise UserError(
+                f"sections of {self.length} frames every {self.stride}",
+                remedy="choose a stride of at least 1 and at most a section",
+            )
+
+    def longer(self, times: int) -> "Sections":
+        """The same in frames of pixels, `times` of which are one of latents."""
+        return Sections(self.length * times, self.stride * times)
+
+
+def in_sections(
+    run: Callable[[jax.Array], jax.Array], x: jax.Array, given: Sections | None, made: Sections | None
+) -> jax.Array:  # fmt: skip
+    """Apply a VAE to one section of frames after the other; to all of x at once where it is no longer than one.
+
+    Args:
+        run: (batch, frames, height, width, channels) -> (batch, frames', height', width', channels').
+        x: (batch, frames, height, width, channels).
+        given, made: The sections of x and of the result; None to apply it to all of x.
+    """
+    if given is None or x.shape[1] <= given.length:
+        return run(x)
+    before, parts = None, []
+    for start in range(0, x.shape[1] - 1, given.stride):
+        section = run(x[:, start : start + given.length + 1])
+        if before is None:
+            parts.append(section[:, : made.stride + 1])
+        else:
+            section = _blend(before, section[:, 1:], made.length - made.stride, axis=1)
+            parts.append(section[:, : made.stride])
+        before = section
+    return jnp.concatenate(parts, axis=1)
 
 
 Run = Callable[[VideoVAE, jax.Array], jax.Array]

@@ -81,6 +81,12 @@ class WanVAEConfig(VAEConfig):
         return 2 ** sum(self.temperal_downsample), side, side
 
     @property
+    def default_tiling(self) -> Tiling:
+        """diffusers' tiles: 256 pixels wide and high, one every 192."""
+        rows, columns = self.compression[1:]
+        return Tiling((256 // rows, 256 // columns), (192 // rows, 192 // columns))
+
+    @property
     def encoder_widths(self) -> tuple[int, ...]:
         """Channels behind the first convolution and at each level, from the finest on."""
         return self.base_dim, *(self.base_dim * times for times in self.dim_mult)
@@ -291,7 +297,7 @@ class AutoencoderKLWan(VideoVAE):
             video: (batch, n * compression + 1 frames, height, width, in_channels), -1 to 1.
             scan: Encode a latent frame at a time, in the memory that one takes; False encodes all in one pass. Both
                 give the same, up to rounding.
-            tiling: Encode in tiles; diffusers' are `Tiling((32, 32), (24, 24))`.
+            tiling: Encode in tiles; diffusers' are `config.default_tiling`.
 
         Raises:
             UserError: Another shape, another number of frames, or sides that are no multiples of the compression's.
@@ -311,7 +317,7 @@ class AutoencoderKLWan(VideoVAE):
             latents: (batch, n + 1 frames, height, width, z_dim).
             scan: Decode a latent frame at a time, in the memory that one takes; False decodes all in one pass. Both
                 give the same, up to rounding.
-            tiling: Decode in tiles; diffusers' are `Tiling((32, 32), (24, 24))`.
+            tiling: Decode in tiles.
 
         Returns:
             (batch, n * compression + 1 frames, height', width', out_channels), clipped to -1 to 1.

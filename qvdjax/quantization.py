@@ -9,6 +9,7 @@ from qvdjax.calibration.ranges import input_ranges
 from qvdjax.calibration.salience import input_saliences
 from qvdjax.calibration.selection import select
 from qvdjax.calibration.steps import first_steps
+from qvdjax.calibration.timestep_draw import draw
 from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, Execution, VideoModel, layers_of, refuse_tables
 from qvdjax.ptq import (
@@ -24,7 +25,7 @@ from qvdjax.ptq import (
     rounded_layers,
     search_ranges,
     search_scales,
-    with_frames,
+    with_counts,
     with_gains,
 )  # fmt: skip
 from qvdjax.ptq.mixed_precision import with_mixed_precision
@@ -57,8 +58,8 @@ def quantize(
         recipe: A recipe, or its name (`qvdjax.recipes.names()` lists presets).
         calibration: Batches of the model's keyword arguments (latents, timestep, context), for instance of a
             `qvdjax.calibration.CalibrationSet`; needed by recipes with static ranges, fitted transforms,
-            compensated rounding or reconstruction. Where a recipe selects samples, it selects from a CalibrationSet;
-            any other batches are taken as they are.
+            compensated rounding or reconstruction. Where a recipe selects or draws samples, it does so from a
+            CalibrationSet; any other batches are taken as they are.
         execution: "integer", "simulate", or None for the device's best.
         finished: Where blocks are kept that are reconstructed, to go on after an interruption.
         progress: Called with ("reconstructing", blocks done, blocks in all).
@@ -91,6 +92,8 @@ def quantize(
         calibration = list(calibration) if iter(calibration) is calibration else calibration
         if plan is not None and plan.selection is not None and isinstance(calibration, CalibrationSet):
             calibration = select(calibration, plan.selection)
+        if recipe.draw is not None and isinstance(calibration, CalibrationSet):
+            calibration = draw(calibration, recipe.draw)
         if recipe.needs_ranges:
             ranges = _channel_ranges(model, recipe, calibration)
         if isinstance(fit, FitChannelScale) and fit.absorb:
@@ -101,7 +104,7 @@ def quantize(
             edges = search_ranges(
                 model, schemes, calibration, recipe.range_search, fit=fit, ranges=ranges, fitted=fitted
             )
-            schemes = with_frames(schemes, edges)
+            schemes = with_counts(schemes, edges, calibration)
         if recipe.mixed_precision is not None:
             schemes = with_mixed_precision(model, schemes, calibration, recipe.mixed_precision, fit=fit, ranges=ranges)
         learned = None

@@ -1,10 +1,13 @@
 """Convolutions on channels-last arrays with PyTorch's weight orientation: float, and quantized."""
 
+import functools
 import math
+import operator
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 
@@ -26,19 +29,21 @@ class Conv(nnx.Module):
         weight: [out, in, *kernel]. bias: [out], or None.
         stride, padding: One entry a spatial axis.
         frame_axis: 0 where samples of its input are frames of a video, else None.
+        parts: Channels of each array that its input is made of, where several are put one behind the other, else None.
     """
 
     def __init__(
         self, in_features: int, out_features: int, kernel: tuple[int, ...], *, role: Role, axes: tuple, key: jax.Array,
         stride: tuple[int, ...] | None = None, padding: Padding | None = None, dtype=jnp.float32, bias: bool = True,
-        frame_axis: Literal[0] | None = None,
+        frame_axis: Literal[0] | None = None, parts: tuple[int, ...] | None = None,
     ):  # fmt: skip
         shape = (out_features, in_features, *kernel)
         bound = math.sqrt(1 / (in_features * math.prod(kernel)))
         self.weight = Param(bound * jax.random.normal(key, shape, dtype), axes=(*axes, *[None] * len(kernel)))
         self.bias = Param(jnp.zeros((out_features,), dtype), axes=axes[:1]) if bias else None
         self.stride, self.padding = stride or (1,) * len(kernel), padding or ((0, 0),) * len(kernel)
-        self.kernel, self.role, self.axes, self.scheme, self.frame_axis = kernel, role, axes, LayerScheme(), frame_axis
+        self.kernel, self.role, self.axes, self.scheme = kernel, role, axes, LayerScheme()
+        self.frame_axis, self.parts = frame_axis, parts
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [batch, *space, in] -> [batch, *space', out], in x's type."""
@@ -65,11 +70,13 @@ def _patches_times(x, weight, kernel):
 class QuantizedConv(QuantizedLayer):
     """A Conv with a quantized weight (one range an output channel or the tensor) and one range an input sample.
 
+    Where the input is made of parts, these may have ranges of their own, of input and weight (`LayerScheme.split`).
+
     A product here sums over positions too, so activations can have no finer range than "tensor" (dynamic: one a
-    sample; static: one in all, or one for each frame where samples are frames). Integer execution is for one and two
-    axes away from GPUs; int8 convolution over three axes is slower than bf16 on TPU and unreliable on GPU, so there the
-    same integers are multiplied as floats. A kernel of three axes that mixes the first alone (frames) counts as one of
-    two.
+    sample; static: one in all, or one for each frame where samples are frames, or for each timestep). Integer execution
+    is for one and two axes away from GPUs; int8 convolution over three axes is slower than bf16 on TPU and unreliable
+    on GPU, so there the same integers are multiplied as floats. A kernel of three axes that mixes the first alone
+    (frames) counts as one of two.
 
     Attributes, beside those of every quantized layer (`in` is in * kernel here):
         kernel, stride, padding: One entry a spatial axis.
@@ -100,33 +107,58 @@ class QuantizedConv(QuantizedLayer):
             x = x.astype(dtype)
             y = convolve(x, self._unflatten(self.qweight.dequantize()).astype(dtype), self.stride, self.padding)
         else:
-            rows = rearrange(x, "b ... c -> b (...) c")
-            scale, zero_point = self._input_range(rows)
             few = len(self.kernel) < 3 or mixes_first_axis_alone(self.kernel, self.stride, self.padding)
             integer = self.execution == "integer" and few and jax.default_backend() != "gpu"
-            y = (self._integer if integer else self._simulated)(x, rows, scale, zero_point)
+            multiply = self._integer if integer else self._simulated
+            # One product a part of the input; without parts, one.
+            y = functools.reduce(operator.add, (multiply(*part) for part in self._operands(x)))
         if self.shifted is not None:
             # Where the kernel lies inside the input: the same in all samples, and a product of one channel.
             inside = jnp.ones((1, *x.shape[1:-1], 1), y.dtype)
             y = y + convolve(inside, self._unflatten(self.shifted[...]).astype(y.dtype), self.stride, self.padding)
         return y.astype(dtype) if self.bias is None else (y + self.bias[...].astype(y.dtype)).astype(dtype)
 
-    def _input_range(self, rows):
+    @property
+    def qweight(self) -> QTensor:
+        """The weight as a QTensor [out, in]; where parts have ranges of their own, each column has its part's."""
+        whole, split = super().qweight, self.scheme.split
+        if split is None:
+            return whole
+        columns = np.repeat(np.arange(len(split)), np.array(split) * math.prod(self.kernel))
+        scale, zero_point = (None if a is None else a[..., columns] for a in (whole.scale, whole.zero_point))
+        return QTensor(whole.codes, scale, zero_point, whole.bits)
+
+    def _operands(self, x):
+        """(input, rows of it, its scale and zero point, weight) of every part of the channels of x."""
+        split = self.scheme.split
+        if split is None:
+            rows = rearrange(x, "b ... c -> b (...) c")
+            yield x, rows, *self._input_range(rows, slice(None)), super().qweight
+            return
+        start, positions, whole = 0, math.prod(self.kernel), super().qweight
+        for number, channels in enumerate(split):
+            own, part = slice(number, number + 1), x[..., start : start + channels]
+            columns = slice(start * positions, (start + channels) * positions)  # (c p) of the part
+            zero_point = None if whole.zero_point is None else whole.zero_point[..., own]
+            weight = QTensor(whole.codes[..., columns], whole.scale[..., own], zero_point, whole.bits)
+            rows = rearrange(part, "b ... c -> b (...) c")
+            yield part, rows, *self._input_range(rows, own), weight
+            start += channels
+
+    def _input_range(self, rows, part: slice):
         """Scale and zero point, each [batch or 1, 1, 1]."""
         if self.input_scale is None:
             return self.scheme.activation.scale_of(rows)
-        scale, zero_point = self.static_range(rows.shape)
-        # one range in all: [1, 1] -> [1, 1, 1]
-        return tuple(None if a is None else a.reshape(-1, 1, 1) for a in (scale, zero_point))
+        # one range in all: [1, 1] -> [1, 1, 1]; each frame's is [batch, 1, 1] already
+        return tuple(None if a is None else a[part].reshape(-1, 1, 1) for a in self.static_range(rows.shape))
 
-    def _simulated(self, x, rows, scale, zero_point):
+    def _simulated(self, x, rows, scale, zero_point, weight):
         x = fake_quantize(rows, self.scheme.activation.grid, scale, zero_point).reshape(x.shape)
-        weight = self._unflatten(self.qweight.dequantize())
+        weight = self._unflatten(weight.dequantize())
         return convolve(x, weight, self.stride, self.padding, precision=jax.lax.Precision.HIGHEST)
 
-    def _integer(self, x, rows, scale, zero_point):
+    def _integer(self, x, rows, scale, zero_point, weight):
         """int8 codes, padded with the code of zero, into int32; zero points are taken off exactly."""
-        weight = self.qweight
         codes = encode(rows, self.scheme.activation.grid, scale, zero_point, jnp.int8).codes.reshape(x.shape)
         no_padding = ((0, 0),) * len(self.kernel)
         spread = lambda a: a.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731  [batch or 1, 1, 1] -> per sample

@@ -9,7 +9,6 @@ from qvdjax.nn.frames import FrameAxis
 from qvdjax.nn.low_rank import LowRankBranch
 from qvdjax.nn.quantized_layer import QuantizedLayer
 from qvdjax.nn.scheme import LayerScheme, Role
-from qvdjax.nn.timestep import TimestepReader
 from qvdjax.nn.token_estimator import EstimatorBranch
 from qvdjax.nn.transforms import InputTransform
 from qvdjax.nn.variables import Param, Scale
@@ -48,7 +47,7 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-class QuantizedLinear(QuantizedLayer, TimestepReader):
+class QuantizedLinear(QuantizedLayer):
     """A Linear whose weight, input or both are quantized.
 
     Integer execution multiplies int8 codes into int32 and applies scales afterwards; simulated execution multiplies the

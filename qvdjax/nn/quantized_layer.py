@@ -1,15 +1,15 @@
 """What every quantized layer holds."""
 
 import jax
-from flax import nnx
 
 from qvdjax.nn.frames import FrameAxis, for_input
 from qvdjax.nn.scheme import Execution, LayerScheme, Role
+from qvdjax.nn.timestep import TimestepReader
 from qvdjax.nn.variables import Codes, Param, Scale, Statistic
 from qvdjax.numerics import QTensor
 
 
-class QuantizedLayer(nnx.Module):
+class QuantizedLayer(TimestepReader):
     """The variables of a quantized layer, and the weight that they stand for.
 
     Attributes:
@@ -17,7 +17,8 @@ class QuantizedLayer(nnx.Module):
         weight_scale, weight_zero_point: [out or 1, groups] float32; no zero point when symmetric.
         bias: [out], or None.
         input_scale, input_zero_point: [1, 1] float32 of a static activation quantizer, [frames, 1] of one with a range
-            for each frame, else None.
+            for each frame, [timesteps, 1] of one with a range for each timestep, else None.
+            Of a convolution whose input is in parts with ranges of their own, [parts, 1].
         weight_sqnr_db: [] signal-to-quantization-noise ratio of the weight, recorded when quantizing.
         axes: Logical names of the two axes of `codes`.
         frame_axis: Where frames lie in the input, None for nowhere.
@@ -53,6 +54,9 @@ class QuantizedLayer(nnx.Module):
     def static_range(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array | None]:
         """Scale and zero point of a static activation quantizer, broadcastable against an input of that shape."""
         pair = tuple(None if a is None else a[...] for a in (self.input_scale, self.input_zero_point))
-        if self.scheme.activation.granularity != "frame":
-            return pair
-        return tuple(None if a is None else for_input(a, self.frame_axis, shape) for a in pair)
+        granularity = self.scheme.activation.granularity
+        if granularity == "step":
+            return tuple(None if a is None else self.of_step(a, shape) for a in pair)
+        if granularity == "frame":
+            return tuple(None if a is None else for_input(a, self.frame_axis, shape) for a in pair)
+        return pair

@@ -37,6 +37,8 @@ class LayerScheme:
         feature_grid: The grid of an input that is the timestep's alone, in the place of `activation`, None for none.
             Its levels are the layer's own, and the product is of floats.
         estimator: The learned estimate that is added to the product, None for none.
+        split: Channels of each part of a convolution's input that has ranges of its own, of the input and of the weight
+            (Q-Diffusion's split shortcut), None for one in all.
     """
 
     weight: Quantizer | None = None
@@ -49,6 +51,7 @@ class LayerScheme:
     kronecker: Kronecker | None = None
     feature_grid: FeatureGrid | None = None
     estimator: TokenEstimator | None = None
+    split: tuple[int, ...] | None = None
 
     def __post_init__(self):
         check_transforms(self.transforms, self.rotation, self.kronecker)
@@ -60,6 +63,8 @@ class LayerScheme:
             raise ValueError("an estimate of what rounding takes off belongs to a quantized weight")
         if self.feature_grid is not None and self.activation is not None:
             raise ValueError("an input has a quantizer or a feature grid, not both")
+        if self.split is not None and self.activation is not None and self.activation.granularity != "tensor":
+            raise ValueError("parts of an input have one range each")
 
     def check_width(self, width: int) -> None:
         """UserError where groups of the weight or the input, or a Kronecker factor, do not divide a layer's width."""
@@ -83,22 +88,29 @@ class LayerScheme:
     def to_dict(self) -> dict:
         """Plain fields, for a config file."""
         fields = dataclasses.asdict(self)
-        for name in _OPTIONAL:
+        for name in (*_OPTIONAL, "split"):
             if fields[name] is None:
                 del fields[name]  # folders without one stay readable by programs that do not know it
         for name in ("weight", "activation"):
-            if fields[name] is not None and fields[name]["frames"] is None:
-                del fields[name]["frames"]  # likewise
+            for part in ("frames", "timesteps"):
+                if fields[name] is not None and fields[name][part] is None:
+                    del fields[name][part]  # likewise
         return fields
 
     @classmethod
     def from_dict(cls, fields: dict) -> "LayerScheme":
         """Inverse of `to_dict`; raises TypeError or ValueError on unknown fields or values."""
         quantizers = {
-            name: None if fields.get(name) is None else Quantizer(**fields[name]) for name in ("weight", "activation")
+            name: None if fields.get(name) is None else _quantizer(fields[name]) for name in ("weight", "activation")
         }
         rest = {name: kind(**fields[name]) for name, kind in _OPTIONAL.items() if fields.get(name) is not None}
-        return cls(**{**fields, **quantizers, **rest, "transforms": tuple(fields.get("transforms", ()))})
+        tuples = {name: tuple(fields[name]) for name in ("transforms", "split") if fields.get(name) is not None}
+        return cls(**{**fields, **quantizers, **rest, **tuples})
+
+
+def _quantizer(fields: dict) -> Quantizer:
+    timesteps = fields.get("timesteps")
+    return Quantizer(**{**fields, "timesteps": None if timesteps is None else tuple(map(float, timesteps))})
 
 
 _OPTIONAL = {

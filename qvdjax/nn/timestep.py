@@ -1,6 +1,7 @@
 """How the timestep of a call reaches the layers that compute differently at different timesteps."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from qvdjax.errors import UserError
@@ -22,13 +23,32 @@ class TimestepReader(nnx.Module):
 
     @property
     def reads_timestep(self) -> bool:
-        """Whether this layer wants it: the clip of its input depends on it."""
+        """Whether this layer wants it: the clip or the static range of its input depends on it."""
+        activation = self.scheme.activation
+        if activation is not None and activation.granularity == "step":
+            return True
         return self.scheme.input_clip is not None and self.scheme.input_clip.reads_timestep
 
     def clip_factors(self, table: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """By how much the range of the input x is narrowed, from the clip's table: see `InputClip.factors`."""
         timestep = self.current_timestep() if self.reads_timestep else None
         return self.scheme.input_clip.factors(table, timestep, x)
+
+    def of_step(self, values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The number of each sample's timestep, spread over an input.
+
+        Args:
+            values: [timesteps, 1], a number for each timestep of the input's quantizer.
+            shape: Of the input, [(batch ...), ..., in]: every sample has the same number of its rows, one after the
+                other.
+
+        Returns:
+            [(batch ...), 1, ...].
+        """
+        held, timestep = jnp.asarray(self.scheme.activation.timesteps), self.current_timestep()
+        nearest = jnp.abs(timestep[:, None] - held).argmin(axis=1)  # batch timesteps -> batch
+        rows = jnp.repeat(values[nearest, 0], shape[0] // len(timestep))  # batch -> (batch ...)
+        return rows.reshape(-1, *(1,) * (len(shape) - 1))
 
     def current_timestep(self) -> jax.Array:
         """(batch,) in 0..1000; with `reads_tokens` also (batch, tokens).

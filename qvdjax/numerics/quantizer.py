@@ -10,7 +10,7 @@ from einops import rearrange
 from qvdjax.numerics.grid import Grid
 from qvdjax.numerics.refinement import refined
 
-Granularity = Literal["tensor", "channel", "token", "group", "frame"]
+Granularity = Literal["tensor", "channel", "token", "group", "frame", "step"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Quantizer:
         granularity: One range for the last two axes ("tensor"), for each row ("channel" for the output channels
             of a weight, "token" for activations: the same thing under the name that fits), or for each
             `group_size` neighbours within a row ("group"). Activations only, and static: for each frame of a video,
-            the same for all samples of a batch ("frame"; `qvdjax.nn.frames`).
+            the same for all samples of a batch ("frame"; `qvdjax.nn.frames`), or for each timestep ("step").
         group_size: Width of a group; must divide the width of every array it meets.
         dynamic: Activations only: the range is taken from each input (True) or from calibration (False).
         range_method: "minmax" covers every value; "search" shrinks the range to the one with the smallest
@@ -36,6 +36,8 @@ class Quantizer:
         codebook: Levels that are not evenly spaced (`qvdjax.numerics.codebook`), scaled by the root mean square of the
             values that share a range; None for an even grid. Symmetric, "minmax", and for activations dynamic.
         frames: Of granularity "frame", how many there are; None until calibration has counted them.
+        timesteps: Of granularity "step", those that have ranges, ascending; a call at another one takes the nearest's.
+            None until calibration has met them.
     """
 
     bits: int
@@ -47,6 +49,7 @@ class Quantizer:
     range_norm: float = 2.4
     codebook: str | None = None
     frames: int | None = None
+    timesteps: tuple[float, ...] | None = None
 
     def __post_init__(self):
         if (self.granularity == "group") != (self.group_size is not None):
@@ -55,8 +58,10 @@ class Quantizer:
             raise ValueError(f"group_size must be positive, not {self.group_size}")
         if self.granularity not in get_args(Granularity):
             raise ValueError(f"unknown granularity {self.granularity!r}")
-        if self.granularity == "frame" and self.dynamic:
-            raise ValueError("ranges of frames are static")
+        if self.granularity in ("frame", "step") and self.dynamic:
+            raise ValueError("ranges of frames and of timesteps are static")
+        if self.timesteps is not None and (self.granularity != "step" or not self.timesteps):
+            raise ValueError("timesteps, at least one, belong to granularity 'step', and only to it")
         if self.frames is not None and (self.granularity != "frame" or self.frames < 1):
             raise ValueError("frames, at least one, belong to granularity 'frame', and only to it")
         if self.range_method not in ("minmax", "search", "refine"):
@@ -64,6 +69,11 @@ class Quantizer:
         if self.codebook is not None and (self.range_method != "minmax" or not self.symmetric):
             raise ValueError("a codebook is symmetric and has no range to search")
         _ = self.grid
+
+    @property
+    def static_ranges(self) -> int:
+        """How many ranges a static quantizer of a whole input has."""
+        return self.frames or len(self.timesteps or (1,))
 
     @property
     def grid(self) -> Grid:

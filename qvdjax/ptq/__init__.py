@@ -6,7 +6,7 @@ from qvdjax.ptq.feature_grids import ChooseGrid, fill_feature_grids, fit_feature
 from qvdjax.ptq.frame_gains import with_gains
 from qvdjax.ptq.gptq import ErrorCompensation
 from qvdjax.ptq.layers import quantize_layer
-from qvdjax.ptq.range_search import RangeSearch, search_ranges, with_frames
+from qvdjax.ptq.range_search import RangeSearch, search_ranges, with_counts
 from qvdjax.ptq.reconstruction import Reconstruction, reconstruct
 from qvdjax.ptq.rounding import rounded_layers
 from qvdjax.ptq.scale_search import search_scales
@@ -33,6 +33,6 @@ __all__ = [
     "search_ranges",
     "search_scales",
     "set_execution",
-    "with_frames",
+    "with_counts",
     "with_gains",
 ]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 
@@ -23,7 +24,7 @@ from qvdjax.nn import (
     QuantizedLinear,
 )  # fmt: skip
 from qvdjax.nn.variables import shape_of
-from qvdjax.numerics import encode, sqnr_db
+from qvdjax.numerics import QTensor, encode, sqnr_db
 from qvdjax.ptq.gptq import ErrorCompensation
 from qvdjax.ptq.low_rank import leading_directions
 
@@ -227,9 +228,14 @@ def _quantize_arrays(
     prepared = prepare_weight(weight, input_range, moment, learned, scheme=scheme, fit=fit, positions=positions)
     parts = dict(prepared.arrays)
     if scheme.activation is not None and not scheme.activation.dynamic:
-        edges = (prepared.low.min(), prepared.high.max()) if edges is None else edges
-        ranges = (scheme.activation.frames or 1, 1)
-        low, high = (jnp.broadcast_to(edge.reshape(-1, 1), ranges) for edge in edges)  # [] or [frames] -> [ranges, 1]
+        if edges is None:
+            parts_of = functools.partial(split_channels, split=scheme.split)
+            edges = tuple(
+                jnp.stack([pick(part) for part in parts_of(a)])
+                for pick, a in ((jnp.min, prepared.low), (jnp.max, prepared.high))
+            )
+        ranges = (len(scheme.split) if scheme.split else scheme.activation.static_ranges, 1)
+        low, high = (jnp.broadcast_to(edge.reshape(-1, 1), ranges) for edge in edges)  # [] or [ranges] -> [ranges, 1]
         parts["input_scale"], parts["input_zero_point"] = scheme.activation.grid.from_range(low, high)
     if scheme.feature_grid is not None:
         # Fitted to features of timesteps, which no weight knows (`qvdjax.ptq.feature_grids`): these are only shapes.
@@ -246,6 +252,9 @@ def _quantize_arrays(
         return {**parts, "weight": prepared.whole.astype(weight.dtype)}
     rest, learned = prepared.whole - prepared.taken, learned or {}
     clip = learned.get("weight_clip")
+    if scheme.split is not None:
+        quantized, real = _encode_parts(rest, scheme, positions)
+        return {**parts, "weight": quantized, "weight_sqnr_db": sqnr_db(prepared.whole, real)}
     if "weight" in learned:
         quantized = learned["weight"]
     elif "weight_scale" in learned:
@@ -256,3 +265,25 @@ def _quantize_arrays(
         quantized, parts["factored"] = rounding.round(rest, prepared.moment, scheme.weight, clip)
     parts["weight_sqnr_db"] = sqnr_db(prepared.whole, prepared.taken + quantized.dequantize())
     return {**parts, "weight": quantized}
+
+
+def split_channels(a: jax.Array, split: tuple[int, ...] | None) -> list[jax.Array]:
+    """[..., channels] -> one [..., part] a part; all of it where there are none."""
+    return jnp.split(a, np.cumsum(split)[:-1], axis=-1) if split else [a]
+
+
+def _encode_parts(weight: jax.Array, scheme: LayerScheme, positions: int) -> tuple[QTensor, jax.Array]:
+    """weight [out, (channels positions)] -> codes [out, in] with a scale a part [out, parts], and what they stand for.
+
+    The QTensor only carries its arrays: parts may differ in width (`QuantizedConv.qweight`).
+    """
+    quantizer = scheme.weight
+    parts = [
+        encode(part, quantizer.grid, *quantizer.scale_of(part))
+        for part in split_channels(weight, tuple(positions * channels for channels in scheme.split))
+    ]
+    joined = [
+        None if arrays[0] is None else jnp.concatenate(arrays, axis=-1)
+        for arrays in zip(*((part.codes, part.scale, part.zero_point) for part in parts), strict=True)
+    ]
+    return QTensor(*joined, quantizer.bits), jnp.concatenate([part.dequantize() for part in parts], axis=-1)

@@ -1,14 +1,15 @@
 """Static ranges of layers' inputs by search, averaged over the calls of a calibration set (QVD's activation ranges)."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvdjax.calibration.watching import Watcher, by_layer, observe
+from qvdjax.calibration.steps import of_samples, timesteps_of
+from qvdjax.calibration.watching import Kept, Watcher, by_layer, observe
 from qvdjax.errors import UserError
 from qvdjax.nn import Conv, InputTransform, LayerScheme, Linear, Statistic, VideoModel, layers_of
 from qvdjax.nn.frames import by_frame
@@ -16,6 +17,7 @@ from qvdjax.nn.variables import leading_shape, replace, shallow_copy
 from qvdjax.numerics import Grid
 from qvdjax.parallel import to_host
 from qvdjax.ptq.apply import Fitted, stacked_rows
+from qvdjax.ptq.layers import split_channels
 
 Shape = Literal["minmax", "magnitude", "shrink"]
 _SHRINKINGS = np.arange(100, 49, -1) / 100
@@ -93,25 +95,26 @@ class Searched(Watcher):
     """A layer that keeps the range that is best for the transformed input of its last call.
 
     Attributes:
-        low, high: [], or [frames] where each has a range of its own.
+        low, high: [ranges]: of each frame, of each part of the input, or one.
         transform: What the input passes through, or None.
     """
 
     def __init__(
         self, layer: Linear | Conv, leading: tuple[int, ...], transform: InputTransform | None, grid: Grid,
-        search: RangeSearch, frames: int | None = None,
+        search: RangeSearch, frames: int | None = None, split: tuple[int, ...] | None = None,
     ):  # fmt: skip
         super().__init__(layer)
-        shape, axes = ((), ()) if frames is None else ((frames,), (None,))
-        self.low, self.high = (Statistic(jnp.zeros((*leading, *shape), jnp.float32), axes=axes) for _ in range(2))
-        self.transform, self.grid, self.search, self.frames = transform, grid, search, frames
+        zeros = jnp.zeros((*leading, frames or len(split or (1,))), jnp.float32)
+        self.low, self.high = (Statistic(zeros, axes=(None,)) for _ in range(2))
+        self.transform, self.grid, self.search, self.frames, self.split = transform, grid, search, frames, split
 
     def observe(self, x: jax.Array) -> None:
         """x [..., in]."""
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         x = x if self.transform is None else self.transform(x)
         if self.frames is None:
-            low, high = self.search.edges(x, self.grid)
+            edges = [self.search.edges(part, self.grid) for part in split_channels(x, self.split)]
+            low, high = (jnp.stack(ends) for ends in zip(*edges, strict=True))
         else:
             low, high = self.search.edges_by_frame(by_frame(x, self.layer.frame_axis, self.frames), self.grid)
         self.low[...], self.high[...] = low.astype(jnp.float32), high.astype(jnp.float32)
@@ -121,7 +124,7 @@ def search_ranges(
     model: VideoModel, schemes: Mapping[str, Any], batches: Iterable[Mapping[str, jax.Array]], search: RangeSearch, *,
     fit=None, ranges: Mapping[str, tuple] | None = None, fitted: Fitted | None = None,
 ) -> dict[str, tuple]:  # fmt: skip
-    """The edges of every static range, by name in diffusers, for `apply_schemes`: float32 [1], or [frames], twice.
+    """The edges of every static range, by name in diffusers, for `apply_schemes`: float32 [ranges] twice.
 
     Args:
         model: A float model, left as it is.
@@ -134,8 +137,9 @@ def search_ranges(
         UserError: No batch, or batches of different numbers of frames; blocks of one stack with different quantizers
             of their inputs; values that are not finite.
     """
-    total, calls, watched = None, 0, None
-    for inputs in batches:
+    watched, by_step = None, any(_static(s) and s.activation.granularity == "step" for s in schemes.values())
+    totals: dict[float | None, tuple[Kept, int]] = {}  # sums and calls, of each timestep or of all
+    for timestep, inputs in _apart(batches) if by_step else ((None, inputs) for inputs in batches):
         frames = inputs["latents"].shape[1]
         if watched is None:
             watched, counted = _watch(model, schemes, search, fit, ranges, fitted, frames), frames
@@ -144,16 +148,20 @@ def search_ranges(
                 f"calibration inputs of {counted} frames and of {frames}", remedy="calibrate with one number of frames"
             )
         new = jax.tree.map(lambda a: to_host(a).astype(np.float64), _observe(watched, dict(inputs)))
-        total = new if total is None else jax.tree.map(np.add, total, new)
-        calls += 1
-    if total is None:
+        total, calls = totals.get(timestep, (jax.tree.map(np.zeros_like, new), 0))
+        totals[timestep] = jax.tree.map(np.add, total, new), calls + 1
+    if not totals:
         raise UserError("the calibration set is empty", remedy="make one with `qvdjax calibrate`")
-    edges = {}
-    for names, kept in by_layer(watched, total):
-        # ([layers,] [frames]) -> layers ranges
-        pairs = (np.reshape(kept[edge] / calls, (len(names), -1)).astype(np.float32) for edge in ("low", "high"))
-        found = zip(names, zip(*pairs, strict=True), strict=True)
-        edges.update((name, pair) for name, pair in found if _static(schemes[name]))
+    edges: dict[str, tuple] = {}
+    for timestep in sorted(totals):  # one alone where they are not told apart
+        total, calls = totals[timestep]
+        for names, kept in by_layer(watched, total):
+            # [layers,] ranges -> layers ranges
+            pairs = (np.reshape(kept[edge] / calls, (len(names), -1)).astype(np.float32) for edge in ("low", "high"))
+            for name, pair in zip(names, zip(*pairs, strict=True), strict=True):
+                if _static(schemes[name]):
+                    before = edges.get(name)
+                    edges[name] = pair if before is None else tuple(map(np.append, before, pair))
     if broken := [name for name, pair in edges.items() if not np.isfinite(pair).all()]:
         raise UserError("calibration met values that are not finite", remedy="check the calibration set", items=broken)
     return edges
@@ -166,14 +174,32 @@ def _static(scheme) -> bool:
     return isinstance(scheme, LayerScheme) and scheme.activation is not None and not scheme.activation.dynamic
 
 
-def with_frames(schemes: Mapping[str, Any], edges: Mapping[str, tuple]) -> dict[str, Any]:
-    """The schemes with the number of frames that searched ranges, by name, are of, where frames have their own."""
-    counted = dict(schemes)
+def _apart(batches) -> Iterator[tuple[float, dict[str, np.ndarray]]]:
+    """(timestep, its samples) of every batch."""
+    for inputs in batches:
+        timesteps = of_samples(inputs)
+        for timestep in np.unique(timesteps):
+            rows = np.flatnonzero(timesteps == timestep)
+            yield float(timestep), {name: np.asarray(array)[rows] for name, array in inputs.items()}
+
+
+def with_counts(
+    schemes: Mapping[str, Any], edges: Mapping[str, tuple], batches: Iterable[Mapping[str, jax.Array]]
+) -> dict[str, Any]:
+    """The schemes with what searched ranges, by name, are of, where frames or timesteps have their own: the number of
+    frames, or the timesteps of the calibration set."""
+    counted, timesteps = dict(schemes), None
     for name, (low, _) in edges.items():
-        if (activation := schemes[name].activation).granularity == "frame":
-            activation = dataclasses.replace(activation, frames=len(low))
-            reason = f"{schemes[name].reason}; each of {len(low)} frames has a range of its own"
-            counted[name] = dataclasses.replace(schemes[name], activation=activation, reason=reason)
+        activation = schemes[name].activation
+        if activation.granularity == "frame":
+            activation, what = dataclasses.replace(activation, frames=len(low)), "frames"
+        elif activation.granularity == "step":
+            timesteps = timesteps or tuple(timesteps_of(batches))
+            activation, what = dataclasses.replace(activation, timesteps=timesteps), "timesteps"
+        else:
+            continue
+        reason = f"{schemes[name].reason}; each of {len(low)} {what} has a range of its own"
+        counted[name] = dataclasses.replace(schemes[name], activation=activation, reason=reason)
     return counted
 
 
@@ -199,7 +225,7 @@ def _watch(model, schemes, search: RangeSearch, fit, ranges, fitted, frames: int
             transform = _transform(layer, fit, *stacked_rows(layer, [ranges[name] for name in names]))
         leading = leading_shape(layer.weight)
         own = frames if scheme.activation.granularity == "frame" else None
-        replace(watched, path, Searched(layer, leading, transform, scheme.activation.grid, search, own))
+        replace(watched, path, Searched(layer, leading, transform, scheme.activation.grid, search, own, scheme.split))
     return watched
 
 

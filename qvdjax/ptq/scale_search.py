@@ -39,12 +39,17 @@ class ScaleSearched(Watcher):
 
         def error(threshold):
             arrays = {"shift": shift, "smooth_scale": search.scale_of(width, threshold)}
-            rounded = quantize_layer(
-                self.layer, self.scheme, execution="simulate", transform=arrays, edges=(-threshold, threshold)
-            )
+            edges = self._edges(threshold)
+            rounded = quantize_layer(self.layer, self.scheme, execution="simulate", transform=arrays, edges=edges)
             return jnp.square((rounded(x) - exact).astype(jnp.float32)).sum()
 
         self.errors[...] = jax.lax.map(error, search.thresholds(width))
+
+    def _edges(self, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The range [-T, T]; on an asymmetric grid half a step lower, so that zero is a code (as `RangeSearch` has)."""
+        activation = self.scheme.activation
+        half = 0 if activation is None or activation.symmetric else threshold / (2**activation.bits - 1)
+        return -threshold - half, threshold - half
 
 
 _observe = jax.jit(observe)

@@ -14,6 +14,7 @@ from qvdjax.recipes.training import Training
 
 PRODUCTS = ("query", "key", "value", "attention_output", "feed_forward_in", "feed_forward_out", "projection")
 FLOAT_ACTIVATION_BITS = 16
+_OF_THE_WHOLE = ("frame", "step")  # granularities that leave no axis of a product with ranges of its own
 _ONE_VECTOR = "weights only: its input is one vector a step"
 
 
@@ -48,6 +49,8 @@ class Method:
         average_bits: Bits a weight on average, shared out among layers by what rounding each does to the prediction
             (`qvdjax.ptq.mixed_precision`), in the place of one number for all. Blocks whose layers differ are compiled
             one by one.
+        split_inputs: Convolutions that read a UNet's skip connection beside the sample have ranges of their own for
+            both, of the input and of the weight (Q-Diffusion, arXiv 2302.04304, section 4.2).
     """
 
     weight_bits: int = 8
@@ -63,6 +66,7 @@ class Method:
     codebook: str | None = None
     temporal_features: str = "float"
     average_bits: float | None = None
+    split_inputs: bool = False
 
     name = ""  # of the method, as recipes spell it
     transformed = PRODUCTS  # roles whose inputs pass through `transform`
@@ -152,7 +156,7 @@ class Method:
         plain = dataclasses.replace(weight, codebook=None)
         tensor = None
         if activation is not None:
-            whole = "frame" if activation.granularity == "frame" else "tensor"
+            whole = activation.granularity if activation.granularity in _OF_THE_WHOLE else "tensor"
             tensor = dataclasses.replace(activation, granularity=whole, group_size=None, codebook=None)
         channel = dataclasses.replace(plain, granularity="channel", group_size=None)
         feature, grids = self._temporal_feature(plain)
@@ -192,7 +196,11 @@ class Method:
         if grids is not None and self.training() is not None:
             raise ValueError("trained methods leave temporal features float: leave temporal_features out")
         static = activation is not None and not activation.dynamic
+        if self.split_inputs and (mixed is not None or self.training() is not None):
+            raise ValueError("ranges of parts are for methods that calibrate, with bits of one number")
+        if self.split_inputs and activation is not None and activation.granularity in _OF_THE_WHOLE:
+            raise ValueError("an input has ranges of its parts, or of frames or timesteps: leave one of the two out")
         return Recipe(
             self.recipe_name, tuple(rules), transform, self.training(), self.rounding(), self.reconstruction(), mixed,
-            grids, self.range_search() if static else None, self.channel_statistics(),
+            grids, self.range_search() if static else None, self.channel_statistics(), split_inputs=self.split_inputs,
         )  # fmt: skip

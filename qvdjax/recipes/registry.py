@@ -19,6 +19,8 @@ from qvdjax.recipes.minmax import MinMax
 from qvdjax.recipes.mse import MSE
 from qvdjax.recipes.orbitquant import OrbitQuant
 from qvdjax.recipes.ptq4dit import PTQ4DiT
+from qvdjax.recipes.ptq4dm import PTQ4DM
+from qvdjax.recipes.q_diffusion import QDiffusion
 from qvdjax.recipes.q_dit import QDiT
 from qvdjax.recipes.q_dm import QDM
 from qvdjax.recipes.q_vdit import QVDiT
@@ -30,11 +32,12 @@ from qvdjax.recipes.rules import Recipe
 from qvdjax.recipes.s2q_vdit import S2QVDiT
 from qvdjax.recipes.smoothquant import SmoothQuant
 from qvdjax.recipes.svdquant import SVDQuant
+from qvdjax.recipes.tfmq_dm import TFMQDM
 from qvdjax.recipes.vidit_q import ViDiTQ
 
 POST_TRAINING = (
     RoundToNearest, MinMax, MSE, SmoothQuant, QuaRot, GPTQ, AdaRound, SVDQuant, PTQ4DiT, ViDiTQ, QDiT, DVDQuant,
-    OrbitQuant, FlatQuant, S2QVDiT, QVDiT, QVD, QVDPaper,
+    OrbitQuant, FlatQuant, S2QVDiT, QVDiT, PTQ4DM, QDiffusion, TFMQDM, QVD, QVDPaper,
 )  # fmt: skip
 TRAINED = (LearnedStepSize, QDM, EfficientDM, QVGen, QVGenPaper, QVGenCode, DSAQuant)
 METHODS = {method.name: method for method in (*POST_TRAINING, *TRAINED)}

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from typing import Any, Literal
 
+from qvdjax.calibration.timestep_draw import TimestepDraw
 from qvdjax.errors import UserError
 from qvdjax.nn import Attention, AttentionScheme, Conv, LayerScheme, Linear, VideoModel, layers_of
 from qvdjax.recipes.training import Training
@@ -51,6 +52,8 @@ class Recipe:
         channel_statistics: Whether the ranges of channels, which transforms are fitted to, are those of "all" sampling
             steps, of the "first", where latents are noise, or a mean over steps by "salience"
             (`qvdjax.calibration.salience`), which no static range follows from.
+        draw: Which inputs are drawn from a calibration set, None for all of it.
+        split_inputs: Whether the arrays that a convolution's input is made of have ranges of their own.
     """
 
     name: str
@@ -63,6 +66,8 @@ class Recipe:
     feature_grids: Any = None
     range_search: Any = None
     channel_statistics: Literal["all", "first", "salience"] = "all"
+    draw: TimestepDraw | None = None
+    split_inputs: bool = False
 
     @property
     def needs_calibration(self) -> bool:
@@ -101,7 +106,7 @@ def decide(model: VideoModel, recipe: Recipe) -> Decision:
         for name in names:
             decisions = (rule.scheme for rule in recipe.rules if rule.matches(name, layer.role))
             scheme = next(decisions, None) or LayerScheme(reason="no rule of the recipe names it")
-            schemes[name] = _for_products(scheme) if isinstance(layer, Attention) else _for_layer(scheme, layer)
+            schemes[name] = _for_products(scheme) if isinstance(layer, Attention) else _for_layer(scheme, layer, recipe)
     dead = [rule.path for rule in recipe.rules if rule.path and not _reaches(model, rule)]
     if dead:
         raise UserError(
@@ -117,8 +122,15 @@ def _for_products(scheme: LayerScheme | AttentionScheme) -> AttentionScheme:
     return scheme if isinstance(scheme, AttentionScheme) else AttentionScheme(reason=scheme.reason)
 
 
-def _for_layer(scheme: LayerScheme, layer: Linear | Conv) -> LayerScheme:
-    """Where frames lie nowhere in a layer's input, they have no ranges of their own: there is one for all of it."""
+def _for_layer(scheme: LayerScheme, layer: Linear | Conv, recipe: Recipe) -> LayerScheme:
+    """The scheme as it fits the input of a layer.
+
+    Where frames lie nowhere in it, they have no ranges of their own: there is one for all of it. Where it is made of
+    parts, these have ranges of their own if the recipe says so.
+    """
+    if recipe.split_inputs and isinstance(layer, Conv) and layer.parts is not None and scheme.quantizes:
+        reason = f"{scheme.reason}; its input is {len(layer.parts)} arrays, each with ranges of its own"
+        return dataclasses.replace(scheme, split=layer.parts, reason=reason)
     activation = scheme.activation
     if activation is None or activation.granularity != "frame" or layer.frame_axis is not None:
         return scheme

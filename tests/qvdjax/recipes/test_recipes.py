@@ -39,7 +39,7 @@ def test_the_exceptions_of_every_preset():
     for name in names():
         recipe = get(name)
         decision = decide(model, recipe)
-        if name.startswith(("qvgen-code", "dsaquant")):
+        if name.startswith(("qvgen-code", "dsaquant", "qvd-paper")):
             continue  # other layers, on purpose: below
         # Other grids, on purpose: zero points, groups of channels, refined ranges.
         others = {
@@ -47,7 +47,9 @@ def test_the_exceptions_of_every_preset():
             "q-dit": {"symmetric": False, "granularity": "group", "group_size": 128},
             "dvd-quant": {"symmetric": False, "range_method": "refine"},
             "q-vdit": {"symmetric": False, "range_method": "search"},
-            **dict.fromkeys(("adaround", "mse", "ptq4dit"), {"range_method": "search"}),
+            **dict.fromkeys(
+                ("adaround", "mse", "ptq4dit", "ptq4dm", "q-diffusion", "tfmq-dm"), {"range_method": "search"}
+            ),
         }
         weight = Quantizer(int(name.split("-w")[1].split("a")[0]), **others.get(name.rpartition("-")[0], {}))
         floats = {p for p, s in decision.schemes.items() if isinstance(s, LayerScheme) and not s.quantizes}

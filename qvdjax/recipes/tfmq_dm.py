@@ -1,0 +1,39 @@
+"""tfmq-dm-*: a static range for each timestep, also of the temporal features."""
+
+import dataclasses
+
+from qvdjax.numerics import Quantizer
+from qvdjax.ptq.range_search import RangeSearch
+from qvdjax.recipes.minmax import MinMax
+
+
+@dataclasses.dataclass(frozen=True)
+class TFMQDM(MinMax):
+    """Static ranges of each timestep (Huang et al., CVPR 2024, arXiv 2311.16503; 2407.19547): finite-set calibration.
+
+    A sampler has finitely many timesteps, so the range of every input is calibrated at each and held in a table;
+    temporal features, one vector a step, have a range a step by nature. A call at a timestep that was not calibrated
+    takes the ranges of the nearest. `qvdjax tabulate OUT TABLES --steps STEPS` then stores what the layers of the
+    timestep give, which is the cache of the later paper and leaves nothing of them to round.
+    Left open or not followed, and chosen here: ranges are narrowed by the 2.4-norm, averaged over the calls at a
+    timestep; the reconstruction of the temporal layers on t alone (TIAR) and that of blocks are left out, and the
+    layers that make the time embedding stay float as in every recipe.
+    Command: `qvdjax quantize DIR OUT --recipe tfmq-dm-w8a8 --calibration CALIBRATION`, calibrated with the steps that
+    will be sampled with.
+    Expected: ahead of mse where ranges change much while sampling. Published: none for video models by itself.
+    """
+
+    weight_range: str = "search"
+    activation_symmetric: bool = False
+    temporal_features: str = "step"
+
+    name = "tfmq-dm"
+
+    def activation(self) -> Quantizer | None:
+        """Static, one range a timestep."""
+        tensor = super().activation()
+        return tensor and dataclasses.replace(tensor, granularity="step")
+
+    def range_search(self) -> RangeSearch:
+        """Both ends narrowed alike, by the 2.4-norm."""
+        return RangeSearch("shrink", norm=2.4)
