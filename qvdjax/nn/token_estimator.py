@@ -63,8 +63,8 @@ class EstimatorBranch(nnx.Module):
         self.gain = None if gain is None else Scale(gain, axes=(None,))
         self.scheme = scheme
 
-    @classmethod
-    def blank(cls, scheme: TokenEstimator, shape: tuple[int, int]) -> dict[str, jax.Array]:
+    @staticmethod
+    def blank_arrays(scheme: TokenEstimator, shape: tuple[int, int]) -> dict[str, jax.Array]:
         """Arrays, for a weight [out, in], that add nothing."""
         out, width = shape
         zeros = {"down": (scheme.rank, width), "up": (out, scheme.rank)}

@@ -246,7 +246,7 @@ def _quantize_arrays(
         parts["input_clip"] = start if learned is None else learned["input_clip"]
     if scheme.estimator is not None:
         # A layer that nothing was learned of has an estimate of nothing.
-        blank = EstimatorBranch.blank(scheme.estimator, prepared.whole.shape)
+        blank = EstimatorBranch.blank_arrays(scheme.estimator, prepared.whole.shape)
         parts["estimator"] = blank if learned is None else learned["estimator"]
     if scheme.weight is None:
         return {**parts, "weight": prepared.whole.astype(weight.dtype)}

@@ -5,6 +5,7 @@ import dataclasses
 from qvdjax.calibration.selection import Selection
 from qvdjax.nn import TokenEstimator
 from qvdjax.ptq.reconstruction import Reconstruction, TokenEstimation
+from qvdjax.ptq.transforms import FitChannelScale
 from qvdjax.recipes.method import FLOAT_ACTIVATION_BITS, Method
 from qvdjax.recipes.rules import Recipe, Rule
 
@@ -32,9 +33,9 @@ class QVDiT(Method):
     times the release's rates of 1e-5 and, for steps of about 0.01, 1e-6, where it takes 5,000 to 15,000. Videos are
     sampled with as many frames as the calibration's.
     Command: `qvdjax quantize DIR OUT --recipe q-vdit-w4a6 --calibration CALIBRATION`.
-    Expected: better than rtn at 4 bits of weights and below. Published, VBench imaging quality and scene consistency of
-    Open-Sora at W4A6: 57.49, 38.66 against 63.68, 39.61 in full precision, with feed-forward layers at 8 bits in the
-    release (`feed_forward_bits=8`).
+    Expected: better than rtn at 4 bits of weights and below; where inputs have heavy channels, little without `alpha`.
+    Published, VBench imaging quality and scene consistency of Open-Sora at W4A6: 57.49, 38.66 against 63.68, 39.61 in
+    full precision, with feed-forward layers at 8 bits in the release (`feed_forward_bits=8`).
 
     Attributes:
         samples: Steps that are trained on, each with the prompt and with the negative prompt.
@@ -44,6 +45,8 @@ class QVDiT(Method):
         temporal: gamma (0 in the release's configuration for W4A6).
         gains: "formula", "ones", or "none" for an estimate without gains.
         rank: Of the estimate.
+        alpha: Of SmoothQuant's scale before all; none for no scale, as in the release at W4A6 (0.11 at W3A8 and W4A8,
+            0.5 at W6A6).
         feed_forward_bits: Of weights and inputs of feed-forward layers; none for the recipe's.
         scope: What is trained at a time, each "block" or the "model".
         inputs: "propagated" through the quantized blocks before, or "full_precision".
@@ -61,12 +64,17 @@ class QVDiT(Method):
     temporal: float = 100.0
     gains: str = "formula"
     rank: int = 1
+    alpha: float | None = None
     feed_forward_bits: int | None = None
     scope: str = "block"
     inputs: str = "propagated"
     seed: int = 0
 
     name = "q-vdit"
+
+    def transform(self) -> FitChannelScale | None:
+        """The channel scale, where there is one."""
+        return None if self.alpha is None else FitChannelScale(self.alpha)
 
     def estimator(self) -> TokenEstimator:
         """The estimate; which layers have gains follows from the model."""

@@ -1,5 +1,6 @@
 """q-vdit: losses and starts as published, which tokens are a frame's, training, interruptions, folders."""
 
+import dataclasses
 import json
 
 import chex
@@ -25,11 +26,14 @@ from small_models import (
 import models
 import qvdjax
 from qvdjax.errors import UserError
-from qvdjax.nn import TokenEstimator
-from qvdjax.ptq import reconstruct, set_execution, with_gains
+from qvdjax.nn import LayerScheme, Linear, TokenEstimator
+from qvdjax.numerics import Quantizer
+from qvdjax.ptq import FitChannelScale, quantize_layer, reconstruct, set_execution, with_gains
+from qvdjax.ptq.layers import quantized_arrays
 from qvdjax.ptq.reconstruction import FinishedBlocks
 from qvdjax.ptq.reconstruction.temporal import temporal_divergence
 from qvdjax.ptq.reconstruction.token_estimation import first_gains
+from qvdjax.ptq.reconstruction.training import prepared
 from qvdjax.recipes import decide, get
 
 run = jax.jit(lambda model, inputs: model(**inputs))
@@ -165,12 +169,34 @@ def test_what_is_learned_is_stored_loaded_executed_and_described(small, tmp_path
         jax.eval_shape(run, loaded, odd)
 
 
+def test_training_starts_at_the_layer_without_an_estimate():
+    layer = Linear(12, 5, role="query", axes=("heads", "embed"), key=jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (2, 6, 12)) * jnp.linspace(0.1, 9, 12)
+    fit, edges = FitChannelScale(0.5), (x.min(axis=(0, 1)), x.max(axis=(0, 1)))
+    tokens = Quantizer(6, symmetric=False, granularity="token", dynamic=True)
+    scheme = LayerScheme(Quantizer(3, symmetric=False), tokens, ("smooth_scale",), estimator=TokenEstimator(1, 3))
+    plan = get("q-vdit-w3a6").reconstruction
+    block = nnx.Dict({"layer": layer})
+    student = prepared(block, {"layer": scheme}, fit, {"layer": edges}, {}, plan)["layer"]
+    plain = dataclasses.replace(scheme, estimator=None)
+    nearest = quantize_layer(layer, plain, execution="simulate", fit=fit, input_range=edges)
+    chex.assert_trees_all_close(student(x), nearest(x), rtol=1e-5, atol=1e-5)  # the same codes, float32 sums of 12
+    # What is learned is what is deployed, whatever it is.
+    for variable in (student.estimator.down, student.estimator.up, student.estimator.gain, student.operands.log_step):
+        variable[...] = 0.3 * jax.random.normal(jax.random.key(2), variable[...].shape)
+    arrays = quantized_arrays(layer.weight[...], scheme, name="layer", learned=student.learned())
+    deployed = quantize_layer(layer, scheme, execution="integer", arrays=arrays)
+    chex.assert_trees_all_close(student(x), deployed(x), rtol=1e-4, atol=1e-4)
+    assert float(jnp.abs(deployed(x) - nearest(x)).max()) > 0.1
+
+
 def test_options():
-    recipe = get("q-vdit-w4a6", feed_forward_bits="8", gains="none", temporal="0")
+    recipe = get("q-vdit-w4a6", feed_forward_bits="8", gains="none", temporal="0", alpha="0.5")
     schemes = decide(models.abstract(WAN), recipe).schemes
     wide, narrow = schemes["blocks.0.ffn.net.2"], schemes["blocks.0.attn1.to_q"]
     assert (wide.weight.bits, wide.activation.bits, narrow.weight.bits, narrow.activation.bits) == (8, 8, 4, 6)
     assert (wide.weight.symmetric, wide.estimator, narrow.estimator) == (False, TokenEstimator(), TokenEstimator())
+    assert (narrow.transforms, get("q-vdit-w4a6").transform) == (("smooth_scale",), None)
     assert not recipe.reconstruction.estimation.of_frames
     assert recipe.name == "q-vdit-w4a6"
 
