@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import models
 from models.vae_folders import build_vae
 from qvdjax.checkpoint.variables import parameter_count
 from qvdjax.errors import UserError
@@ -63,8 +62,3 @@ def test_inputs_that_do_not_fit():
 def test_configurations_that_are_refused(config, change, said):
     with pytest.raises(UserError, match=said):
         abstract({**config, **change})
-
-
-def test_sections_without_a_step_are_refused():
-    with pytest.raises(UserError, match="sections"):
-        models.Sections(4, 5)

@@ -8,6 +8,7 @@ from vae_parity import vae_errors
 WAN = {
     "_class_name": "AutoencoderKLWan", "base_dim": 6, "z_dim": 5, "dim_mult": [1, 2], "num_res_blocks": 1,
     "temperal_downsample": [True], "decoder_base_dim": 8, "latents_mean": [0.0] * 5, "latents_std": [1.0] * 5,
+    "scale_factor_temporal": 2, "scale_factor_spatial": 2,
 }  # fmt: skip
 IMAGE = {
     "_class_name": "AutoencoderKL", "block_out_channels": [8, 12], "down_block_types": ["DownEncoderBlock2D"] * 2,
@@ -53,7 +54,7 @@ def overlaps(tile: tuple[int, int], stride: tuple[int, int], side: int) -> dict:
 FAST = {
     "wan": {
         "config": WAN, "batch": 2, "video": (9, 6, 10), "latents": (4, 3, 5),
-        "calls": {"scan": SCAN, "once": ONCE, "tiles": steps((2, 4), (1, 3), 2, scan=True)},
+        "calls": {"scan": SCAN, "once": ONCE},
     },
     # Ten images in chunks of eight.
     "image": {"config": IMAGE, "batch": 2, "video": (5, 6, 10), "latents": (5, 3, 5), "calls": {"whole": {}}},
@@ -70,10 +71,15 @@ FAST = {
     },
 }  # fmt: skip
 SLOW = {
+    "wan tiles": {
+        "config": WAN, "batch": 2, "video": (9, 6, 10), "latents": (4, 3, 5),
+        "calls": {"scan": SCAN, "tiles": steps((2, 4), (1, 3), 2, scan=True)},
+    },
     # The published structure, of frames that are halved at the two coarser levels.
     "wan published": {
         "config": {
             **WAN, "dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True], "decoder_base_dim": None,
+            "scale_factor_temporal": 4, "scale_factor_spatial": 8,
         }, "batch": 1, "video": (9, 16, 24), "latents": (3, 2, 3), "calls": {"scan": SCAN, "once": ONCE},
     },
     "image tiles": {

@@ -108,8 +108,3 @@ def test_missing_and_unknown_weights_are_named(vae, tmp_path):
 def test_configurations_that_are_refused(change, said):
     with pytest.raises(UserError, match=said):
         jax.eval_shape(lambda: build_vae({**SMALL, **change}))
-
-
-def test_tiles_without_a_step_are_refused():
-    with pytest.raises(UserError, match="stride"):
-        models.Tiling((4, 4), (4, 0))
