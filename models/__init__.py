@@ -7,6 +7,6 @@ from models.vae_protocol import Posterior, VideoVAE
 from models.vae_tiling import Sections, Tiling
 
 __all__ = [
-    "FAMILIES", "VAES", "Posterior", "Sections", "Tiling", "VideoVAE", "abstract", "build", "family_of", "load", "load_vae", "parse_config", "save", "save_vae",
-    "skeleton",
+    "FAMILIES", "VAES", "Posterior", "Sections", "Tiling", "VideoVAE", "abstract", "build", "family_of", "load",
+    "load_vae", "parse_config", "save", "save_vae", "skeleton",
 ]  # fmt: skip

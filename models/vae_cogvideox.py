@@ -74,7 +74,7 @@ class CogVideoXVAEConfig(VAEConfig):
 
     @property
     def compression(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of pixels that become one of latents; an odd frame, the first, is one of its own."""
+        """Frames, rows and columns of pixels that become one of latents; an odd first frame is one of its own."""
         side = 2 ** (len(self.block_out_channels) - 1)
         return self.temporal_compression_ratio, side, side
 
@@ -112,7 +112,7 @@ class SpatialNorm(nnx.Module):
         self.conv_y, self.conv_b = (CausalConv(latents, width, 1, rngs=rngs, dtype=dtype) for _ in range(2))
 
     def __call__(self, x: jax.Array, latents: jax.Array, history: History) -> jax.Array:
-        """x (batch, frames, height, width, channels) and latents (batch, frames', height', width', latents) -> like x."""
+        """x (batch, frames, height, width, channels), latents (batch, frames', height', width', theirs) -> like x."""
         # A convolution of single positions is the same before and after its input is repeated, and cheaper before.
         scale, shift = (_repeated(layer(latents, history), x.shape) for layer in (self.conv_y, self.conv_b))
         return (self.norm_layer(x) * scale + shift).astype(x.dtype)
@@ -274,7 +274,8 @@ class AutoencoderKLCogVideoX(VideoVAE):
         """A video -> the Gaussian over its latents, eight frames at a time.
 
         Args:
-            video: (batch, frames, height, width, in_channels), -1 to 1; frames are n * compression + 1 or n * compression.
+            video: (batch, frames, height, width, in_channels), -1 to 1; frames are n * compression + 1,
+                or n * compression.
             tiling: Encode in tiles; diffusers' are `config.default_tiling`.
 
         Raises:

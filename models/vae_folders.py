@@ -4,13 +4,14 @@ They have a table of their own beside `models.FAMILIES`, because what reads that
 planning) works on denoisers; a VAE is none (see `models.vae_protocol`).
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models.families import FAMILIES, Family, parse_fields
 from models.vae_cogvideox import AutoencoderKLCogVideoX, CogVideoXVAEConfig
@@ -20,6 +21,7 @@ from models.vae_protocol import VideoVAE
 from models.vae_temporal import AutoencoderKLTemporalDecoder, TemporalVAEConfig
 from models.vae_wan import AutoencoderKLWan, WanVAEConfig
 from qvdjax.checkpoint import CheckpointFolder, Progress, load_variables, save_variables
+from qvdjax.checkpoint.header import TensorInfo
 from qvdjax.errors import UserError
 
 VAES = {
@@ -60,7 +62,8 @@ def load_vae(
     """Read a VAE's folder as diffusers writes it; of a pipeline's folder that is the one named `vae`.
 
     Args:
-        path: The folder (config.json and safetensors, whole or in shards).
+        path: The folder (config.json and safetensors, whole or in shards). Attention may have the names it had in
+            diffusers until 2023, as in Stable Diffusion 1.5's own folder.
         dtype: Floating type of the weights, in which it also computes; None keeps the file's. Norms become no narrower
             than float32.
         sharding: Where the weights lie, whole; None: on the first device.
@@ -70,7 +73,7 @@ def load_vae(
         UserError: A missing, truncated or corrupt file; unknown, missing or mis-shaped keys; weights that are not
             finite; an architecture that is no VAE or not known.
     """
-    folder = CheckpointFolder.open(path)
+    folder = _with_new_names(CheckpointFolder.open(path))
     abstract = jax.eval_shape(lambda: build_vae(folder.config))
     dtype = None if dtype is None else jnp.dtype(dtype)
     return load_variables(abstract, folder, dtype=dtype, shardings=sharding, progress=progress)
@@ -85,3 +88,37 @@ def save_vae(
         UserError: The target exists and `overwrite` is not set, it cannot be written, or the disk is full.
     """
     save_variables(vae, path, vae.config.to_dict(), overwrite=overwrite, progress=progress)
+
+
+# Parts of an attention's names until diffusers 0.15 -> today's (`ModelMixin._fix_state_dict_keys_on_load`).
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _RenamedFolder(CheckpointFolder):
+    """A folder whose tensors go by other names than in its files.
+
+    Attributes:
+        old: The name in the files, by the other one, which is the key in `files`.
+    """
+
+    old: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def info(self, key: str) -> TensorInfo:
+        return self.files[key].tensors[self.old[key]]
+
+    def read(self, key: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        return self.files[key].read(self.old[key], index)
+
+
+def _with_new_names(folder: CheckpointFolder) -> CheckpointFolder:
+    """The folder with attentions named as today; a name that is there already is left to the check of all names."""
+
+    def new(key: str) -> str:
+        before, dot, last = key.rpartition(".")
+        block, _, part = before.rpartition(".")
+        renamed = f"{block}.{_OLD_NAMES[part]}{dot}{last}" if ".attentions." in key and part in _OLD_NAMES else key
+        return key if renamed in folder.files else renamed
+
+    old = {new(key): key for key in folder.files}
+    return _RenamedFolder(folder.path, folder.config, {key: folder.files[name] for key, name in old.items()}, old)

@@ -34,7 +34,7 @@ class History:
         self.kept: tuple[jax.Array, ...] = ()
 
     def prepend(self, x: jax.Array, frames: int, start: Start = "zeros") -> jax.Array:
-        """x (batch, frames', height, width, channels) with the `frames` frames before it, (batch, frames + frames', ...).
+        """x (batch, frames', height, width, channels) behind the `frames` frames before it: frames + frames' in all.
 
         At the beginning of a video `start` stands there: "zeros", copies of the "first" frame, or "nothing", so that
         the result is shorter.

@@ -62,8 +62,8 @@ class HunyuanVideoVAEConfig(VAEConfig):
 
     @property
     def factors(self) -> tuple[tuple[int, int, int] | None, ...]:
-        """By how much each level of the encoder, from the finest on, divides frames, height and width, and each level of
-        the decoder, from the coarsest on, multiplies them. None for the last."""
+        """By how much each level of the encoder, from the finest on, divides frames, height and width, and each level
+        of the decoder, from the coarsest on, multiplies them. None for the last."""
         levels = len(self.block_out_channels)
         return *((2 if level >= levels - 3 else 1, 2, 2) for level in range(levels - 1)), None
 

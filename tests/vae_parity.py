@@ -52,7 +52,8 @@ for name, case in json.loads(sys.argv[1]).items():
                 setattr(reference, attribute, value)
         more = {"num_frames": case["latents"][0]} if kind_name == "AutoencoderKLTemporalDecoder" else {}
         with torch.no_grad():
-            moments = to_numpy(reference.encode(to_torch(video, kind_name)).latent_dist.parameters, kind_name, case["batch"])
+            encoded = reference.encode(to_torch(video, kind_name)).latent_dist
+            moments = to_numpy(encoded.parameters, kind_name, case["batch"])
             decoded = to_numpy(reference.decode(to_torch(latents, kind_name), **more).sample, kind_name, case["batch"])
         ours = call.get("options", {})
         if "tiling" in call:

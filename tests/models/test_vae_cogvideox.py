@@ -1,4 +1,4 @@
-"""CogVideoX's VAE: parity with diffusers in its chunks, whole and in tiles; counts; what is refused."""
+"""CogVideoX's VAE: counts; what is refused."""
 
 import functools
 
@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from vae_parity import vae_errors
 
 import models
 from models.vae_folders import build_vae
@@ -18,41 +17,6 @@ SMALL = {
     "down_block_types": ["CogVideoXDownBlock3D"] * 3, "up_block_types": ["CogVideoXUpBlock3D"] * 3,
     "layers_per_block": 1, "norm_num_groups": 4, "norm_eps": 1e-3, "sample_height": 16, "sample_width": 24,
 }  # fmt: skip
-CASES = {
-    # Chunks of 9 and 8 frames, and of 3 and 2 latent frames, at three levels.
-    "odd": {"config": SMALL, "batch": 1, "video": (17, 8, 12), "latents": (5, 2, 3), "calls": {"whole": {}}},
-    # Chunks of 8, and of 2 latent frames three times; then tiles of 2 x 3 latents, each step 1 x 2.
-    "even": {
-        "config": {
-            **SMALL, "block_out_channels": [8, 12], "down_block_types": ["CogVideoXDownBlock3D"] * 2,
-            "up_block_types": ["CogVideoXUpBlock3D"] * 2, "temporal_compression_ratio": 2,
-        }, "batch": 2, "video": (16, 6, 10), "latents": (6, 3, 5),
-        "calls": {
-            "whole": {},
-            "tiles": {
-                "tiling": [[2, 3], [1, 2]],
-                "theirs": {
-                    "tile_sample_min_height": 4, "tile_sample_min_width": 6, "tile_latent_min_height": 2,
-                    "tile_latent_min_width": 3, "tile_overlap_factor_height": 1 / 2, "tile_overlap_factor_width": 1 / 3,
-                },
-            },
-        },
-    },
-}  # fmt: skip
-CALLS = [f"{name}: {call}" for name, case in CASES.items() for call in case["calls"]]
-
-
-@functools.cache
-def errors() -> dict[str, float]:
-    return vae_errors(CASES)
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_parity_with_diffusers(name):
-    found = {key: error for key, error in errors().items() if key.startswith(f"{name}: ")}
-    assert len(found) == 3
-    # Rounding in float64, of some thousand sums in a row.
-    assert max(found.values()) <= 1e-12, found
 
 
 def test_published_size():
@@ -65,7 +29,8 @@ def test_published_size():
 def test_images_of_inverted_scale():
     own = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, 2, 2, 5)), jnp.float32)
     for inverted, factor in ((False, 0.7), (True, 1 / 0.7)):
-        vae = jax.eval_shape(lambda: build_vae({**SMALL, "scaling_factor": 0.7, "invert_scale_latents": inverted}))
+        config = {**SMALL, "scaling_factor": 0.7, "invert_scale_latents": inverted}
+        vae = jax.eval_shape(functools.partial(build_vae, config))
         # Two roundings of float32.
         np.testing.assert_allclose(vae.normalize_image(own), own * factor, rtol=1e-6)
         np.testing.assert_allclose(vae.normalize(own), own * 0.7, rtol=1e-6)

@@ -1,13 +1,11 @@
-"""Wan's VAE: parity with diffusers in one pass, in a scan and in tiles; folders; counts; what is refused."""
+"""Wan's VAE: folders; counts; what is refused."""
 
-import functools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from vae_parity import vae_errors
 
 import models
 from models.vae_folders import build_vae
@@ -19,50 +17,13 @@ SMALL = {
     "temperal_downsample": [False, True, True], "latents_mean": [0.1, -0.2, 0.3, 0.0, 1.0],
     "latents_std": [1.5, 2.0, 0.5, 1.0, 3.0],
 }  # fmt: skip
-FORMS = {"scan": {"options": {"scan": True}}, "single pass": {"options": {"scan": False}}}
-# Two latent rows and columns to a tile, every one: overlaps of half a tile, and tiles at the border that are smaller.
-TILES = {
-    "tiles": {
-        "options": {"scan": True}, "tiling": [[2, 2], [1, 1]],
-        "theirs": {
-            "tile_sample_min_height": 16, "tile_sample_min_width": 16, "tile_sample_stride_height": 8,
-            "tile_sample_stride_width": 8,
-        },
-    }
-}  # fmt: skip
-CASES = {
-    "published": {
-        "config": SMALL, "batch": 2, "video": (9, 16, 24), "latents": (3, 2, 3), "calls": {**FORMS, **TILES},
-    },
-    # Three levels, frames halved at the other one, a wider decoder, and none of the sizes equal.
-    "wider decoder": {
-        "config": {
-            **SMALL, "dim_mult": [1, 3, 2], "temperal_downsample": [True, True], "num_res_blocks": 2,
-            "decoder_base_dim": 8,
-        }, "batch": 1, "video": (13, 12, 8), "latents": (4, 3, 5), "calls": FORMS,
-    },
-}  # fmt: skip
-
-
-@functools.cache
-def errors() -> dict[str, float]:
-    return vae_errors(CASES)
-
-
-@pytest.mark.parametrize(
-    "name", [f"{name}: {call}" for name, case in CASES.items() for call in case["calls"]]
-)  # fmt: skip
-def test_parity_with_diffusers(name):
-    found = {key: error for key, error in errors().items() if key.startswith(f"{name}: ")}
-    assert len(found) == 3
-    # Rounding in float64, some 1e-15; diffusers repeats rows and columns in float32, which costs the decoder 1e-7.
-    assert max(found[f"{name}: mean"], found[f"{name}: log variance"]) <= 1e-12, found
-    assert found[f"{name}: decoded"] <= 1e-6, found
 
 
 @pytest.fixture(scope="module")
 def vae():
-    return build_vae(SMALL)
+    random = np.random.default_rng(0)
+    abstract = jax.eval_shape(lambda: build_vae(SMALL))
+    return jax.tree.map(lambda a: jnp.asarray(random.standard_normal(a.shape), a.dtype), abstract)
 
 
 def test_saved_and_loaded(vae, tmp_path):
@@ -70,7 +31,8 @@ def test_saved_and_loaded(vae, tmp_path):
     loaded = models.load_vae(tmp_path / "vae")
     assert jax.tree.structure(loaded) == jax.tree.structure(vae)
     for saved, read in zip(jax.tree.leaves(vae), jax.tree.leaves(loaded), strict=True):
-        assert saved.dtype == read.dtype and (np.asarray(saved) == np.asarray(read)).all()
+        assert saved.dtype == read.dtype
+        assert (np.asarray(saved) == np.asarray(read)).all()
     half = models.load_vae(tmp_path / "vae", dtype=jnp.bfloat16)
     assert half.decoder.conv_in.weight[...].dtype == jnp.bfloat16
     assert half.decoder.norm_out.gamma[...].dtype == jnp.float32
@@ -94,7 +56,8 @@ def test_a_sample_of_the_posterior_has_its_moments():
     posterior = models.Posterior(jnp.full(shape, 3.0), jnp.full(shape, float(np.log(4.0))))
     drawn = posterior.sample(jax.random.key(0))
     # 20,000 draws: the mean is off by some 2 / sqrt(20000) = 0.014, the deviation by 0.01.
-    assert abs(float(drawn.mean()) - 3) < 0.06 and abs(float(drawn.std()) - 2) < 0.04
+    assert abs(float(drawn.mean()) - 3) < 0.06
+    assert abs(float(drawn.std()) - 2) < 0.04
     assert (posterior.mode() == 3).all()
 
 
@@ -144,9 +107,4 @@ def test_missing_and_unknown_weights_are_named(vae, tmp_path):
 )  # fmt: skip
 def test_configurations_that_are_refused(change, said):
     with pytest.raises(UserError, match=said):
-        build_vae({**SMALL, **change})
-
-
-def test_tiles_without_a_step_are_refused():
-    with pytest.raises(UserError, match="stride"):
-        models.Tiling((4, 4), (4, 0))
+        jax.eval_shape(lambda: build_vae({**SMALL, **change}))
