@@ -12,7 +12,7 @@ from experiments.moving_shapes.full_precision import CHECKPOINTS, evaluate_full_
 from models.pipeline import Pipeline
 from qvdjax.diffusion import initial_noise
 
-FAMILIES = ("wan",)
+FAMILIES = ("wan", "cogvideox")
 FOLDERS = [CHECKPOINTS / f"{family}{end}" for family in FAMILIES for end in ("", "-outlier")]
 
 
@@ -90,5 +90,8 @@ def test_diffusers_loads_and_runs_the_folder(folder):
 def test_the_full_precision_model_paints_what_prompts_say(family):
     """What every comparison on the bench rests on; a prompt and a seed each, so that nothing here is drawn anew."""
     scores = evaluate_full_precision(CHECKPOINTS / family, clips=320)
-    assert min(scores[name] for name in ("color", "shape", "direction")) >= 0.9, scores
+    # CogVideoX is trained less, and its README says so; 320 clips have a deviation of 0.02 there.
+    least = {"wan": 0.9, "cogvideox": 0.75}[family]
+    assert min(scores[name] for name in ("color", "direction")) >= 0.9, scores
+    assert scores["shape"] >= least, scores
     assert min(scores["speed"], scores["background"]) >= 0.9, scores
