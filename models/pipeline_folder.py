@@ -25,13 +25,15 @@ class PipelineFolder:
     Attributes:
         path: The folder.
         components: Name -> class in diffusers or transformers, of those that the index names.
+        other_denoiser: A model folder that stands in for the pipeline's own, such as a quantized one.
     """
 
     path: Path
     components: Mapping[str, str]
+    other_denoiser: Path | None = None
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> Self:
+    def open(cls, path: str | os.PathLike, other_denoiser: str | os.PathLike | None = None) -> Self:
         """Read the index.
 
         Raises:
@@ -44,7 +46,8 @@ class PipelineFolder:
             )
         index = read_json(path / MODEL_INDEX)
         pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
-        return cls(path, {name: kind for name, (_, kind) in pairs.items() if isinstance(kind, str)})
+        components = {name: kind for name, (_, kind) in pairs.items() if isinstance(kind, str)}
+        return cls(path, components, None if other_denoiser is None else Path(other_denoiser))
 
     def component(self, name: str) -> Path:
         """The folder of a component; UserError where the index does not name it or it is not there."""
@@ -66,6 +69,8 @@ class PipelineFolder:
         Raises:
             UserError: There is none, or two that share the steps.
         """
+        if self.other_denoiser is not None:
+            return self.other_denoiser
         if "transformer_2" in self.components:
             raise UserError(
                 f"{self.path} has two transformers that share the steps, which is not done here",

@@ -1,7 +1,7 @@
 """How a published model is sampled where no `pipeline.json` says it.
 
 diffusers keeps it in `scheduler/scheduler_config.json`, in a folder beside the model's own (`transformer`). Its
-number of steps and guidance scale are not in any file: they are those of the published scripts.
+number of steps, guidance scale and frame rate are not in any file: they are those of the published scripts.
 """
 
 import dataclasses
@@ -20,37 +20,38 @@ SCHEDULER = "scheduler_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class SamplingDefaults:
-    """What holds where nothing else is asked for: see `qvdjax.diffusion.sample`."""
+    """What holds where nothing else is asked for: see `qvdjax.diffusion.sample`; `fps` are frames a second."""
 
     solver: Solver
     steps: int
     guidance_scale: float
+    fps: float
     first_frame_guidance: float | None = None
 
 
 PUBLISHED = {
     # Wan-Video/Wan2.1:generate.py, text to video.
-    "wan": SamplingDefaults(UniPCFlow(5.0), 50, 5.0),
+    "wan": SamplingDefaults(UniPCFlow(5.0), 50, 5.0, 16),
     # CogVideoX-2B; diffusers:pipelines/cogvideo/pipeline_cogvideox.py.
-    "cogvideox": SamplingDefaults(DDIM(), 50, 6.0),
+    "cogvideox": SamplingDefaults(DDIM(), 50, 6.0, 8),
     # Tencent-Hunyuan/HunyuanVideo:hyvideo/config.py; the guidance is embedded, so that there is one pass.
-    "hunyuanvideo": SamplingDefaults(FlowMatchEuler(7.0), 50, 6.0),
+    "hunyuanvideo": SamplingDefaults(FlowMatchEuler(7.0), 50, 6.0, 24),
     # guoyww/AnimateDiff:configs/inference and configs/prompts.
     "animatediff": SamplingDefaults(
         DDIM(
             beta_schedule="linear", snr_shift_scale=1.0, rescale_betas_zero_snr=False, timestep_spacing="leading",
             steps_offset=1, prediction_type="epsilon",
-        ), 25, 7.5,
+        ), 25, 7.5, 8,
     ),
     # modelscope/modelscope:modelscope/models/multi_modal/video_synthesis/{text_to_video_synthesis_model,diffusion}.py.
     "modelscope": SamplingDefaults(
         DDIM(
             snr_shift_scale=1.0, rescale_betas_zero_snr=False, set_alpha_to_one=False, timestep_spacing="leading",
             steps_offset=1, prediction_type="epsilon",
-        ), 50, 9.0,
+        ), 50, 9.0, 8,
     ),
     # diffusers:pipelines/stable_video_diffusion/pipeline_stable_video_diffusion.py.
-    "stable-video-diffusion": SamplingDefaults(EulerEDM(), 25, 3.0, first_frame_guidance=1.0),
+    "stable-video-diffusion": SamplingDefaults(EulerEDM(), 25, 3.0, 7, first_frame_guidance=1.0),
 }  # fmt: skip
 
 # diffusers' class -> (what it is here, our field: (its field, its default), what must hold: field: only value).

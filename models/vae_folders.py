@@ -15,6 +15,7 @@ import numpy as np
 
 from models.families import FAMILIES, Family, parse_fields
 from models.vae_cogvideox import AutoencoderKLCogVideoX, CogVideoXVAEConfig
+from models.vae_config import VAEConfig
 from models.vae_hunyuanvideo import AutoencoderKLHunyuanVideo, HunyuanVideoVAEConfig
 from models.vae_image import AutoencoderKL, ImageVAEConfig
 from models.vae_protocol import VideoVAE
@@ -46,13 +47,18 @@ def build_vae(config: Mapping[str, Any], *, key: jax.Array | None = None, dtype=
     Raises:
         UserError: An architecture that is no VAE or not known, an unknown field, or a value that does not fit.
     """
+    parsed = parse_vae_config(config)
+    model = VAES[config["_class_name"]].model
+    return model(parsed, key=jax.random.key(0) if key is None else key, dtype=dtype)
+
+
+def parse_vae_config(config: Mapping[str, Any]) -> VAEConfig:
+    """The fields of a VAE's `config.json`; UserError for what `build_vae` refuses."""
     name = config.get("_class_name")
     if name not in VAES:
         what = "a denoiser, not a VAE" if name in FAMILIES else "not a VAE that is known"
         raise UserError(f"config.json names {name!r}, which is {what}", remedy=f"known: {', '.join(VAES)}")
-    family = VAES[name]
-    parsed = parse_fields(dict(config), family.config, family.name)
-    return family.model(parsed, key=jax.random.key(0) if key is None else key, dtype=dtype)
+    return parse_fields(dict(config), VAES[name].config, VAES[name].name)
 
 
 def load_vae(

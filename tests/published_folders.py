@@ -4,10 +4,12 @@ import json
 import struct
 from pathlib import Path
 
+import jax
 from small_models import CLIP_TEXT, COGVIDEOX, T5, UMT5, UNET, WAN, encoder_folder, randomised
 
 import models
 from models.tokenizer import TextTokenizer
+from models.vae_folders import build_vae
 
 WORDS = ("▁a", "▁cat", "▁red", "▁disc", "s", "▁", "c", "a", "t", "r", "e", "d", "i", "!", "fi")
 PIECES = [("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2)]
@@ -77,8 +79,15 @@ PIPELINES = {
 }
 
 
-def published_pipeline(folder: Path, family: str) -> Path:
-    """A pipeline of random parameters as diffusers saves it, without its autoencoder."""
+WAN_VAE = {
+    "_class_name": "AutoencoderKLWan", "base_dim": 4, "z_dim": 5, "dim_mult": [1, 2], "num_res_blocks": 1,
+    "temperal_downsample": [True], "latents_mean": [0.1, -0.2, 0.3, 0.0, 1.0],
+    "latents_std": [1.5, 2.0, 0.5, 1.0, 3.0],
+}  # fmt: skip
+
+
+def published_pipeline(folder: Path, family: str, vae: dict | None = None) -> Path:
+    """A pipeline of random parameters as diffusers saves it, with the autoencoder of a `config.json` or without one."""
     name, config, encoder, tokenizer = PIPELINES[family]
     models.save(randomised(models.abstract(config)), folder / name)
     encoder_folder(folder / "text_encoder", encoder)
@@ -88,5 +97,8 @@ def published_pipeline(folder: Path, family: str) -> Path:
         "text_encoder": ["transformers", encoder["architectures"][0]], "tokenizer": ["transformers", "Tokenizer"],
         "transformer_2": [None, None], "boundary_ratio": None,
     }  # fmt: skip
+    if vae is not None:
+        models.save_vae(randomised(jax.eval_shape(lambda: build_vae(vae))), folder / "vae")
+        index["vae"] = ["diffusers", vae["_class_name"]]
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder

@@ -208,6 +208,8 @@ class Sample(Sampler, Prompts, Common):
     """Model folder, quantized or not, or pipeline folder of diffusers."""
     output: Annotated[Path, arg(metavar="FILE", aliases=["-o"])]
     """FILE.mp4, or FILE.safetensors for the latents; several videos become FILE-<prompt>-<seed>.mp4."""
+    denoiser: hinted(Path, "DIR", "the pipeline's own") = None
+    """Model folder in the place of a pipeline's transformer or unet, such as a quantized one."""
     seeds: Annotated[str, arg(metavar="SEEDS")] = "0"
     """Seeds of the initial noise, for every prompt each: one (7), a list (1,2,5) or a range (0-4)."""
     execution: Execution = None

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 import models
-from experiments.sampling.output import check_output, output_paths, write_video
+from experiments.sampling.decoding import VAE, check_vae, of_pipeline, of_vae
+from experiments.sampling.output import VIDEO, check_output, output_paths, write_video
 from experiments.sampling.record import device_record, memory_record, quantization_record, settings_record
 from experiments.sampling.request import (
     Request,
@@ -49,6 +50,7 @@ def sample_folder(
     guidance_until: float = 0.0,
     first_frame_guidance: float | None = None,
     context_file: Path | None = None,
+    denoiser: Path | None = None,
     frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -68,7 +70,8 @@ def sample_folder(
     Args:
         folder: A model folder, quantized or not. With a `pipeline.json` it samples prompts to videos; without
             one (published models) it samples a file of text embeddings to latents. Or the folder of a published
-            pipeline, whose text encoder encodes the prompts and is freed before the model that samples is read.
+            pipeline, whose text encoder encodes the prompts and is freed before the model that samples is read, and
+            whose VAE is read when that is freed.
         output: FILE.mp4, or FILE.safetensors for the latents. Several videos are written beside it as
             `FILE-<prompt>-<seed>.mp4`.
         prompts: Sentences; with a `pipeline.json` by default the first shipped caption of the moving shapes.
@@ -80,8 +83,9 @@ def sample_folder(
         guidance_until: Timestep below which steps are not guided, see `qvdjax.diffusion.guidance.guided_steps`.
         first_frame_guidance: Let the guidance rise over the frames from this, see `qvdjax.diffusion.guidance_scales`.
         context_file: Safetensors with `context` and `negative_context`, see `request_from_context`.
+        denoiser: A model folder in the place of a published pipeline's own, such as a quantized one.
         frames, height, width: Of the latents (not of the video); the folder's by default.
-        fps: Frames a second; the folder's by default.
+        fps: Frames a second; by default the folder's, or its family's published ones.
         scale: Enlarge the video by this whole factor; by default small videos to about 288 pixels.
         dtype: Floating type of the weights, a text encoder's too; the file's by default.
         execution: Of quantized layers: "integer", "simulate", or None for the best on this device.
@@ -107,13 +111,20 @@ def sample_folder(
         guidance_until, first_frame_guidance,
     )  # fmt: skip
     report = progress or (lambda stage, done, total: None)
-    encoder = None
+    encoder = whole = vae = None
     if is_pipeline_folder(folder):
-        whole = PipelineFolder.open(folder)
+        whole = PipelineFolder.open(folder, denoiser)
         folder = whole.denoiser
         encoder = PromptEncoder.open(whole) if context_file is None else None
+    elif denoiser is not None:
+        raise UserError(
+            f"{folder} is no pipeline whose model could be replaced", remedy=f"name {denoiser} alone, or a pipeline"
+        )
     skeleton = models.skeleton(folder, execution=execution)
-    check_output(output, decodes=(folder / FILE).exists())
+    own = (folder / FILE).exists()
+    check_output(output, decodes=own or (whole is not None and VAE in whole.components))
+    if output.suffix == VIDEO and not own:
+        vae = check_vae(whole, skeleton.config)
     device_mesh = None if mesh is None else make_mesh(mesh)
     about_texts = {}
     if encoder is None:
@@ -143,12 +154,17 @@ def sample_folder(
         "quantization": quantization_record(model),
         **about_texts,
     }
+    del model  # a VAE may need its memory
     videos = []
     if jax.process_index() == 0:  # all hosts hold all latents; one of them writes
-        videos = [
-            write_video(path, request, row, latents[row], shared, fps=fps, scale=scale)
-            for row, path in enumerate(paths)
-        ]
+        decoder = None if request.pipeline is None else of_pipeline(request.pipeline)
+        if vae is not None:
+            decoder = of_vae(vae, skeleton.config, progress)
+            shared |= decoder.about
+        for row, path in enumerate(paths):
+            videos.append(write_video(path, request, row, latents[row], shared, decoder, fps=fps, scale=scale))
+            if vae is not None:
+                report("decoding", row + 1, len(paths))
     return {"files": [video["file"] for video in videos], **shared, "videos": videos}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.sampling.decoding import Decoder
 from experiments.sampling.request import Request
 from models.pipeline import FILE
 from qvdjax.checkpoint.atomic import new_file
@@ -29,7 +30,7 @@ def check_output(output: Path, *, decodes: bool) -> None:
     if output.suffix == VIDEO and not decodes:
         raise UserError(
             f"the model folder has no {FILE}, so nothing here can decode its latents to {output}",
-            remedy=f"name an output ending in {LATENTS} and decode it with the model's own autoencoder",
+            remedy=f"name the folder of its whole pipeline, with its VAE, or an output ending in {LATENTS}",
         )
     if not output.parent.is_dir():
         raise UserError(f"the folder {output.parent} does not exist", remedy="make it, or choose another output")
@@ -56,6 +57,7 @@ def write_video(
     row: int,
     latents: np.ndarray,
     shared: dict,
+    decoder: Decoder | None,
     *,
     fps: float | None,
     scale: int | None,
@@ -66,6 +68,7 @@ def write_video(
         path: An mp4 file, or safetensors for the latents themselves.
         latents: (frames, height, width, channels).
         shared: What the JSON files of all videos say.
+        decoder: What makes a video of them; not needed for latents.
         fps, scale: See `sample_folder`.
 
     Returns:
@@ -75,9 +78,9 @@ def write_video(
     if path.suffix == LATENTS:
         write_latents(path, latents)
     else:
-        video = request.pipeline.decode(latents[None])[0]
+        video = decoder.decode(latents)
         frames, height, width, _ = video.shape
-        fps = request.pipeline.fps if fps is None else fps
+        fps = decoder.fps if fps is None else fps
         scale = enlargement((height, width)) if scale is None else scale
         write_mp4(path, video, fps=fps, scale=scale)
         record |= {"frames": frames, "height": height, "width": width, "scale": scale, "fps": fps}

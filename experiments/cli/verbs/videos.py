@@ -51,6 +51,7 @@ def sample(arguments: Sample, progress: Progress | None) -> Outcome:
         prompts=values.prompts(arguments.prompt, arguments.prompts),
         seeds=values.seeds(arguments.seeds),
         context_file=arguments.context,
+        denoiser=arguments.denoiser,
         fps=arguments.fps,
         scale=arguments.scale,
         dtype=arguments.dtype,
