@@ -1,7 +1,7 @@
 """How a published model is sampled where no `pipeline.json` says it.
 
 diffusers keeps it in `scheduler/scheduler_config.json`, in a folder beside the model's own (`transformer`). Its
-number of steps, guidance scale and frame rate are not in any file: they are those of the published scripts.
+number of steps, guidance scale, size and frame rate are not in any file: they are those of the published scripts.
 """
 
 import dataclasses
@@ -20,38 +20,44 @@ SCHEDULER = "scheduler_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class SamplingDefaults:
-    """What holds where nothing else is asked for: see `qvdjax.diffusion.sample`; `fps` are frames a second."""
+    """What holds where nothing else is asked for: see `qvdjax.diffusion.sample`.
+
+    Attributes:
+        fps: Frames a second.
+        latents: (frames, height, width); None for a model whose image or nobody says it.
+    """
 
     solver: Solver
     steps: int
     guidance_scale: float
     fps: float
+    latents: tuple[int, int, int] | None
     first_frame_guidance: float | None = None
 
 
 PUBLISHED = {
     # Wan-Video/Wan2.1:generate.py, text to video.
-    "wan": SamplingDefaults(UniPCFlow(5.0), 50, 5.0, 16),
-    # CogVideoX-2B; diffusers:pipelines/cogvideo/pipeline_cogvideox.py.
-    "cogvideox": SamplingDefaults(DDIM(), 50, 6.0, 8),
+    "wan": SamplingDefaults(UniPCFlow(5.0), 50, 5.0, 16, (21, 60, 104)),
+    # CogVideoX-2B; THUDM/CogVideo:inference/cli_demo.py, diffusers:pipelines/cogvideo/pipeline_cogvideox.py.
+    "cogvideox": SamplingDefaults(DDIM(), 50, 6.0, 8, (13, 60, 90)),
     # Tencent-Hunyuan/HunyuanVideo:hyvideo/config.py; the guidance is embedded, so that there is one pass.
-    "hunyuanvideo": SamplingDefaults(FlowMatchEuler(7.0), 50, 6.0, 24),
+    "hunyuanvideo": SamplingDefaults(FlowMatchEuler(7.0), 50, 6.0, 24, (33, 90, 160)),
     # guoyww/AnimateDiff:configs/inference and configs/prompts.
     "animatediff": SamplingDefaults(
         DDIM(
             beta_schedule="linear", snr_shift_scale=1.0, rescale_betas_zero_snr=False, timestep_spacing="leading",
             steps_offset=1, prediction_type="epsilon",
-        ), 25, 7.5, 8,
+        ), 25, 7.5, 8, (16, 64, 64),
     ),
     # modelscope/modelscope:modelscope/models/multi_modal/video_synthesis/{text_to_video_synthesis_model,diffusion}.py.
     "modelscope": SamplingDefaults(
         DDIM(
             snr_shift_scale=1.0, rescale_betas_zero_snr=False, set_alpha_to_one=False, timestep_spacing="leading",
             steps_offset=1, prediction_type="epsilon",
-        ), 50, 9.0, 8,
+        ), 50, 9.0, 8, (16, 32, 32),
     ),
     # diffusers:pipelines/stable_video_diffusion/pipeline_stable_video_diffusion.py.
-    "stable-video-diffusion": SamplingDefaults(EulerEDM(), 25, 3.0, 7, first_frame_guidance=1.0),
+    "stable-video-diffusion": SamplingDefaults(EulerEDM(), 25, 3.0, 7, None, first_frame_guidance=1.0),
 }  # fmt: skip
 
 # diffusers' class -> (what it is here, our field: (its field, its default), what must hold: field: only value).
@@ -173,6 +179,9 @@ def sampling_defaults(folder: str | os.PathLike, *, solver_named: bool = False) 
         # The 5B models, which differ from the 2B by these embeddings, were trained without the shift.
         solver = dataclasses.replace(published.solver, snr_shift_scale=1.0)
         published = dataclasses.replace(published, solver=solver)
+    if config.get("patch_size_t") is not None:
+        # Version 1.5. Its pipeline puts frames before the 21 of its latents, and takes them off again.
+        published = dataclasses.replace(published, latents=None, fps=16)
     path = scheduler_file(folder)
     if path is None or (solver_named and not _is_known(read_json(path))):
         return published

@@ -11,7 +11,6 @@ import numpy as np
 import models
 from models.pipeline import Pipeline
 from models.pipeline_folder import PipelineFolder
-from models.scheduler import PUBLISHED
 from models.vae_folders import parse_vae_config
 from models.vae_protocol import VideoVAE
 from qvdjax.checkpoint.folder import CONFIG, read_json
@@ -61,12 +60,12 @@ def check_vae(whole: PipelineFolder, config: Any) -> Path:
     return folder
 
 
-def of_vae(folder: Path, config: Any, progress: Callable | None = None) -> Decoder:
+def of_vae(folder: Path, fps: float, progress: Callable | None = None) -> Decoder:
     """That of a VAE, which is read now and computes in the type of its file, one video after the other.
 
     Args:
         folder: The VAE's, see `check_vae`.
-        config: Parsed, of the model that was sampled: its family's published frame rate holds.
+        fps: Frames a second where none are asked for.
         progress: See `models.load_vae`.
     """
     vae = models.load_vae(folder, progress=progress)
@@ -75,7 +74,7 @@ def of_vae(folder: Path, config: Any, progress: Callable | None = None) -> Decod
     def decode(latents: np.ndarray) -> np.ndarray:
         return np.asarray(call(vae, latents[None])[0])  # f h w c -> 1 f h w c -> f' h' w' rgb
 
-    return Decoder(decode, PUBLISHED[models.family_of(config.to_dict()).name].fps, {VAE: str(folder)})
+    return Decoder(decode, fps, {VAE: str(folder)})
 
 
 def _decode(vae: VideoVAE, latents: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from experiments.sampling.request import (
 from models.pipeline import FILE
 from models.pipeline_folder import PipelineFolder, is_pipeline_folder
 from models.prompts import PromptEncoder
+from models.scheduler import sampling_defaults
 from qvdjax.diffusion import compile_sampler, initial_noise, sample
 from qvdjax.errors import UserError
 from qvdjax.nn import check_timesteps
@@ -84,7 +85,8 @@ def sample_folder(
         first_frame_guidance: Let the guidance rise over the frames from this, see `qvdjax.diffusion.guidance_scales`.
         context_file: Safetensors with `context` and `negative_context`, see `request_from_context`.
         denoiser: A model folder in the place of a published pipeline's own, such as a quantized one.
-        frames, height, width: Of the latents (not of the video); the folder's by default.
+        frames, height, width: Of the latents (not of the video); the folder's by default, or its family's published
+            ones.
         fps: Frames a second; by default the folder's, or its family's published ones.
         scale: Enlarge the video by this whole factor; by default small videos to about 288 pixels.
         dtype: Floating type of the weights, a text encoder's too; the file's by default.
@@ -159,7 +161,7 @@ def sample_folder(
     if jax.process_index() == 0:  # all hosts hold all latents; one of them writes
         decoder = None if request.pipeline is None else of_pipeline(request.pipeline)
         if vae is not None:
-            decoder = of_vae(vae, skeleton.config, progress)
+            decoder = of_vae(vae, sampling_defaults(folder, solver_named=True).fps, progress)
             shared |= decoder.about
         for row, path in enumerate(paths):
             videos.append(write_video(path, request, row, latents[row], shared, decoder, fps=fps, scale=scale))
@@ -181,7 +183,7 @@ def _encoded(
     # What can be refused is, before a large encoder is read.
     solver, steps = sampler_of(folder, settings)
     check_timesteps(skeleton, solver.schedule(steps).timesteps)
-    settings.sizes((None, None, None))
+    settings.sizes(sampling_defaults(folder, solver_named=True).latents)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         texts = encoder.encode(prompts, settings.negative_prompt or "", dtype=dtype, mesh=mesh, progress=progress)
     request = request_from_embeddings(folder, texts, skeleton.config, seeds, settings)

@@ -84,14 +84,15 @@ class Settings:
         """Fields of the solver, as for `related_solver`."""
         return {"name": self.solver, "shift": self.shift, "sigma_grid": self.sigma_grid}
 
-    def sizes(self, default: tuple[int | None, int | None, int | None]) -> tuple[int, int, int]:
+    def sizes(self, default: tuple[int, int, int] | None) -> tuple[int, int, int]:
         """Frames, height and width of the latents. Raises `UserError` if one is unknown or below 1."""
         names = ("frames", "height", "width")
+        default = (None, None, None) if default is None else default
         chosen = [d if getattr(self, n) is None else getattr(self, n) for n, d in zip(names, default, strict=True)]
         missing = [name for name, size in zip(names, chosen, strict=True) if size is None]
         if missing:
             raise UserError(
-                f"the folder has no {FILE} that says how large its latents are",
+                "neither the folder nor its family says how large its latents are",
                 remedy="give frames, height and width of the latents, not of the video",
                 items=missing,
             )
@@ -202,7 +203,7 @@ def request_from_embeddings(
             f"{embeddings.path}: negative_context is {negative.shape[1:]} beside a context of {context.shape[1:]}",
             remedy="store one of the context's (tokens, dim)",
         )
-    sizes = (None, None, None) if image is None else (config.num_frames, *image.shape[2:4])
+    sizes = defaults.latents if image is None else (config.num_frames, *image.shape[2:4])
     if image is not None and not unguided:
         conditions[NEGATIVE + IMAGE] = np.zeros_like(image)
     first_frame = settings.first_frame_guidance

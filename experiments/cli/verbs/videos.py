@@ -61,7 +61,11 @@ def sample(arguments: Sample, progress: Progress | None) -> Outcome:
         step_loop=arguments.step_loop,
         progress=progress,
     )
+    frames, height, width = report["latents"][:3]
     lines = [*map(str, report["files"]), *_cut(report)]
+    lines.append(
+        f"latents of {frames} x {height} x {width}, {report['solver']}, guidance {number(report['guidance_scale'])}"
+    )
     lines.append(
         f"{report['steps']} steps, {number(report['seconds_per_step'])} s a step, "
         f"compiled in {number(report['compile_seconds'])} s on {report['device']}"

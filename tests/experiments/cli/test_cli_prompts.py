@@ -117,7 +117,7 @@ def test_bad_files_of_prompts_are_said(qvdjax, pipeline, tmp_path, content, mess
     ("encode-prompts", ["OUT", "-p", "a", "--batch", "0"], "a batch of 0 texts"),
     ("encode-prompts", ["OUT", "-p", "a", "--recipe", "gptq-w4a16"], "needs a calibration set"),
     ("sample", ["-o", "OUT", *SIZES], "no prompt given; give one with --prompt"),
-    ("sample", ["-o", "OUT", "-p", "a"], "give frames, height and width of the latents"),
+    ("sample", ["-o", "OUT", "-p", "a", "--frames", "0"], "latents of 0 x 60 x 104"),
     ("sample", ["-o", "x.mp4", "-p", "a", *SIZES], "nothing here can decode its latents"),
     ("sample", ["-o", "OUT", "-p", "a", "--solver", "ddim", *SIZES], "ddim"),
     ("sample", ["-o", "OUT", "-p", "a", "-p", "a", *SIZES], "more than once"),

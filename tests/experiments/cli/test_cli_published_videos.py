@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 from published_folders import WAN_VAE, published_pipeline
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import models
 from experiments.sampling import output
+from experiments.sampling.request import Settings, request_from_context
 
 SIZES = ["--steps", "2", "--frames", "2", "--height", "4", "--width", "6"]
 SHOWN = (3, 8, 12, 3)  # 2 n + 1 frames of n + 1 latent ones; twice the height and width
@@ -74,6 +75,20 @@ def test_a_quantized_model_samples_in_the_place_of_the_pipelines(qvdjax, pipelin
     own, quantized = shown
     assert own.shape == quantized.shape == SHOWN
     assert not np.array_equal(own, quantized)
+
+
+def test_without_sizes_the_published_ones_hold(pipeline, tmp_path):
+    texts = {"context": np.ones((3, 24), np.float32), "negative_context": np.zeros((3, 24), np.float32)}
+    save_file(texts, tmp_path / "texts.safetensors")
+    folder = pipeline / "transformer"
+    config = models.skeleton(folder).config
+
+    def shape(**settings):
+        request = request_from_context(folder, tmp_path / "texts.safetensors", config, None, [0], Settings(**settings))
+        return request.latents_shape
+
+    assert shape() == (21, 60, 104, 5)  # 81 frames of 480 x 832
+    assert shape(frames=5, width=8) == (5, 60, 8, 5)
 
 
 def test_what_cannot_be_decoded_is_said(qvdjax, pipeline, tmp_path):

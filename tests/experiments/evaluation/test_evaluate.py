@@ -359,7 +359,7 @@ def test_a_folder_without_pipeline_is_compared_on_latents(folders, tmp_path):
     for change, message in (
         ({"context_file": None}, "cannot encode prompts"),
         ({"thresholds": {"min_psnr": 1}}, "no pipeline.json"),
-        ({"frames": None}, "how large its latents"),
+        ({"frames": 0}, "latents of 0 x 16 x 16"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate(bare, folders.louder, tmp_path / "other", **{**asked, **change})
