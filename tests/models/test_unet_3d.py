@@ -68,6 +68,7 @@ def test_load_is_the_inverse_of_save(tmp_path):
     check_round_trip(unet_3d(dtype=jnp.bfloat16), tmp_path)
 
 
+@pytest.mark.slow
 def test_quantized_models_agree_in_both_executions(tmp_path):
     model, inputs = unet_3d(**ONE_LEVEL), unet_inputs()
     quantized = qvdjax.quantize(model, "rtn-w8a8")

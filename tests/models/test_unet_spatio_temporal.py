@@ -93,6 +93,7 @@ def test_epsilons_of_the_norms():
     assert (model.conv_norm_out.epsilon, reference.conv_norm_out.eps) == (1e-5, 1e-5)
 
 
+@pytest.mark.slow
 def test_quantized_models_agree_in_both_executions(tmp_path):
     model, inputs = unet_spatio_temporal(**ONE_LEVEL), unet_spatio_temporal_inputs()
     quantized = qvdjax.quantize(model, "rtn-w8a8")

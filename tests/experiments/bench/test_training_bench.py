@@ -19,6 +19,7 @@ def small(monkeypatch):
     monkeypatch.setitem(shapes.LATENT_SIZES["wan"], "small", (3, 4, 6))
 
 
+@pytest.mark.slow
 def test_a_step_is_timed_with_phi_and_without(small, tmp_path, capsys):
     file = tmp_path / "training" / "machine.json"
     assert training.main(["--model", "small", "--size", "small", "--repeats", "2", "--output", str(file)]) == 0

@@ -59,7 +59,7 @@ def test_help_imports_nothing_heavy(argv):
 
 @pytest.mark.parametrize("name", program.VERBS)
 def test_help_tells_every_option_and_its_default(name, capsys):
-    code, out, err = run(name.lower(), "--help", capsys=capsys)
+    code, out, err = run(program.as_typed(name), "--help", capsys=capsys)
     assert (code, err) == (0, "")
     options = re.split(r"\n\W*(?=--?\w)", out.split(" options ")[-1])[1:]
     assert len(options) > 2

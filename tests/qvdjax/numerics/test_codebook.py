@@ -109,6 +109,7 @@ def test_a_model_of_codebooks_is_an_ordinary_one(tmp_path):
     assert np.square(layer.weight() - weight).sum() < 0.02 * np.square(weight).sum()
 
 
+@pytest.mark.slow
 def test_every_method_may_have_one():
     assert get("quarot-w4a6", codebook="gaussian").rules == get("orbitquant-w4a6").rules
     model, batches = wan(), [wan_inputs(batch=1)]

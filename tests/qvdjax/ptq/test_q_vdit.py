@@ -144,6 +144,7 @@ def test_all_blocks_together(small):
     np.testing.assert_allclose(gains, 1, atol=0.5)
 
 
+@pytest.mark.slow
 def test_what_is_learned_is_stored_loaded_executed_and_described(small, tmp_path):
     model, batches = small
     quantized = qvdjax.quantize(model, get("q-vdit-w3a8", **SHORT), batches, execution="integer")

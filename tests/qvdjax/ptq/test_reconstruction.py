@@ -38,7 +38,9 @@ def reconstructed(model, batches, plan, recipe="s2q-vdit-w4a4", **options):
     return reconstruct(model, decide(model, chosen).schemes, batches, plan, fit=chosen.transform, ranges=ranges)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow) if name == "hunyuanvideo" else name for name in FAMILIES]
+)
 def test_every_block_of_every_family_comes_nearer(family):
     make, inputs = FAMILIES[family]
     model, batches = make(), [inputs(seed=seed) for seed in (1, 2)]
