@@ -459,7 +459,7 @@ def test_settings_that_do_not_fit(folder, tmp_path, settings, named):
     ("settings", "named"),
     [
         ({}, "has no pipeline.json, so it cannot encode prompts.*context file"),
-        ({"context": True}, "frames, height, width"),
+        ({"context": True, "height": 0}, "latents of 21 x 0 x 104"),
         ({"context": True, "prompts": ["a disc"]}, "prompts were given"),
         ({"context": {"context": np.zeros((6, 8), np.float32)}}, "no tensor 'negative_context'"),
         ({"context": {"context": np.full((6, 8), np.nan, np.float32)}, "guidance_scale": 1}, "no finite"),
