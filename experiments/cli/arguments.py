@@ -35,18 +35,24 @@ Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Convert(Common):
-    """Convert a checkpoint to a diffusers-shaped model folder; reads diffusers' and Wan's own layout."""
+    """Convert a checkpoint to a diffusers-shaped model folder; reads diffusers' and Wan's own layout.
+
+    A folder with a model_index.json is converted whole: transformer, text encoders, VAE, tokenizers, scheduler. Exit
+    code 1 when a dry run finds something missing there.
+    """
 
     source: Annotated[Positional[Path], arg(metavar="SRC")]
     """Folder or safetensors file to read."""
     target: Annotated[Positional[Path], arg(metavar="DST")]
-    """New model folder."""
+    """New model folder, or folder of a whole pipeline."""
+    component: hinted(str, "NAME", "all of them") = None
+    """Of a whole pipeline the one component, transformer or unet, that alone becomes DST, a model folder."""
     motion_adapter: hinted(Path, "FOLDER", "SRC is a whole model") = None
     """AnimateDiff's motion modules (diffusers' MotionAdapter), to put into SRC, the UNet of Stable Diffusion 1.5."""
     dtype: hinted(Dtype, "{float64,float32,bfloat16,float16}", "the source's types") = None
     """Cast floating-point tensors to this type."""
     dry_run: bool = False
-    """Check names, shapes and types only; write nothing."""
+    """Check names, shapes and types only, and say what would be written; write nothing."""
     overwrite: bool = False
     """Replace DST if it is there already."""
 
