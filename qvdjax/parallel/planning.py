@@ -69,13 +69,7 @@ def plan(
         }  # fmt: skip
     compiling = spent()
     memory = compiled.memory_analysis()
-    total = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + resident
-    )
+    total = bytes_needed(memory) + resident
     program, cost = Program(compiled.as_text()), compiled.cost_analysis() or {}
     fits = limit is None or total <= limit
     reason = None if fits else f"needs {total / 2**30:.2f} GiB of {limit / 2**30:.2f} GiB"
@@ -86,6 +80,17 @@ def plan(
         "unknown_loops": program.unknown_loops, "compiler_flops": cost.get("flops"),
         "compiler_bytes": cost.get("bytes accessed"),
     }  # fmt: skip
+
+
+def bytes_needed(memory: Any) -> int | None:
+    """Of one device, while a program runs: arguments + temporaries + outputs - aliased.
+
+    `memory` is what `memory_analysis` of a compiled program says; None where the backend says nothing.
+    """
+    if memory is None:
+        return None
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return held - memory.alias_size_in_bytes
 
 
 def _stated_memory(message: str) -> tuple[int | None, int | None]:
