@@ -68,14 +68,7 @@ def plan(
             **report, **spent(), "reason": reason, "bytes_per_chip": used, "chip_bytes": limit or available,
         }  # fmt: skip
     compiling = spent()
-    memory = compiled.memory_analysis()
-    total = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + resident
-    )
+    memory, total = compiled.memory_analysis(), bytes_held(compiled) + resident
     program, cost = Program(compiled.as_text()), compiled.cost_analysis() or {}
     fits = limit is None or total <= limit
     reason = None if fits else f"needs {total / 2**30:.2f} GiB of {limit / 2**30:.2f} GiB"
@@ -86,6 +79,13 @@ def plan(
         "unknown_loops": program.unknown_loops, "compiler_flops": cost.get("flops"),
         "compiler_bytes": cost.get("bytes accessed"),
     }  # fmt: skip
+
+
+def bytes_held(compiled: jax.stages.Compiled) -> int:
+    """What a compiled program holds of one device: arguments + temporaries + outputs - aliased."""
+    memory = compiled.memory_analysis()
+    parts = (memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes)
+    return sum(parts) - memory.alias_size_in_bytes
 
 
 def _stated_memory(message: str) -> tuple[int | None, int | None]:
