@@ -26,7 +26,7 @@ from models.tokenizer import TextTokenizer, Tokens
 from qvdjax.checkpoint import CheckpointFolder, Progress, fingerprint, loaded_shapes
 from qvdjax.description import weight_bytes
 from qvdjax.errors import UserError
-from qvdjax.parallel import bytes_needed, to_host
+from qvdjax.parallel import bytes_held, to_host
 from qvdjax.recipes import get
 
 try:
@@ -221,7 +221,7 @@ class PromptEncoder:
         """
         numbers = np.zeros((batch, self.length), np.int32)
         mask = np.ones((batch, self.length), bool) if self.rule.masked else None
-        return bytes_needed(_embed.lower(model, numbers, mask).compile().memory_analysis())
+        return bytes_held(_embed.lower(model, numbers, mask).compile())
 
     def _tokens(self, texts: Sequence[str]) -> Tokens:
         tokens = self.tokenizer.encode([self.rule.clean(text) for text in texts], self.length)

@@ -17,7 +17,7 @@ from models.vae_protocol import VideoVAE
 from qvdjax.checkpoint.folder import CONFIG, read_json
 from qvdjax.description import weight_bytes
 from qvdjax.errors import UserError
-from qvdjax.parallel import bytes_needed
+from qvdjax.parallel import bytes_held
 
 VAE = "vae"
 
@@ -107,9 +107,9 @@ def peak_bytes(vae: VideoVAE, latents: tuple[int, ...], tiling: models.Tiling | 
     frames, height, width, channels = latents
     if tiling is None:
         given = jax.ShapeDtypeStruct((1, *latents), jnp.float32)
-        return bytes_needed(_decode.lower(vae, given).compile().memory_analysis())
+        return bytes_held(_decode.lower(vae, given).compile())
     size = (frames, min(height, tiling.tile[0]), min(width, tiling.tile[1]), channels)
-    tile = bytes_needed(_decode.lower(vae, jax.ShapeDtypeStruct((1, *size), jnp.float32)).compile().memory_analysis())
+    tile = bytes_held(_decode.lower(vae, jax.ShapeDtypeStruct((1, *size), jnp.float32)).compile())
     shown = jax.eval_shape(_decode, vae, jax.ShapeDtypeStruct((1, *latents), jnp.float32))
     return None if tile is None else tile + 2 * shown.size * shown.dtype.itemsize
 

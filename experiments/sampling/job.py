@@ -39,7 +39,7 @@ from qvdjax.description import weight_bytes
 from qvdjax.diffusion import compile_sampler, initial_noise, sample
 from qvdjax.errors import UserError
 from qvdjax.nn import check_timesteps
-from qvdjax.parallel import bytes_needed, make_mesh, partition_spec
+from qvdjax.parallel import make_mesh, partition_spec
 
 DENOISER = "denoiser"
 
@@ -366,7 +366,7 @@ def _sample(
         "sampling_seconds": seconds,
         "seconds_per_step": seconds / (len(chunks) * request.steps),
     }
-    return np.concatenate(latents)[:count], timing, bytes_needed(compilation.memory)
+    return np.concatenate(latents)[:count], timing, compilation.bytes_held
 
 
 def _inputs(request: Request, rows: np.ndarray, mesh: Mesh | None) -> dict:

@@ -20,7 +20,6 @@ from models.vae_folders import build_vae, open_vae_folder
 from qvdjax.checkpoint import loaded_shapes
 from qvdjax.diffusion import compile_sampler
 from qvdjax.errors import UserError
-from qvdjax.parallel import bytes_needed
 
 HOST, DEVICE = "host", "device"
 
@@ -155,7 +154,7 @@ def _cuts(tiling: models.Tiling, latents: tuple[int, ...]) -> bool:
 
 
 def _sampler_bytes(model, inputs: dict, sampling: dict, step_loop: bool) -> int | None:
-    return bytes_needed(compile_sampler(model, **inputs, **sampling, step_loop=step_loop).memory)
+    return compile_sampler(model, **inputs, **sampling, step_loop=step_loop).bytes_held
 
 
 def _needed(compiled: Callable[[], int | None]) -> float:

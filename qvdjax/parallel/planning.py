@@ -68,8 +68,7 @@ def plan(
             **report, **spent(), "reason": reason, "bytes_per_chip": used, "chip_bytes": limit or available,
         }  # fmt: skip
     compiling = spent()
-    memory = compiled.memory_analysis()
-    total = bytes_needed(memory) + resident
+    memory, total = compiled.memory_analysis(), bytes_held(compiled) + resident
     program, cost = Program(compiled.as_text()), compiled.cost_analysis() or {}
     fits = limit is None or total <= limit
     reason = None if fits else f"needs {total / 2**30:.2f} GiB of {limit / 2**30:.2f} GiB"
@@ -82,15 +81,14 @@ def plan(
     }  # fmt: skip
 
 
-def bytes_needed(memory: Any) -> int | None:
-    """Of one device, while a program runs: arguments + temporaries + outputs - aliased.
-
-    `memory` is what `memory_analysis` of a compiled program says; None where the backend says nothing.
-    """
+def bytes_held(compiled: jax.stages.Compiled) -> int | None:
+    """What a compiled program holds of one device: arguments + temporaries + outputs - aliased; None where the backend
+    says nothing."""
+    memory = compiled.memory_analysis()
     if memory is None:
         return None
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    return held - memory.alias_size_in_bytes
+    parts = (memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes)
+    return sum(parts) - memory.alias_size_in_bytes
 
 
 def _stated_memory(message: str) -> tuple[int | None, int | None]:

@@ -19,8 +19,8 @@ class FlatQuant(Method):
 
     Left open by the source, which quantizes language models, and chosen here: each layer has transforms of its own,
     also query, key and value, which share an input, so these cost three times what one would; the scale and the
-    matrices' singular values are trained as logarithms; all of the calibration set's inputs are looked at for ranges,
-    and `samples` random steps with both guidance branches are trained on.
+    matrices' singular values are trained as logarithms; `samples` random steps of the calibration set, with both
+    guidance branches, are what is trained on, and what ranges and GPTQ's second moments are taken of.
     Command: `qvdjax quantize DIR OUT --recipe flatquant-w4a4 --calibration CALIBRATION`.
     Expected: better than quarot and gptq at 4 bits, for minutes to hours of training. Published: none for video models.
 

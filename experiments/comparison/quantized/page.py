@@ -25,6 +25,7 @@ bits, and see the same calibration set; a seed is of that set and of the method.
   relative to their size, over all steps of {clips} videos; mean and range over the seeds. Lower is better.
 - **PSNR** and **SSIM** are of these videos against the full-precision model's from the same noise; colour, shape and
   direction are the oracle's scores of them ({reference} in full precision).
+- **quantized in** is wall clock, in brackets the time that all cores spent on it: several rows may have shared them.
 
 Calibrated on {prompts} prompts; seeds {seeds}, {device}, jax {jax}.
 """
@@ -57,9 +58,15 @@ def _row(name: str, many: list[dict]) -> str:
         f"{name}{note}", f"`{many[0]['recipe']}`", f"{mean(errors):.4g} ({min(errors):.4g} to {max(errors):.4g})",
         f"{mean(one['psnr']['mean'] for one in many):.2f}", f"{mean(one['ssim']['mean'] for one in many):.3f}",
         *(f"{mean(one['oracle']['candidate'][score]['mean'] for one in many):.2f}" for score in SCORES),
-        f"{mean(one['seconds'] for one in many):.0f} s",
+        _spent(many),
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def _spent(many: list[dict]) -> str:
+    """Wall clock, and in brackets the time of all cores where results have it."""
+    processor = [one["processor_seconds"] for one in many if "processor_seconds" in one]
+    return f"{mean(one['seconds'] for one in many):.0f} s" + (f" ({mean(processor):.0f} s)" if processor else "")
 
 
 def _errors(many: list[dict], seeds: list[int]) -> np.ndarray:

@@ -50,19 +50,19 @@ def calibration(folder: Path, protocol: Protocol, seed: int, target: Path) -> Ca
 
 
 def quantized(folder: Path, row: Row, bits: str, seed: int, batches: CalibrationSet, target: Path) -> dict[str, Any]:
-    """Quantize a folder by a row; returns `recipe` and `seconds`."""
-    recipe, began = row.recipe(bits, seed), time.perf_counter()
+    """Quantize a folder by a row; returns `recipe`, `seconds`, and `processor_seconds` of all cores meanwhile."""
+    recipe, began, began_processor = row.recipe(bits, seed), time.perf_counter(), time.process_time()
     model = qvdjax.quantize(models.load(folder), recipe, batches if recipe.needs_calibration else None)
-    seconds = time.perf_counter() - began
+    spent = {"seconds": time.perf_counter() - began, "processor_seconds": time.process_time() - began_processor}
     save_quantized(model, folder, target)
-    return {"recipe": recipe.name, "seconds": seconds}
+    return {"recipe": recipe.name, **spent}
 
 
 def compare(folder: Path, rows: dict[str, Row], bits: str, seed: int, protocol: Protocol) -> dict[str, dict[str, Any]]:
     """Quantize and measure rows with one seed.
 
     Returns:
-        By row: `recipe`, `seconds` of quantizing, and what `evaluate` measured (`MEASURED`).
+        By row: what `quantized` returned, and what `evaluate` measured (`MEASURED`).
     """
     with tempfile.TemporaryDirectory() as made:
         batches = calibration(folder, protocol, seed, Path(made) / "calibration")

@@ -14,6 +14,33 @@ class Learned(Param):
     """What reconstruction trains. Zero is the start, or the identity."""
 
 
+@jax.custom_vjp
+def cayley(skew: jax.Array) -> jax.Array:
+    """(1 + A)^-1 (1 - A) for skew A [..., n, n].
+
+    1 + A times its transpose is 1 - A^2, which is positive definite: nothing need be pivoted, and a pivot's
+    permutations would take most of the time of a small matrix. Nor is anything solved again in the backward pass.
+    """
+    return _cayley(skew)[0]
+
+
+def _cayley(skew):
+    """The matrix, and the inverse of 1 + A, which is half of its sum with 1."""
+    one = jnp.eye(skew.shape[-1], dtype=skew.dtype)
+    lower = jnp.linalg.cholesky(one - jnp.matmul(skew, skew, precision=_EXACT))
+    half = jax.scipy.linalg.solve_triangular(lower, one - skew.mT, lower=True)
+    inverse = jax.scipy.linalg.solve_triangular(lower, half, lower=True, trans="T").mT
+    return 2 * inverse - one, inverse
+
+
+def _cayley_backward(inverse, gradient):
+    """-2 M^T g M^T for the inverse M: that of a matrix's inverse, twice."""
+    return (-2 * jnp.matmul(jnp.matmul(inverse.mT, gradient, precision=_EXACT), inverse.mT, precision=_EXACT),)
+
+
+cayley.defvjp(_cayley, _cayley_backward)
+
+
 class LearnedMatrix(nnx.Module):
     """start C(A) diag(e^s) C(B)^T with C(A) = (1 + A)^-1 (1 - A) orthogonal for a skew A (Cayley).
 
@@ -33,8 +60,7 @@ class LearnedMatrix(nnx.Module):
     def __call__(self) -> tuple[jax.Array, jax.Array]:
         """The matrix and the inverse of its transpose, [n, n] each."""
         x = self.skew[...]
-        skew, one = (x - x.mT) / 2, jnp.eye(x.shape[-1], dtype=x.dtype)
-        left, right = jnp.linalg.solve(one + skew, one - skew)
+        left, right = cayley((x - x.mT) / 2)
         left, values = jnp.matmul(self.start[...], left, precision=_EXACT), jnp.exp(self.log_singular_values[...])
         return tuple(jnp.matmul(left * scale, right.T, precision=_EXACT) for scale in (values, 1 / values))
 

@@ -1,6 +1,7 @@
 """The comparison of quantized models: rows are recipes, results are kept, the page counts right."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,7 @@ def test_rows_are_measured_once_and_kept(checkpoints, tmp_path, monkeypatch, cap
     assert "W8A8 on the bench's small" in text
     assert "`smoothquant-w8a8`" in text
     assert "QuaRot (0 of 1)" in text
+    assert re.search(r"\d+ s \(\d+ s\)", text)  # wall clock and processor time
 
 
 def result(row: str, seed: int, errors: list[float]) -> dict:

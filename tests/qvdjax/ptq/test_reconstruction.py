@@ -17,7 +17,7 @@ from qvdjax.errors import UserError
 from qvdjax.parallel import make_mesh, place
 from qvdjax.ptq import Reconstruction, reconstruct, set_execution
 from qvdjax.ptq.reconstruction import FinishedBlocks
-from qvdjax.ptq.reconstruction.learned_transform import LearnedMatrix
+from qvdjax.ptq.reconstruction.learned_transform import LearnedMatrix, cayley
 from qvdjax.recipes import decide, get
 
 run = jax.jit(lambda model, inputs: model(**inputs))
@@ -74,6 +74,20 @@ def test_transforms_keep_the_function():
     row = next(row for row in qvdjax.describe(quantized) if row["path"] == "blocks.1.ffn.net.2")
     assert row["online"]["transforms"] == ["smooth_scale", "kronecker"]
     assert row["online"]["multiply_adds"] == 96 * (1 + 8 + 12)
+
+
+def test_the_cayley_transform_is_what_elimination_gives():
+    with jax.enable_x64(True):
+        skew, weights = jax.random.normal(jax.random.key(3), (2, 3, 5, 5), jnp.float64)
+        skew = 3 * (skew - skew.mT)
+
+        def eliminated(skew):
+            return jnp.linalg.solve(jnp.eye(5) + skew, jnp.eye(5) - skew)
+
+        # Both are within a few roundings of float64; 1 - A^2, which is factored here, has the square of the condition.
+        chex.assert_trees_all_close(cayley(skew), eliminated(skew), atol=1e-12)
+        gradients = [jax.grad(lambda s, f=f: (f(s) * weights).sum())(skew) for f in (cayley, eliminated)]
+        chex.assert_trees_all_close(*gradients, atol=1e-12)
 
 
 def test_a_learned_matrix_and_its_inverse_agree():
