@@ -9,11 +9,18 @@ from typing import Any
 
 import jax
 
+import models
+from experiments.sampling.conditions import IMAGE
+from experiments.sampling.decoding import check_vae
 from experiments.sampling.output import LATENTS, check_output
 from experiments.sampling.request import refuse_repeats
+from experiments.sampling.video_size import latents_of, usual_video
+from models.image_prompts import ImageConditions
+from models.images import read_image
 from models.pipeline_folder import PipelineFolder
 from models.prompts import PromptEncoder
-from qvdjax.checkpoint import Progress, TensorSource, write_file
+from models.scheduler import sampling_defaults
+from qvdjax.checkpoint import CheckpointFolder, Progress, TensorSource, write_file
 from qvdjax.errors import UserError
 from qvdjax.parallel import make_mesh
 
@@ -24,6 +31,8 @@ def encode_prompts(
     prompts: Sequence[str] | None,
     *,
     negative_prompt: str | None = None,
+    image: Path | None = None,
+    video: tuple[int, int, int] | None = None,
     recipe: str | None = None,
     dtype: str | None = None,
     mesh: Mapping[str, int] | None = None,
@@ -40,6 +49,9 @@ def encode_prompts(
             the encoder computes in; the texts stand in its header.
         prompts: Different texts, at least one.
         negative_prompt: What guidance leads away from; by default the empty text.
+        image: A picture that becomes the first frame, of a pipeline that follows one; what its encoders make of it is
+            written too, for all texts.
+        video: (frames, height, width) of the video that follows it, in pixels; the family's by default.
         recipe: Quantize the encoder first, by a recipe that needs no calibration.
         dtype: Floating type of the encoder's weights; the file's by default.
         mesh: Devices to spread the encoder over, axis name to size; by default the first one.
@@ -47,8 +59,8 @@ def encode_prompts(
         progress: Called with (stage, done, total).
 
     Returns:
-        {file, texts, tokens, dim, dtype, cut, text_encoder, seconds}; `cut` says how many tokens of which text were too
-        many.
+        {file, texts, tokens, dim, dtype, cut, text_encoder, image, seconds}; `cut` says how many tokens of which text
+        were too many, `image` what shapes the picture became.
 
     Raises:
         UserError: No prompt, or one twice; see `models.prompts.PromptEncoder`; an output that cannot be written.
@@ -61,15 +73,18 @@ def encode_prompts(
     if output.suffix != LATENTS:
         raise UserError(f"{output} is not {LATENTS}", remedy=f"name a file ending in {LATENTS}")
     check_output(output, decodes=False)
-    encoder = PromptEncoder.open(PipelineFolder.open(folder))
+    whole = PipelineFolder.open(folder)
+    encoder = PromptEncoder.open(whole)
+    pictures, picture, size = _picture(whole, image, video)
     started, devices = time.perf_counter(), None if mesh is None else make_mesh(mesh)
     with contextlib.nullcontext() if devices is None else jax.set_mesh(devices):
         texts = encoder.encode(
             prompts, negative_prompt or "", recipe=recipe, dtype=dtype, mesh=devices, batch=batch, progress=progress
         )
+    shown = {} if pictures is None else pictures.encode(picture, size, dtype=dtype, progress=progress)
     tensors = [
         TensorSource(name, values.shape, values.dtype, lambda values=values: values)
-        for name, values in texts.tensors.items()
+        for name, values in {**texts.tensors, **shown}.items()
     ]
     said = {"prompts": json.dumps(texts.prompts), "negative_prompt": texts.negative_prompt}
     write_file(output, tensors, {**said, "text_encoder": json.dumps(texts.encoder)})
@@ -82,5 +97,21 @@ def encode_prompts(
         "dtype": str(texts.tensors["context"].dtype),
         "cut": texts.cut,
         "text_encoder": texts.encoder,
+        "image": {name: list(values.shape) for name, values in shown.items()},
         "seconds": time.perf_counter() - started,
     }
+
+
+def _picture(whole: PipelineFolder, file: Path | None, video: tuple[int, int, int] | None):
+    """What encodes a picture, the picture, and the size of the latents that follow it; None thrice without one."""
+    if file is None:
+        if video is not None:
+            raise UserError("a video's size says nothing about texts", remedy="leave out --video, or give --image")
+        return None, None, None
+    config = models.parse_config(CheckpointFolder.open(whole.denoiser).config)
+    if IMAGE not in config.conditions:
+        raise UserError(f"{file} was given to a model that follows no image", remedy="leave out --image")
+    pictures, vae = ImageConditions.open(whole, config), check_vae(whole, config)
+    usual = sampling_defaults(whole.denoiser, solver_named=True).latents
+    size = latents_of(vae, usual_video(vae, usual) if video is None else video, config)
+    return pictures, read_image(file), size

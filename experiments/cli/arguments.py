@@ -193,6 +193,10 @@ class EncodePrompts(Common):
     """Text file with one prompt a line; empty lines are left out."""
     negative_prompt: Annotated[str, arg(metavar="TEXT")] = ""
     """What guidance moves away from."""
+    image: hinted(Path, "FILE", "none") = None
+    """Picture that becomes the first frame, of a pipeline that follows one; it is encoded beside the prompts."""
+    video: hinted(str, "FxHxW", "as the family is published") = None
+    """Frames, height and width in pixels of the video that follows the picture."""
     recipe: hinted(str, "NAME", "full precision") = None
     """Quantize the text encoder first, such as rtn-w8a16: weights of 8 bits; it is read in full precision before."""
     dtype: hinted(Dtype, "{float64,float32,bfloat16,float16}", "the file's types") = None

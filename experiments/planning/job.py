@@ -15,6 +15,7 @@ from experiments.bench.ceilings import step_work
 from experiments.bench.shapes import CONFIGS, LATENT_SIZES, Shape
 from experiments.planning.bounds import bound
 from experiments.planning.reconstruction import planned_reconstruction
+from experiments.sampling.conditions import IMAGE
 from experiments.training.checks import check_trainable
 from experiments.training.planned import planned_step
 from experiments.training.settings import check_micro_batches
@@ -178,9 +179,12 @@ def _inputs(config: dict, size: tuple[int, ...], batch: int, mesh: Mesh) -> tupl
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     parsed = models.parse_config(config)
-    latents = rows((batch, *size, parsed.in_channels), jnp.float32)
+    shapes, channels = dict(parsed.conditions), parsed.in_channels
+    if IMAGE in shapes:  # an image's latents come beside those that are sampled
+        shapes[IMAGE], channels = (*size, shapes[IMAGE][-1]), parsed.latent_channels
+    latents = rows((batch, *size, channels), jnp.float32)
     context = rows((batch, parsed.text_tokens, parsed.text_dim), jnp.float32)
-    conditions = {name: rows((batch, *shape), jnp.float32) for name, shape in parsed.conditions.items()}
+    conditions = {name: rows((batch, *shape), jnp.float32) for name, shape in shapes.items()}
     return latents, rows((batch,), jnp.float32), context, conditions
 
 

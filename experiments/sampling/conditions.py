@@ -44,7 +44,7 @@ def read_conditions(
     of a video of any number too, (frames, height, width, channels) or (texts, frames, ...).
 
     Args:
-        file: What is said there is (...) for one text, or (texts, ...).
+        file: What is said there is (...) for all texts, or (texts, ...).
         config: The model's.
         texts: (texts, tokens).
 
@@ -68,6 +68,8 @@ def read_conditions(
         if name == IMAGE_TOKENS:
             shape = (values.shape[-2] if values.ndim > 1 else 0, shape[-1])
         values = values[None] if values.ndim == len(shape) else values  # (...) -> (1, ...)
+        if values.shape == (1, *shape):  # the same for every text
+            values = np.broadcast_to(values, (texts[0], *shape))
         if values.shape != (texts[0], *shape) or not np.isfinite(values).all():
             raise UserError(
                 f"{file.path}: {name} of shape {values.shape} is no finite {(texts[0], *shape)} array",

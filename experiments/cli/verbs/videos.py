@@ -23,6 +23,8 @@ def encode_prompts(arguments: EncodePrompts, progress: Progress | None) -> Outco
         arguments.out,
         values.prompts(arguments.prompt, arguments.prompts),
         negative_prompt=arguments.negative_prompt,
+        image=arguments.image,
+        video=values.video(arguments.video),
         recipe=arguments.recipe,
         dtype=arguments.dtype,
         mesh=values.mesh(arguments.mesh),

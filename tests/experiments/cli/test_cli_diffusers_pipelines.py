@@ -4,7 +4,22 @@ import numpy as np
 import pytest
 from diffusers_pipelines import DIFFUSERS, sample_with_diffusers, sample_without_pytorch
 
+import conversion
 from qvdjax.video import read_mp4
+
+
+def same_in_diffusers(one, other):
+    """Whether two folders are the same pipeline to diffusers, weight by weight."""
+    import diffusers
+
+    pipelines = [diffusers.DiffusionPipeline.from_pretrained(folder) for folder in (one, other)]
+    modules = [{n: part for n, part in p.components.items() if hasattr(part, "state_dict")} for p in pipelines]
+    assert modules[0].keys() == modules[1].keys() >= {"text_encoder", "vae"}
+    for name, module in modules[0].items():
+        ours, theirs = module.state_dict(), modules[1][name].state_dict()
+        if ours.keys() != theirs.keys() or not all(ours[key].equal(theirs[key]) for key in ours):
+            return False
+    return True
 
 
 @pytest.mark.slow  # three pipelines are compiled, and PyTorch and diffusers imported
@@ -22,3 +37,6 @@ def test_the_frames_of_diffusers_pipelines(tmp_path):
         # guidance, and the decoder would be 110 dB; a wrong constant anywhere is below 40.
         assert psnr >= 50, family
         assert read_mp4(tmp_path / f"{family}.mp4").frames.shape[0] == case["pixels"][0]
+    for family in ("animatediff", "wan-i2v"):  # every kind of component is in one of them
+        conversion.convert(tmp_path / family, tmp_path / f"{family}-converted")
+        assert same_in_diffusers(tmp_path / family, tmp_path / f"{family}-converted"), family

@@ -164,6 +164,29 @@ def test_a_video_follows_its_image(qvdjax, image_pipeline, tmp_path, shown):
     assert np.abs(shown[0] - shown[2]).max() > 0.01
 
 
+def test_an_image_is_encoded_beside_the_prompts(qvdjax, image_pipeline, tmp_path):
+    picture = np.random.default_rng(0).integers(0, 255, (16, 24, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    texts, image = ("-p", "a cat", "-p", "a red cat"), ("--image", tmp_path / "a.png")
+    common = ("encode-prompts", image_pipeline, tmp_path / "texts.safetensors", *texts)
+    done = qvdjax(*common, *image, "--video", "3x8x12", "--json")
+    assert done.code == 0, done.err
+    assert done.report["image"] == {"encoder_hidden_states_image": [5, 24], "image_latents": [2, 4, 6, 7]}
+    context = ("--context", tmp_path / "texts.safetensors")
+    folder, steps = image_pipeline / "transformer", ("--steps", "2")
+    done = qvdjax("sample", folder, "-o", tmp_path / "x.safetensors", *context, *steps)
+    assert done.code == 0, done.err
+    done = qvdjax(
+        "sample", image_pipeline, "-o", tmp_path / "y.safetensors", *texts, *image, "--video", "3x8x12", *steps
+    )
+    assert done.code == 0, done.err
+    for one, other in (("x-text0-0", "y-a-cat-0"), ("x-text1-0", "y-a-red-cat-0")):
+        ours, theirs = (load_file(tmp_path / f"{name}.safetensors")["latents"] for name in (one, other))
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)  # the same program on the same numbers
+    done = qvdjax(*common, "--video", "3x8x12")
+    assert (done.code, "says nothing about texts" in done.err) == (2, True)
+
+
 @pytest.mark.parametrize(("change", "image", "message"), [
     (None, None, "follows an image, and there is none; give its first frame with --image"),
     (None, "none.png", "none.png does not exist"),

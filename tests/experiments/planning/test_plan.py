@@ -22,6 +22,15 @@ def folder(tmp_path):
     return str(tmp_path)
 
 
+@pytest.mark.tpu_compile
+def test_a_model_that_follows_an_image_is_planned(tmp_path):
+    config = {**SMALL, "num_layers": 2, "in_channels": 36, "image_dim": 64, "added_kv_proj_dim": 256}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = plan(str(tmp_path), "rtn-w8a8", "v5e:2x4", size="tiny")
+    assert report["fits"]
+    assert integer_products(report) >= 12 * 2  # two more a block, the image's keys and values
+
+
 def integer_products(report):
     return sum(row["count"] for row in report["products"] if row["result"] == "s32")
 
