@@ -27,6 +27,7 @@ from qvdjax.ptq import (
     search_scales,
     with_counts,
     with_gains,
+    with_switched_bits,
 )  # fmt: skip
 from qvdjax.ptq.mixed_precision import with_mixed_precision
 from qvdjax.ptq.reconstruction import FinishedBlocks
@@ -107,6 +108,8 @@ def quantize(
             schemes = with_counts(schemes, edges, calibration)
         if recipe.mixed_precision is not None:
             schemes = with_mixed_precision(model, schemes, calibration, recipe.mixed_precision, fit=fit, ranges=ranges)
+        if recipe.switch is not None:
+            schemes = with_switched_bits(model, schemes, calibration, recipe.switch)
         learned = None
         if plan is not None and plan.estimation is not None and plan.estimation.of_frames:
             schemes = with_gains(model, schemes, next(iter(calibration), None))

@@ -1,6 +1,7 @@
 """Layers with one interface in float, simulated and integer execution, and the protocol models are written to."""
 
 from qvdjax.nn.attention import Attention, dot_product_attention, quantized_attention
+from qvdjax.nn.bit_switch import BitSwitch
 from qvdjax.nn.conv import Conv, QuantizedConv
 from qvdjax.nn.frames import FrameAxis
 from qvdjax.nn.input_clip import InputClip
@@ -25,6 +26,7 @@ __all__ = [
     "TABLE_LAYERS",
     "Attention",
     "AttentionScheme",
+    "BitSwitch",
     "Buffer",
     "CarriesValues",
     "Codes",

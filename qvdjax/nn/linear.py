@@ -1,5 +1,7 @@
 """Linear layers: float, and quantized with simulated or integer execution."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,7 +14,7 @@ from qvdjax.nn.scheme import LayerScheme, Role
 from qvdjax.nn.token_estimator import EstimatorBranch
 from qvdjax.nn.transforms import InputTransform
 from qvdjax.nn.variables import Param, Scale
-from qvdjax.numerics import QTensor, encode, fake_quantize, fake_quantize_dynamic, to_levels
+from qvdjax.numerics import QTensor, Quantizer, encode, fake_quantize, fake_quantize_dynamic, to_levels
 
 
 class Linear(nnx.Module):
@@ -101,7 +103,7 @@ class QuantizedLinear(QuantizedLayer):
             rounded = self._rounded(x)
             y = _contract(rounded, self._float_weight(rounded.dtype), jax.lax.Precision.HIGHEST)
         else:
-            rounded = encode(x, activation.grid, *self._input_range(x), jnp.int8)
+            rounded = self._encoded(x)
             y = quantized_matmul(rounded, self.qweight)
         if self.low_rank is not None:
             y = y + self.low_rank(x.astype(dtype)).astype(y.dtype)
@@ -112,9 +114,26 @@ class QuantizedLinear(QuantizedLayer):
     def _rounded(self, x: jax.Array) -> jax.Array:
         """The floats that the same integers stand for; gradients pass straight through the rounding."""
         activation = self.scheme.activation
-        if self.input_scale is None:
-            return fake_quantize_dynamic(x, activation, self._clip(x))
-        return fake_quantize(x, activation.grid, *self._input_range(x))
+        if self.input_scale is not None:
+            return fake_quantize(x, activation.grid, *self._input_range(x))
+        rounded = fake_quantize_dynamic(x, activation, self._clip(x))
+        if self.scheme.switch is None:
+            return rounded
+        return jnp.where(self.fine(x.shape), fake_quantize_dynamic(x, self._finer, self._clip(x)), rounded)
+
+    def _encoded(self, x: jax.Array) -> QTensor:
+        """The codes of x, bytes, with their ranges."""
+        rounded = encode(x, self.scheme.activation.grid, *self._input_range(x), jnp.int8)
+        if self.scheme.switch is None:
+            return rounded
+        finer = encode(x, self._finer.grid, *self._finer.scale_of(x, self._clip(x)), jnp.int8)
+        fine = self.fine(x.shape)
+        return jax.tree.map(lambda a, b: jnp.where(fine, a, b), finer, dataclasses.replace(rounded, bits=finer.bits))
+
+    @property
+    def _finer(self) -> Quantizer:
+        """The quantizer of the input at timesteps at which it has more bits."""
+        return dataclasses.replace(self.scheme.activation, bits=self.scheme.switch.bits)
 
     def _float_weight(self, dtype) -> jax.Array:
         return (self.weight[...] if self.codes is None else self.qweight.dequantize()).astype(dtype)

@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 from qvdjax.errors import UserError
+from qvdjax.nn.bit_switch import BitSwitch
 from qvdjax.nn.input_clip import InputClip
 from qvdjax.nn.low_rank import LowRank
 from qvdjax.nn.token_estimator import TokenEstimator
@@ -39,6 +40,7 @@ class LayerScheme:
         estimator: The learned estimate that is added to the product, None for none.
         split: Channels of each part of a convolution's input that has ranges of its own, of the input and of the weight
             (Q-Diffusion's split shortcut), None for one in all.
+        switch: At which timesteps the input has more bits than `activation` says, None for none.
     """
 
     weight: Quantizer | None = None
@@ -52,6 +54,7 @@ class LayerScheme:
     feature_grid: FeatureGrid | None = None
     estimator: TokenEstimator | None = None
     split: tuple[int, ...] | None = None
+    switch: BitSwitch | None = None
 
     def __post_init__(self):
         check_transforms(self.transforms, self.rotation, self.kronecker)
@@ -65,6 +68,10 @@ class LayerScheme:
             raise ValueError("an input has a quantizer or a feature grid, not both")
         if self.split is not None and self.activation is not None and self.activation.granularity != "tensor":
             raise ValueError("parts of an input have one range each")
+        if self.switch is not None and not (self.activation is not None and self.activation.dynamic):
+            raise ValueError("bits are switched of an input with a dynamic range")
+        if self.switch is not None and self.activation.codebook is not None:
+            raise ValueError("an input with a codebook has the same bits at all timesteps")
 
     def check_width(self, width: int) -> None:
         """UserError where groups of the weight or the input, or a Kronecker factor, do not divide a layer's width."""
@@ -88,7 +95,7 @@ class LayerScheme:
     def to_dict(self) -> dict:
         """Plain fields, for a config file."""
         fields = dataclasses.asdict(self)
-        for name in (*_OPTIONAL, "split"):
+        for name in (*_OPTIONAL, "split", "switch"):
             if fields[name] is None:
                 del fields[name]  # folders without one stay readable by programs that do not know it
         for name in ("weight", "activation"):
@@ -105,6 +112,8 @@ class LayerScheme:
         }
         rest = {name: kind(**fields[name]) for name, kind in _OPTIONAL.items() if fields.get(name) is not None}
         tuples = {name: tuple(fields[name]) for name in ("transforms", "split") if fields.get(name) is not None}
+        if fields.get("switch") is not None:
+            rest["switch"] = BitSwitch.from_dict(fields["switch"])
         return cls(**{**fields, **quantizers, **rest, **tuples})
 
 

@@ -2,6 +2,7 @@
 
 from qvdjax.ptq.absorb import absorb_rotations, absorb_scales
 from qvdjax.ptq.apply import apply_schemes, set_execution
+from qvdjax.ptq.bit_switch import SwitchBits, with_switched_bits
 from qvdjax.ptq.feature_grids import ChooseGrid, fill_feature_grids, fit_feature_grids
 from qvdjax.ptq.frame_gains import with_gains
 from qvdjax.ptq.gptq import ErrorCompensation
@@ -22,6 +23,7 @@ __all__ = [
     "RangeSearch",
     "Reconstruction",
     "SearchScale",
+    "SwitchBits",
     "absorb_rotations",
     "absorb_scales",
     "apply_schemes",
@@ -35,4 +37,5 @@ __all__ = [
     "set_execution",
     "with_counts",
     "with_gains",
+    "with_switched_bits",
 ]

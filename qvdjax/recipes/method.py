@@ -5,6 +5,7 @@ import dataclasses
 from qvdjax.nn import AttentionScheme, InputClip, LayerScheme, LowRank, TokenEstimator
 from qvdjax.numerics import FeatureGrid, Quantizer
 from qvdjax.numerics.codebook import MOST_BITS
+from qvdjax.ptq.bit_switch import SwitchBits
 from qvdjax.ptq.feature_grids import ChooseGrid
 from qvdjax.ptq.mixed_precision import MixedPrecision
 from qvdjax.ptq.range_search import RangeSearch
@@ -129,6 +130,10 @@ class Method:
         """The learned estimate that is added to every product; None for none."""
         return
 
+    def switched_bits(self) -> SwitchBits | None:
+        """How the steps are chosen at which inputs get more bits; None for none."""
+        return
+
     def _temporal_feature(self, weight: Quantizer) -> tuple[LayerScheme, ChooseGrid | None]:
         """What becomes of layers that add the timestep to a UNet's blocks, and among which grids that is chosen."""
         kind, bits = self.temporal_features, self.activation_bits
@@ -203,4 +208,5 @@ class Method:
         return Recipe(
             self.recipe_name, tuple(rules), transform, self.training(), self.rounding(), self.reconstruction(), mixed,
             grids, self.range_search() if static else None, self.channel_statistics(), split_inputs=self.split_inputs,
+            switch=self.switched_bits(),
         )  # fmt: skip

@@ -54,6 +54,7 @@ class Recipe:
             (`qvdjax.calibration.salience`), which no static range follows from.
         draw: Which inputs are drawn from a calibration set, None for all of it.
         split_inputs: Whether the arrays that a convolution's input is made of have ranges of their own.
+        switch: At which sampling steps inputs get more bits (see `qvdjax.ptq.bit_switch`), None for none.
     """
 
     name: str
@@ -68,12 +69,13 @@ class Recipe:
     channel_statistics: Literal["all", "first", "salience"] = "all"
     draw: TimestepDraw | None = None
     split_inputs: bool = False
+    switch: Any = None
 
     @property
     def needs_calibration(self) -> bool:
         """Whether quantizing needs to see the inputs of layers, or which timesteps there are."""
         inputs = (self.rounding, self.reconstruction, self.mixed_precision, self.feature_grids, self.range_search)
-        return self.needs_ranges or any(part is not None for part in inputs)
+        return self.needs_ranges or self.switch is not None or any(part is not None for part in inputs)
 
     @property
     def needs_ranges(self) -> bool:

@@ -17,6 +17,9 @@ ROWS = {
     "SVDQuant": Row("svdquant", {"rank": 8}, "rank 8: the bench's layers are 128 wide"),
     "Q-DiT": Row("q-dit", {"group_size": 64, "activation_group_size": 64}, "groups of 64 channels"),
     "DVD-Quant": Row("dvd-quant", {"activation_group_size": 64}, "groups of 64 channels, the same bits at all steps"),
+    "DVD-Quant, switching": Row(
+        "dvd-quant", {"activation_group_size": 64, "switch": 0.1}, "inputs of 8 bits where predictions change"
+    ),
     "OrbitQuant": Row("orbitquant"),
     "FlatQuant": Row("flatquant"),
     "Q-VDiT": Row("q-vdit"),
