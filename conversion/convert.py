@@ -12,7 +12,10 @@ import numpy as np
 
 import models
 from conversion.motion_adapter import merge, refuse_parts
+from conversion.pipeline import convert_pipeline
 from conversion.source import Source, SourceTensor, open_source
+from conversion.written import PlannedFolder, write_checked
+from models.pipeline_folder import PipelineFolder, is_pipeline_folder
 from qvdjax.checkpoint import (
     Expected,
     Progress,
@@ -22,7 +25,6 @@ from qvdjax.checkpoint import (
     check_tensors,
     expected_tensors,
     floating_dtype,
-    write_folder,
 )
 from qvdjax.checkpoint.folder import nonfinite_error
 from qvdjax.errors import UserError
@@ -32,30 +34,34 @@ def convert(
     source: str | os.PathLike,
     target: str | os.PathLike,
     *,
+    component: str | None = None,
     motion_adapter: str | os.PathLike | None = None,
     dtype: Any = None,
     dry_run: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write a checkpoint as a diffusers folder that `models.load` reads.
+    """Write a checkpoint as a diffusers folder that `models.load` reads, or a whole pipeline as one.
 
-    Memory is bounded by a few copies of the largest tensor: one is read, checked, cast and written at a time.
+    Memory is bounded by a few copies of the largest tensor: one is read, checked, cast and written at a time. What was
+    written is read back before it appears under its name.
 
     Args:
-        source: What `conversion.source.open_source` accepts.
+        source: What `conversion.source.open_source` accepts; a folder whose `model_index.json` names components is a
+            whole pipeline, see `convert_pipeline`.
         target: The new folder; it appears complete or not at all.
+        component: Of a pipeline, what alone becomes the target: the name of a transformer or UNet.
         motion_adapter: A folder of AnimateDiff's motion modules; the source is then the image UNet to put them into.
         dtype: Floating type of the weights; None keeps each as it is, float64 too. Weights that a model
             keeps in float32 become no narrower than that.
         dry_run: Check names, shapes and types only; read no weight and write nothing.
         overwrite: Replace a folder that is there already.
-        progress: Called with ("writing", bytes done, bytes in all) after each tensor.
+        progress: Called with (stage, bytes done, bytes in all) after each tensor, see `write_checked`.
 
     Returns:
-        A report: source, target (None on a dry run), family, layout, config and where it comes from, number
-        of tensors, of parameters and of renamed keys, bytes before and after, number of tensors of each
-        type, and the side files copied along.
+        Of a whole pipeline what `convert_pipeline` returns, otherwise a report: source, target (None on a dry run),
+        family, layout, config and where it comes from, number of tensors, of parameters and of renamed keys, bytes
+        before and after, number of tensors of each type, and the side files copied along.
 
     Raises:
         UserError: The source cannot be read or is no known model; the motion adapter does not fit it; tensors are
@@ -63,6 +69,12 @@ def convert(
             quantized; the target exists or cannot be written.
     """
     wanted = None if dtype is None else floating_dtype(dtype)
+    if component is not None:
+        source = PipelineFolder.open(source).component(component)
+    elif motion_adapter is None and is_pipeline_folder(source) and PipelineFolder.open(source).components:
+        return convert_pipeline(
+            Path(source), Path(target), dtype=wanted, dry_run=dry_run, overwrite=overwrite, progress=progress
+        )
     opened = open_source(source)
     if "quantization_config" in opened.config:
         raise UserError(f"{source} is quantized", remedy="dequantize it with `qvdjax export --format diffusers`")
@@ -73,8 +85,8 @@ def convert(
     check_tensors(expected, opened.tensors, str(opened.path))
     tensors = [_written(opened, expected[key], wanted) for key in expected]
     if not dry_run:
-        options = {"side_files": opened.side_files, "overwrite": overwrite, "progress": progress}
-        write_folder(target, opened.config, tensors, **options)
+        planned = PlannedFolder(opened.config, tensors, expected, side_files=opened.side_files)
+        write_checked(target, planned, overwrite=overwrite, progress=progress)
     return {
         "source": str(opened.path),
         "target": None if dry_run else str(target),

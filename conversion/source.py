@@ -9,6 +9,7 @@ from types import ModuleType
 import numpy as np
 
 from conversion import hunyuanvideo_original, wan_original
+from models.families import FAMILIES
 from models.scheduler import SCHEDULER, scheduler_file
 from qvdjax.checkpoint import CheckpointFolder, SafetensorsFile, read_json
 from qvdjax.checkpoint.folder import CONFIG, INDEX, WEIGHTS, read_shards
@@ -25,7 +26,7 @@ _SIGNS = {
     "condition_embedder.time_proj.": wan_original,
     "context_embedder.token_refiner.": hunyuanvideo_original,
 }
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,8 @@ def open_source(path: str | os.PathLike) -> Source:
     layout = next((name for name, (_, module) in LAYOUTS.items() if module.is_original(raw)), "diffusers")
     tensors = raw if layout == "diffusers" else _renamed(raw, path, layout)
     config, config_from = _config(folder, tensors, layout)
+    unused = FAMILIES[config["_class_name"]].unused if config.get("_class_name") in FAMILIES else ()
+    tensors = {key: tensor for key, tensor in tensors.items() if not (unused and key.endswith(unused))}
     side_files = {name: folder / name for name in SIDE_FILES if (folder / name).is_file()}
     if scheduler := scheduler_file(folder):  # as a rule in a folder beside the weights, where the target has none
         side_files[SCHEDULER] = scheduler
@@ -110,7 +113,7 @@ def refuse_pickles(names: list[str], where: Path):
 
 
 def _single_file(path: Path) -> dict[str, SafetensorsFile]:
-    if path.suffix in _PICKLES:
+    if path.suffix in PICKLES:
         refuse_pickles([path.name], path.parent)
     if path.name.endswith(".safetensors.index.json"):
         return read_shards(path)
@@ -137,7 +140,7 @@ def _folder_files(path: Path) -> tuple[Path, dict[str, SafetensorsFile]]:
         names = [file.name for file in weights]
         what = "holds several weight files without an index"
         raise UserError(f"{path} {what}", remedy="name one of them", items=names)
-    if pickles := sorted(f.name for f in path.glob("*") if f.suffix in _PICKLES):
+    if pickles := sorted(f.name for f in path.glob("*") if f.suffix in PICKLES):
         refuse_pickles(pickles, path)
     what = "holds no safetensors files" if any(path.iterdir()) else "is empty"
     raise UserError(f"{path} {what}", remedy="name a diffusers folder or a .safetensors file")

@@ -24,11 +24,15 @@ from qvdjax.nn import VideoModel
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One architecture: its short name, its configuration and its module."""
+    """One architecture: its short name, its configuration and its module.
+
+    `unused` are ends of names of tensors that published folders hold and that no program computes with.
+    """
 
     name: str
     config: type
     model: type[VideoModel]
+    unused: tuple[str, ...] = ()
 
 
 FAMILIES = {
@@ -39,7 +43,8 @@ FAMILIES = {
     "UNetSpatioTemporalConditionModel": Family(
         "stable-video-diffusion", UNetSpatioTemporalConfig, UNetSpatioTemporalConditionModel
     ),
-    "WanTransformer3DModel": Family("wan", WanConfig, WanModel),
+    # An older version of diffusers wrote them; today's leaves them aside (`_keys_to_ignore_on_load_unexpected`).
+    "WanTransformer3DModel": Family("wan", WanConfig, WanModel, unused=("norm_added_q.weight",)),
 }
 
 

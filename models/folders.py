@@ -1,5 +1,6 @@
 """Model folders: diffusers' config.json and safetensors, plain or quantized, in and out, without PyTorch."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.families import build
+from models.families import FAMILIES, build
 from qvdjax.checkpoint import (
     CheckpointFolder,
     Progress,
@@ -33,7 +34,7 @@ def skeleton(folder: str | os.PathLike | CheckpointFolder, *, execution: Executi
     Raises:
         UserError: See `load`.
     """
-    folder = folder if isinstance(folder, CheckpointFolder) else CheckpointFolder.open(folder)
+    folder = used_tensors(folder if isinstance(folder, CheckpointFolder) else CheckpointFolder.open(folder))
     model = abstract_model(folder, execution)
     check_tensors(expected_tensors(model), {key: folder.info(key) for key in folder.keys}, str(folder.path))
     graph, state = nnx.split(model)
@@ -42,6 +43,15 @@ def skeleton(folder: str | os.PathLike | CheckpointFolder, *, execution: Executi
         dtype = stored.value.dtype if stored.codes else folder.info(stored.names[0]).dtype
         leaves.append((stored.path, stored.variable.replace(jax.ShapeDtypeStruct(stored.value.shape, dtype))))
     return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
+def used_tensors(folder: CheckpointFolder) -> CheckpointFolder:
+    """A folder without the tensors that its family leaves unused, see `Family`."""
+    family = FAMILIES.get(folder.config.get("_class_name"))
+    if family is None or not family.unused:
+        return folder
+    files = {key: file for key, file in folder.files.items() if not key.endswith(family.unused)}
+    return dataclasses.replace(folder, files=files)
 
 
 def abstract_model(
@@ -102,7 +112,7 @@ def load(
         UserError: A missing, truncated or corrupt file; unknown, missing or mis-shaped keys; weights that are not
             finite; an unknown architecture; a quantization that is not ours.
     """
-    folder = CheckpointFolder.open(path)
+    folder = used_tensors(CheckpointFolder.open(path))
     abstract = abstract_model(folder, execution)
     where = None if mesh is None else shardings(abstract, mesh)
     dtype = None if dtype is None else jnp.dtype(dtype)

@@ -8,23 +8,25 @@ import dataclasses
 import gc
 import html
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import qvdjax
-from models.encoders import EncoderFolder, load_encoder, parse_encoder_config
+from models.encoders import EncoderFolder, build_encoder, load_encoder, parse_encoder_config
 from models.families import family_of, parse_config
+from models.folders import abstract_model
 from models.pipeline_folder import PipelineFolder
 from models.tokenizer import TextTokenizer, Tokens
-from qvdjax.checkpoint import CheckpointFolder, Progress
+from qvdjax.checkpoint import CheckpointFolder, Progress, fingerprint, loaded_shapes
 from qvdjax.description import weight_bytes
 from qvdjax.errors import UserError
-from qvdjax.parallel import to_host
+from qvdjax.parallel import bytes_held, to_host
 from qvdjax.recipes import get
 
 try:
@@ -57,6 +59,8 @@ class PromptRule:
     masked: bool = False
 
 
+AT_ONCE = 4  # texts
+
 RULES = {
     "wan": PromptRule("umt5", clean=clean_prompt, masked=True),
     "cogvideox": PromptRule("t5"),
@@ -74,7 +78,8 @@ class EncodedPrompts:
         prompts, negative_prompt: The texts.
         tensors: `context` (texts, tokens, dim) and `negative_context` (tokens, dim), in the encoder's type.
         cut: How many tokens of each text were too many, of those where there were any.
-        encoder: The record of what encoded them: `class`, `recipe` and `weight_bytes`.
+        encoder: The record of what encoded them: `class`, `recipe`, `weight_bytes`, and `peak_bytes`, what its program
+            needs of one device by the compiler's account.
     """
 
     path: Path
@@ -147,6 +152,11 @@ class PromptEncoder:
         tokenizer = TextTokenizer(pipeline.component("tokenizer"))
         return cls(pipeline, rule, tokenizer, folder, encoder.vocab_size, parsed.text_tokens)
 
+    def fingerprint(self) -> str:
+        """What tells the text encoder's weights from others, see `qvdjax.checkpoint.fingerprint`."""
+        opened = EncoderFolder.open(self.encoder)
+        return fingerprint(CheckpointFolder(opened.path, opened.config, opened.files))
+
     def encode(
         self,
         prompts: Sequence[str],
@@ -155,7 +165,7 @@ class PromptEncoder:
         recipe: str | None = None,
         dtype: Any = None,
         mesh: jax.sharding.Mesh | None = None,
-        batch: int = 4,
+        batch: int = AT_ONCE,
         progress: Progress | None = None,
     ) -> EncodedPrompts:
         """Load the text encoder, encode, and free its memory.
@@ -173,12 +183,56 @@ class PromptEncoder:
                 embeddings that are not finite.
         """
         texts = [negative_prompt, *prompts]
+        tokens = self._tokens(texts)
+        model = self._load(recipe, dtype, mesh, progress)
+        encoder = {
+            "class": model.config.to_dict()["architectures"][0],
+            "recipe": model.recipe_name or None,
+            "weight_bytes": weight_bytes(model),
+            "peak_bytes": self.peak_bytes(model, min(batch, len(texts))),
+        }
+        embeddings = np.concatenate(list(self._batches(model, tokens, batch, progress)))
+        tensors = {"context": embeddings[1:], "negative_context": embeddings[0]}
+        cut = {text: count for text, count in zip(texts, tokens.cut, strict=True) if count}
+        return EncodedPrompts(self.pipeline.path, tuple(prompts), negative_prompt, tensors, cut, encoder)
+
+    def encode_each(
+        self, texts: Sequence[str], *, dtype: Any = None, batch: int = AT_ONCE, progress: Progress | None = None
+    ) -> Iterator[tuple[str, np.ndarray, int]]:
+        """As `encode`, for more texts than memory holds: each with its (tokens, dim) and how many tokens were cut.
+
+        The encoder is loaded before the first and freed after the last of them.
+        """
+        tokens = self._tokens(texts)
+        model = self._load(None, dtype, None, progress)
+        rows = (row for part in self._batches(model, tokens, batch, progress) for row in part)
+        yield from zip(texts, rows, tokens.cut, strict=True)
+
+    def abstract(self, dtype: Any = None) -> nnx.Module:
+        """The text encoder as shapes and types, as `encode` loads it."""
+        folder = EncoderFolder.open(self.encoder)
+        dtype = None if dtype is None else jnp.dtype(dtype)
+        return loaded_shapes(abstract_model(folder, None, build=build_encoder), folder, dtype=dtype)
+
+    def peak_bytes(self, model, batch: int) -> int | None:
+        """What encoding so many texts at once needs of one device, weights too, by the compiler's account.
+
+        `model` is the encoder, or its shapes and types. None where the backend does not say.
+        """
+        numbers = np.zeros((batch, self.length), np.int32)
+        mask = np.ones((batch, self.length), bool) if self.rule.masked else None
+        return bytes_held(_embed.lower(model, numbers, mask).compile())
+
+    def _tokens(self, texts: Sequence[str]) -> Tokens:
         tokens = self.tokenizer.encode([self.rule.clean(text) for text in texts], self.length)
         if tokens.numbers.max() >= self.vocabulary:
             raise UserError(
                 f"{self.tokenizer.path} has more tokens than the {self.vocabulary} of {self.encoder}",
                 remedy="put the text encoder's own tokenizer there",
             )
+        return tokens
+
+    def _load(self, recipe: str | None, dtype: Any, mesh: jax.sharding.Mesh | None, progress: Progress | None):
         chosen = None if recipe is None else get(recipe)
         if chosen is not None and (chosen.needs_calibration or chosen.training is not None):
             raise UserError(
@@ -189,36 +243,33 @@ class PromptEncoder:
         if chosen is not None:
             model = qvdjax.quantize(model, chosen)
             gc.collect()  # modules hold each other: the floats would wait for the collector
-        encoder = {
-            "class": model.config.to_dict()["architectures"][0],
-            "recipe": model.recipe_name or None,
-            "weight_bytes": weight_bytes(model),
-        }
-        embeddings = _run(model, tokens, self.rule.masked, batch, progress or (lambda stage, done, total: None))
-        for array in jax.tree.leaves(model):
-            array.delete()  # at once, before something else is read
-        if not np.isfinite(embeddings.astype(np.float32)).all():
-            raise UserError(
-                f"{self.encoder} makes embeddings that are not finite", remedy="encode with --dtype float32"
-            )
-        tensors = {"context": embeddings[1:], "negative_context": embeddings[0]}
-        cut = {text: count for text, count in zip(texts, tokens.cut, strict=True) if count}
-        return EncodedPrompts(self.pipeline.path, tuple(prompts), negative_prompt, tensors, cut, encoder)
+        return model
+
+    def _batches(self, model, tokens: Tokens, batch: int, progress: Progress | None) -> Iterator[np.ndarray]:
+        """(at most batch, tokens, dim) of one batch after the other; the model's memory is freed at the end.
+
+        The last texts are filled up with the last of them, to compile once.
+        """
+        count = len(tokens.numbers)
+        batch = min(batch, count)
+        try:
+            for start in range(0, count, batch):
+                rows = np.arange(start, start + batch).clip(max=count - 1)
+                mask = tokens.mask[rows] if self.rule.masked else None
+                embeddings = to_host(_embed(model, tokens.numbers[rows], mask))[: count - start]
+                if not np.isfinite(embeddings.astype(np.float32)).all():
+                    raise UserError(
+                        f"{self.encoder} makes embeddings that are not finite", remedy="encode with --dtype float32"
+                    )
+                if progress:
+                    progress("encoding", min(start + batch, count), count)
+                yield embeddings
+        finally:
+            for array in jax.tree.leaves(model):
+                array.delete()  # at once, before something else is read
 
 
 @jax.jit
 def _embed(model, numbers: jax.Array, mask: jax.Array | None) -> jax.Array:
     embeddings = model(numbers, mask)  # (batch, tokens, dim)
     return embeddings if mask is None else jnp.where(mask[..., None], embeddings, 0)
-
-
-def _run(model, tokens: Tokens, masked: bool, batch: int, report: Progress) -> np.ndarray:
-    """(texts, tokens, dim); the last texts are filled up with the last of them, to compile once."""
-    count = len(tokens.numbers)
-    batch = min(batch, count)
-    parts = []
-    for start in range(0, count, batch):
-        rows = np.arange(start, start + batch).clip(max=count - 1)
-        parts.append(to_host(_embed(model, tokens.numbers[rows], tokens.mask[rows] if masked else None)))
-        report("encoding", min(start + batch, count), count)
-    return np.concatenate(parts)[:count]

@@ -182,6 +182,8 @@ def sampling_defaults(folder: str | os.PathLike, *, solver_named: bool = False) 
     if config.get("patch_size_t") is not None:
         # Version 1.5. Its pipeline puts frames before the 21 of its latents, and takes them off again.
         published = dataclasses.replace(published, latents=None, fps=16)
+    if config.get("image_dim") is not None:
+        published = dataclasses.replace(published, steps=40)  # Wan-Video/Wan2.1:generate.py, image to video
     path = scheduler_file(folder)
     if path is None or (solver_named and not _is_known(read_json(path))):
         return published

@@ -97,24 +97,31 @@ def _package() -> Any:
     return tokenizers
 
 
-def _read(path: Path, package: Any) -> Any:
-    """The tokenizer of a folder, in whichever layout it is."""
-    try:
-        if (path / TOKENIZER).is_file():
-            return package.Tokenizer.from_file(str(path / TOKENIZER))
-        if (path / SENTENCEPIECE).is_file():
-            extra = _json_of(path / "tokenizer_config.json").get("extra_ids", 100)
-            return _from_sentencepiece(path / SENTENCEPIECE, extra, package)
-        if (path / VOCABULARY).is_file() and (path / MERGES).is_file():
-            return _from_merges(path, package)
-    except UserError:
-        raise
-    except Exception as error:  # which is what the package itself raises for a damaged file
-        raise UserError(f"the tokenizer in {path} cannot be read ({error})", remedy="download it again") from error
+def check_tokenizer_files(path: Path) -> tuple[str, ...]:
+    """The files that say what the tokens of a folder are; UserError where they are not there."""
+    for names in ((TOKENIZER,), (SENTENCEPIECE,), (VOCABULARY, MERGES)):
+        if all((path / name).is_file() for name in names):
+            return names
     raise UserError(
         f"{path} holds no tokenizer",
         remedy=f"download {TOKENIZER}, or {SENTENCEPIECE}, or {VOCABULARY} and {MERGES} into it",
     )
+
+
+def _read(path: Path, package: Any) -> Any:
+    """The tokenizer of a folder, in whichever layout it is."""
+    name = check_tokenizer_files(path)[0]
+    try:
+        if name == TOKENIZER:
+            return package.Tokenizer.from_file(str(path / TOKENIZER))
+        if name == SENTENCEPIECE:
+            extra = _json_of(path / "tokenizer_config.json").get("extra_ids", 100)
+            return _from_sentencepiece(path / SENTENCEPIECE, extra, package)
+        return _from_merges(path, package)
+    except UserError:
+        raise
+    except Exception as error:  # which is what the package itself raises for a damaged file
+        raise UserError(f"the tokenizer in {path} cannot be read ({error})", remedy="download it again") from error
 
 
 def _from_sentencepiece(path: Path, extra: int, package: Any) -> Any:

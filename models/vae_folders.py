@@ -79,7 +79,7 @@ def load_vae(
         UserError: A missing, truncated or corrupt file; unknown, missing or mis-shaped keys; weights that are not
             finite; an architecture that is no VAE or not known.
     """
-    folder = _with_new_names(CheckpointFolder.open(path))
+    folder = open_vae_folder(path)
     abstract = jax.eval_shape(lambda: build_vae(folder.config))
     dtype = None if dtype is None else jnp.dtype(dtype)
     return load_variables(abstract, folder, dtype=dtype, shardings=sharding, progress=progress)
@@ -117,8 +117,13 @@ class _RenamedFolder(CheckpointFolder):
         return self.files[key].read(self.old[key], index)
 
 
-def _with_new_names(folder: CheckpointFolder) -> CheckpointFolder:
-    """The folder with attentions named as today; a name that is there already is left to the check of all names."""
+def open_vae_folder(path: str | os.PathLike) -> CheckpointFolder:
+    """A VAE's folder with attentions named as today; a name that is there already is left to the check of all names.
+
+    Raises:
+        UserError: See `CheckpointFolder.open`.
+    """
+    folder = CheckpointFolder.open(path)
 
     def new(key: str) -> str:
         before, dot, last = key.rpartition(".")

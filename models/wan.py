@@ -1,4 +1,4 @@
-"""Wan 2.1 text-to-video (diffusers' WanTransformer3DModel), and Wan 2.2's per-token timesteps.
+"""Wan 2.1 text-to-video and image-to-video (diffusers' WanTransformer3DModel), and Wan 2.2's per-token timesteps.
 
 Read in diffusers 0.42 `models/transformers/transformer_wan.py` and Wan-Video/Wan2.1 `wan/modules/model.py`.
 """
@@ -13,7 +13,7 @@ from einops import rearrange
 from flax import nnx
 
 from models.blocks import FeedForward, merge_heads, modulate, query_key_value, split_heads
-from models.inputs import check_channels, check_context, check_patches
+from models.inputs import check_channels, check_context, check_patches, join_image
 from qvdjax.errors import UserError
 from qvdjax.nn import (
     Attention,
@@ -56,10 +56,25 @@ class WanConfig:
     def __post_init__(self):
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
         object.__setattr__(self, "out_channels", self.out_channels or self.in_channels)
-        if self.image_dim is not None or self.added_kv_proj_dim is not None:
+        if self.pos_embed_seq_len is not None:
             raise UserError(
-                "this Wan checkpoint is image-to-video (image_dim, added_kv_proj_dim), which is not supported yet",
-                remedy="use a text-to-video checkpoint",
+                "this Wan checkpoint follows a first and a last frame (pos_embed_seq_len), which is not supported yet",
+                remedy="use one that follows a first frame, or text alone",
+            )
+        if (self.image_dim is None) != (self.added_kv_proj_dim is None):
+            raise UserError(
+                f"image_dim {self.image_dim} and added_kv_proj_dim {self.added_kv_proj_dim}: one without the other",
+                remedy="restore config.json; both belong to an image-to-video checkpoint",
+            )
+        if self.added_kv_proj_dim not in (None, self.width):
+            raise UserError(
+                f"added_kv_proj_dim {self.added_kv_proj_dim} beside tokens of {self.width} features",
+                remedy="restore config.json; images are embedded with as many features as tokens",
+            )
+        if self.in_channels < self.out_channels or (self.image_dim and not self.image_channels):
+            raise UserError(
+                f"{self.in_channels} channels become {self.out_channels}",
+                remedy="restore config.json; an image's channels come in addition to those that are sampled",
             )
         if self.qk_norm != "rms_norm_across_heads":
             raise UserError(f"unknown qk_norm {self.qk_norm!r}", remedy="Wan models have 'rms_norm_across_heads'")
@@ -82,7 +97,12 @@ class WanConfig:
     @property
     def latent_channels(self) -> int:
         """Channels of the latents that are sampled."""
-        return self.in_channels
+        return self.out_channels
+
+    @property
+    def image_channels(self) -> int:
+        """Channels that an image adds to the latents: which frames are its, and its own latents; 0 without one."""
+        return self.in_channels - self.out_channels
 
     @property
     def text_tokens(self) -> int:
@@ -91,8 +111,12 @@ class WanConfig:
 
     @property
     def conditions(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of one sample's part of the inputs beside latents, timestep and context, by diffusers' names."""
-        return {}
+        """Shapes of one sample's part of the inputs beside latents, timestep and context, by diffusers' names; of an
+        image's latents for the smallest latents, of its tokens those of CLIP ViT-H/14."""
+        added = {} if self.image_dim is None else {"encoder_hidden_states_image": (257, self.image_dim)}
+        if self.image_channels:
+            added["image_latents"] = (*self.least_size, self.image_channels)
+        return added
 
     @property
     def width(self) -> int:
@@ -112,7 +136,7 @@ class WanConfig:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["time_embedding", "modulation", "context", "cosines", "sines"],
+    data_fields=["time_embedding", "modulation", "context", "image", "cosines", "sines"],
     meta_fields=["grid"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +147,7 @@ class WanConditioning:
         time_embedding: (batch, tokens or 1, width), for the head.
         modulation: (batch, tokens or 1, 6, width), float32.
         context: (batch, text tokens, width).
+        image: (batch, image tokens, width), or None.
         cosines, sines: (tokens, head_dim / 2) rotary tables.
         grid: Patches along frames, height and width.
     """
@@ -130,16 +155,20 @@ class WanConditioning:
     time_embedding: jax.Array
     modulation: jax.Array
     context: jax.Array
+    image: jax.Array | None
     cosines: jax.Array
     sines: jax.Array
     grid: tuple[int, int, int]
 
 
 class WanAttention(CarriesValues):
-    """Self-attention over video tokens, or cross-attention to the text."""
+    """Self-attention over video tokens, or cross-attention to the text and, with keys and values of its own and the
+    same queries, to an image; what both give is added."""
 
-    def __init__(self, config: WanConfig, *, to: Literal["stream", "context"], key: jax.Array, dtype):
-        keys = jax.random.split(key, 4)
+    def __init__(
+        self, config: WanConfig, *, to: Literal["stream", "context"], key: jax.Array, dtype, image: bool = False
+    ):  # fmt: skip
+        keys = jax.random.split(key, 6)
         width = config.width
         self.to_q, self.to_k, self.to_v = query_key_value(width, keys[:3], dtype=dtype)
         back = {"axes": ("embed", "heads"), "dtype": dtype}
@@ -148,14 +177,28 @@ class WanAttention(CarriesValues):
         self.norm_k = RMSNorm(width, epsilon=config.eps, dtype=dtype)
         self.attention = Attention(keys=to)
         self.heads = config.num_attention_heads
+        self.image_attention = Attention(keys=to) if image else None
+        if image:
+            across = {"axes": ("heads", "embed"), "dtype": dtype}
+            self.add_k_proj = Linear(width, width, role="key", key=keys[4], **across)
+            self.add_v_proj = Linear(width, width, role="value", key=keys[5], **across)
+            self.norm_added_k = RMSNorm(width, epsilon=config.eps, dtype=dtype)
+            self.value_layers = (("to_v",), ("add_v_proj",))
 
-    def __call__(self, x: jax.Array, context: jax.Array, rope: tuple | None = None) -> jax.Array:
-        """x (batch, tokens, width) attends to context (batch, keys, width); `rope` turns both by (cosines, sines)."""
+    def __call__(
+        self, x: jax.Array, context: jax.Array, rope: tuple | None = None, image: jax.Array | None = None
+    ) -> jax.Array:  # fmt: skip
+        """x (batch, tokens, width) attends to context (batch, keys, width); `rope` turns both by (cosines, sines), and
+        `image` is (batch, image tokens, width)."""
         query, key, value = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context)), self.to_v(context)
         query, key, value = (split_heads(a, self.heads) for a in (query, key, value))
         if rope is not None:
             query, key = rotate_adjacent_pairs(query, *rope), rotate_adjacent_pairs(key, *rope)
-        return self.to_out["0"](merge_heads(self.attention(query, key, value)))
+        attended = self.attention(query, key, value)
+        if image is not None:
+            key, value = self.norm_added_k(self.add_k_proj(image)), self.add_v_proj(image)
+            attended = attended + self.image_attention(query, *(split_heads(a, self.heads) for a in (key, value)))
+        return self.to_out["0"](merge_heads(attended))
 
 
 class WanBlock(nnx.Module):
@@ -167,7 +210,8 @@ class WanBlock(nnx.Module):
         self.norm1, self.norm3 = norm(affine=False), norm(affine=False)
         self.norm2 = norm(affine=True, dtype=dtype) if config.cross_attn_norm else None
         self.attn1 = WanAttention(config, to="stream", key=keys[0], dtype=dtype)
-        self.attn2 = WanAttention(config, to="context", key=keys[1], dtype=dtype)
+        image = config.image_dim is not None
+        self.attn2 = WanAttention(config, to="context", key=keys[1], dtype=dtype, image=image)
         self.ffn = FeedForward(config.width, config.ffn_dim, key=keys[2], dtype=dtype)
         table = jax.random.normal(keys[3], (1, 6, config.width), dtype) / config.width**0.5
         self.scale_shift_table = Param(table, axes=(None, None, "embed"), keep_float32=True)
@@ -183,7 +227,7 @@ class WanBlock(nnx.Module):
         x = (at_least_float32(x) + attended * gate).astype(x.dtype)
 
         normalised = x if self.norm2 is None else self.norm2(x).astype(x.dtype)
-        x = x + self.attn2(normalised, conditioning.context)
+        x = x + self.attn2(normalised, conditioning.context, image=conditioning.image)
 
         normalised = modulate(self.norm3(x), ffn_scale, ffn_shift, x.dtype)
         return constrain(
@@ -191,11 +235,32 @@ class WanBlock(nnx.Module):
         )
 
 
-class ConditionEmbedder(nnx.Module):
-    """Timestep -> embedding and modulation; text embeddings -> context."""
+class ImageEmbedder(nnx.Module):
+    """Image embeddings -> tokens: norm, Linear, GELU (exact), Linear, norm."""
 
     def __init__(self, config: WanConfig, *, key: jax.Array, dtype):
-        keys = jax.random.split(key, 5)
+        up, down = jax.random.split(key)
+        given, width = config.image_dim, config.width
+        layer = {"role": "embedder", "axes": ("embed", None), "dtype": dtype}
+        self.norm1 = LayerNorm(given, epsilon=1e-5, affine=True, dtype=dtype)
+        first = Linear(given, given, key=up, **layer)
+        self.ff = nnx.Dict(
+            {"net": nnx.Dict({"0": nnx.Dict({"proj": first}), "2": Linear(given, width, key=down, **layer)})}
+        )
+        self.norm2 = LayerNorm(width, epsilon=1e-5, affine=True, dtype=dtype)
+
+    def __call__(self, image: jax.Array) -> jax.Array:
+        """(batch, image tokens, image_dim) -> (batch, image tokens, width)."""
+        net, dtype = self.ff["net"], image.dtype
+        hidden = net["0"]["proj"](self.norm1(image).astype(dtype))
+        return self.norm2(net["2"](jax.nn.gelu(hidden, approximate=False))).astype(dtype)
+
+
+class ConditionEmbedder(nnx.Module):
+    """Timestep -> embedding and modulation; text embeddings -> context; image embeddings -> tokens."""
+
+    def __init__(self, config: WanConfig, *, key: jax.Array, dtype):
+        keys = jax.random.split(key, 6)
         width = config.width
         time = {"role": "time", "axes": ("embed", None), "dtype": dtype, "keep_float32": True}
         text = {"role": "embedder", "axes": ("embed", None), "dtype": dtype}
@@ -209,6 +274,7 @@ class ConditionEmbedder(nnx.Module):
             "linear_2": Linear(width, width, key=keys[4], **text),
         })  # fmt: skip
         self.frequencies = config.freq_dim
+        self.image_embedder = None if config.image_dim is None else ImageEmbedder(config, key=keys[5], dtype=dtype)
 
     def __call__(self, timestep, context, dtype):
         """(batch,) or (batch, tokens), (batch, text tokens, text_dim) -> time embedding, modulation, context."""
@@ -243,26 +309,38 @@ class WanModel(VideoModel):
         table = jax.random.normal(keys[4], (1, 2, config.width), dtype) / config.width**0.5
         self.scale_shift_table = Param(table, axes=(None, None, "embed"), keep_float32=True)
 
-    def embed(self, latents, timestep, context):
-        """Latents (batch, frames, height, width, channels) -> tokens (batch, tokens, width) and conditioning.
+    def embed(self, latents, timestep, context, *, image_latents=None, encoder_hidden_states_image=None):
+        """Tokens (batch, tokens, width) and conditioning. Computation is in the type of `patch_embedding`.
 
-        `timestep` is (batch,), or (batch, tokens) as Wan 2.2's TI2V passes it; computation is in the type of
-        `patch_embedding`.
+        Args:
+            latents: (batch, frames, height, width, out_channels), or in_channels with the image's at their end.
+            timestep: (batch,), or (batch, tokens) as Wan 2.2's TI2V passes it.
+            context: (batch, text tokens, text_dim).
+            image_latents: Of an image-to-video model, (batch, frames, height, width, in_channels - out_channels): ones
+                for the frames that are given, then the latents of the video of these frames and zeros.
+            encoder_hidden_states_image: The image's tokens from CLIP before its last block, (batch, image tokens,
+                image_dim); needed where the model has an image_dim.
 
         Raises:
             UserError: Sizes that the patch does not divide, more patches than the rotary table, other channels or
-                another text width than the checkpoint's.
+                another text width than the checkpoint's, an image that is missing or one for a model of texts.
         """
         config = self.config
+        if image_latents is not None:
+            latents = join_image(latents, image_latents)
         _check_sizes(config, latents.shape, context.shape)
+        _check_image(config, encoder_hidden_states_image)
         grid = tuple(size // patch for size, patch in zip(latents.shape[1:4], config.patch_size, strict=True))
         dtype = self.patch_embedding.weight[...].dtype
         x = rearrange(self.patch_embedding(latents.astype(dtype)), "b f h w d -> b (f h w) d")
         embedding, modulation, text = self.condition_embedder(timestep, context, dtype)
-        text = constrain(text, "batch", None, None)
+        text, image = constrain(text, "batch", None, None), None
+        if encoder_hidden_states_image is not None:
+            image = self.condition_embedder.image_embedder(encoder_hidden_states_image.astype(dtype))
+            image = constrain(image, "batch", None, None)
         tables = axial_rope(grid, config.rope_widths, theta=10000.0)
         cosines, sines = (jnp.asarray(table, jnp.promote_types(dtype, jnp.float32)) for table in tables)
-        return x, WanConditioning(embedding, modulation, text, cosines, sines, grid)
+        return x, WanConditioning(embedding, modulation, text, image, cosines, sines, grid)
 
     def token_frames(self, conditioning) -> int:
         """Those of the patches."""
@@ -279,7 +357,8 @@ class WanModel(VideoModel):
 
 
 def _check_sizes(config: WanConfig, latents: tuple, context: tuple) -> None:
-    check_channels(latents, config.in_channels)
+    about = f", of which {config.image_channels} may come as image_latents" if config.image_channels else ""
+    check_channels(latents, config.in_channels, about)
     check_patches(latents[1:4], config.patch)
     for name, size, patch in zip(("frames", "height", "width"), latents[1:4], config.patch, strict=True):
         if size // patch > config.rope_max_seq_len:
@@ -288,3 +367,14 @@ def _check_sizes(config: WanConfig, latents: tuple, context: tuple) -> None:
                 remedy=f"use at most {config.rope_max_seq_len * patch}",
             )
     check_context(context, config.text_dim)
+
+
+def _check_image(config: WanConfig, image: jax.Array | None) -> None:
+    if image is None and config.image_dim is not None:
+        raise UserError(
+            "this model follows an image, and there is none",
+            remedy=f"give encoder_hidden_states_image (batch, tokens, {config.image_dim})",
+        )
+    if image is not None and (config.image_dim is None or image.ndim != 3 or image.shape[-1] != config.image_dim):
+        remedy = "leave it out" if config.image_dim is None else f"give (batch, tokens, {config.image_dim})"
+        raise UserError(f"encoder_hidden_states_image of shape {image.shape} does not fit this model", remedy=remedy)

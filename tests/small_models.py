@@ -19,6 +19,8 @@ WAN = {
     "attention_head_dim": 32, "in_channels": 5, "out_channels": 5, "text_dim": 24, "freq_dim": 32, "ffn_dim": 96,
     "num_layers": 3, "rope_max_seq_len": 32,
 }  # fmt: skip
+# The published one has 36 channels: the latents' 16, four of which frames are given, and 16 of those frames.
+WAN_I2V = {**WAN, "in_channels": 9, "image_dim": 20, "added_kv_proj_dim": 64}
 
 COGVIDEOX = {
     "_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": 2, "attention_head_dim": 32,

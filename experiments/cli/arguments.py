@@ -35,18 +35,24 @@ Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Convert(Common):
-    """Convert a checkpoint to a diffusers-shaped model folder; reads diffusers' and Wan's own layout."""
+    """Convert a checkpoint to a diffusers-shaped model folder; reads diffusers' and Wan's own layout.
+
+    A folder with a model_index.json is converted whole: transformer, text encoders, VAE, tokenizers, scheduler. Exit
+    code 1 when a dry run finds something missing there.
+    """
 
     source: Annotated[Positional[Path], arg(metavar="SRC")]
     """Folder or safetensors file to read."""
     target: Annotated[Positional[Path], arg(metavar="DST")]
-    """New model folder."""
+    """New model folder, or folder of a whole pipeline."""
+    component: hinted(str, "NAME", "all of them") = None
+    """Of a whole pipeline the one component, transformer or unet, that alone becomes DST, a model folder."""
     motion_adapter: hinted(Path, "FOLDER", "SRC is a whole model") = None
     """AnimateDiff's motion modules (diffusers' MotionAdapter), to put into SRC, the UNet of Stable Diffusion 1.5."""
     dtype: hinted(Dtype, "{float64,float32,bfloat16,float16}", "the source's types") = None
     """Cast floating-point tensors to this type."""
     dry_run: bool = False
-    """Check names, shapes and types only; write nothing."""
+    """Check names, shapes and types only, and say what would be written; write nothing."""
     overwrite: bool = False
     """Replace DST if it is there already."""
 
@@ -198,6 +204,32 @@ class EncodePrompts(Common):
 
 
 @dataclass(frozen=True)
+class EncodeVideos(Common):
+    """Encode a folder of clips and captions into the folder that `train` reads.
+
+    The same command goes on where an interrupted one stopped, and may run in several processes at once; what is done is
+    kept in OUT.work until all of it is. Exit code 1 when clips could not be encoded; they are named at the end.
+    """
+
+    clips: Annotated[Positional[Path], arg(metavar="CLIPS")]
+    """Folder of videos; the caption of a/b.mp4 stands in a/b.txt, or in captions.json as {"a/b.mp4": "..."}."""
+    pipeline: Annotated[Positional[Path], arg(metavar="PIPELINE")]
+    """Pipeline folder of diffusers whose text encoder and VAE are used."""
+    out: Out
+    """New training folder; must not exist yet."""
+    video: hinted(str, "FxHxW", "as the family is published") = None
+    """Frames, height and width that are taken of every clip, in pixels, such as 81x480x832."""
+    fps: hinted(float, "X", "the family's") = None
+    """Frames a second that are taken of clips; 0 takes every frame."""
+    draw: bool = False
+    """Draw latents from the VAE's Gaussian instead of taking its mean."""
+    dtype: hinted(Dtype, "{float64,float32,bfloat16,float16}", "the files' types") = None
+    """Floating type of text encoder and VAE."""
+    batch: Whole = 4
+    """Captions encoded at once."""
+
+
+@dataclass(frozen=True)
 class Sample(Sampler, Prompts, Common):
     """Sample videos from a model folder; writes each with a JSON file beside it.
 
@@ -210,6 +242,8 @@ class Sample(Sampler, Prompts, Common):
     """FILE.mp4, or FILE.safetensors for the latents; several videos become FILE-<prompt>-<seed>.mp4."""
     denoiser: hinted(Path, "DIR", "the pipeline's own") = None
     """Model folder in the place of a pipeline's transformer or unet, such as a quantized one."""
+    image: hinted(Path, "FILE", "none") = None
+    """Picture that becomes the first frame, resized to the video's size, of a pipeline that follows one."""
     seeds: Annotated[str, arg(metavar="SEEDS")] = "0"
     """Seeds of the initial noise, for every prompt each: one (7), a list (1,2,5) or a range (0-4)."""
     execution: Execution = None
@@ -218,12 +252,35 @@ class Sample(Sampler, Prompts, Common):
     """Floating type of the weights, a text encoder's too."""
     batch: Whole = 8
     """Videos computed at once, at most; fewer need less memory."""
+    names: Literal["prompt", "vbench"] = "prompt"
+    """Of several videos: FILE-<prompt>-<seed>.mp4, or <prompt>-<0, 1, ...>.mp4 in FILE's folder, as VBench has them."""
+    video: hinted(str, "FxHxW", "as the family is published") = None
+    """Frames, height and width of the video in pixels, such as 81x480x832, instead of the latents' sizes."""
     step_loop: bool = False
     """Loop over the steps in Python, with a live bar, instead of one compiled scan."""
+    memory_limit: hinted(str, "SIZE", "none") = None
+    """Memory of one device that is not to be exceeded, such as 12GiB: fewer videos at once and a VAE in tiles are
+    chosen for it, by the compiler's account and before a weight is read."""
     fps: hinted(float, "X", FOLDERS) = None
     """Frames a second of the video."""
     scale: hinted(int, "N", "small videos to about 288 pixels") = None
     """Enlarge the video by this whole factor."""
+
+
+@dataclass(frozen=True)
+class Compare(Common):
+    """Put videos side by side in one, each below its label."""
+
+    videos: Annotated[Positional[tuple[Path, ...]], arg(metavar="VIDEO")]
+    """Two videos or more, of one size and as many frames."""
+    output: Annotated[Path, arg(metavar="FILE", aliases=["-o"])]
+    """FILE.mp4; replaced if it is there already."""
+    label: Annotated[Names, arg(metavar="TEXT", help_behavior_hint="(default: the files' names)")] = ()
+    """A label; repeated, one a video in their order."""
+    columns: hinted(int, "N", "all in one row") = None
+    """Videos in a row."""
+    fps: hinted(float, "X", "the first video's") = None
+    """Frames a second."""
 
 
 @dataclass(frozen=True)
@@ -259,6 +316,14 @@ class Evaluate(Sampler, Prompts, Common):
     """Smallest share of videos with the prompted colour, shape and direction, each, that passes, 0 to 1."""
     max_bytes_ratio: Threshold = None
     """Largest ratio of the candidate's weight bytes to the reference's that passes."""
+
+
+@dataclass(frozen=True)
+class VBench(Common):
+    """Normalise and weigh the scores that VBench's own program wrote; `sample --names vbench` makes its videos."""
+
+    results: Annotated[Positional[tuple[Path, ...]], arg(metavar="RESULT")]
+    """Files *_eval_results.json of VBench, or folders of them; each dimension once."""
 
 
 @dataclass(frozen=True)
@@ -340,8 +405,11 @@ Command = (
     | Annotated[Train, subcommand("train")]
     | Annotated[Tabulate, subcommand("tabulate")]
     | Annotated[EncodePrompts, subcommand("encode-prompts")]
+    | Annotated[EncodeVideos, subcommand("encode-videos")]
     | Annotated[Sample, subcommand("sample")]
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[VBench, subcommand("vbench")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Recipes, subcommand("recipes")]
     | Annotated[Bench, subcommand("bench")]

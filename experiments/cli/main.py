@@ -39,8 +39,11 @@ VERBS = {
     "Recipes": "experiments.cli.verbs.quantizing:recipes",
     "Tabulate": "experiments.cli.verbs.folders:tabulate",
     "EncodePrompts": "experiments.cli.verbs.videos:encode_prompts",
+    "EncodeVideos": "experiments.cli.verbs.videos:encode_videos",
     "Sample": "experiments.cli.verbs.videos:sample",
+    "Compare": "experiments.cli.verbs.videos:compare",
     "Evaluate": "experiments.cli.verbs.videos:evaluate",
+    "VBench": "experiments.cli.verbs.videos:vbench",
     "Bench": "experiments.cli.verbs.machines:bench",
     "Plan": "experiments.cli.verbs.machines:plan",
 }

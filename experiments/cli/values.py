@@ -37,6 +37,20 @@ def seeds(text: str) -> list[int]:
     return found
 
 
+def video(text: str | None) -> tuple[int, int, int] | None:
+    """ "81x480x832" -> (81, 480, 832), frames, height and width; None stays None.
+
+    Raises:
+        UserError: anything else.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d{1,6})\s*[x×]\s*(\d{1,6})\s*[x×]\s*(\d{1,6})\s*", text)
+    if match is None:
+        raise UserError(f"--video {text!r} is no size", remedy="write frames, height and width like 81x480x832")
+    return tuple(int(part) for part in match.groups())
+
+
 def mesh(text: str | None) -> dict[str, int] | None:
     """As `qvdjax.parallel.parse_mesh`; None stays None."""
     if text is None:

@@ -9,8 +9,12 @@ from models.prompts import EncodedPrompts
 from qvdjax.checkpoint import SafetensorsFile
 from qvdjax.errors import UserError
 
-# diffusers' names of three conditions
-GUIDANCE, MASK, IMAGE = "guidance", "encoder_attention_mask", "image_latents"
+# diffusers' names of conditions
+GUIDANCE, MASK, IMAGE, IMAGE_TOKENS = (
+    "guidance", "encoder_attention_mask", "image_latents", "encoder_hidden_states_image",
+)  # fmt: skip
+# What only a model has that is given an image in the place of a text.
+IMAGE_ALONE = "added_time_ids"
 
 
 def check_guidance(settings: Any, *, embedded: bool) -> None:
@@ -36,7 +40,8 @@ def read_conditions(
     """float32 (texts, ...) of what the file says about its texts beside their tokens.
 
     `encoder_attention_mask`, ones before zeros, may be left out where no text is padded. `image_latents` are of any
-    height and width, (height, width, channels) or (texts, 1, height, width, channels).
+    height and width, (height, width, channels) or (texts, 1, height, width, channels); of a model that is shown frames
+    of a video of any number too, (frames, height, width, channels) or (texts, frames, ...).
 
     Args:
         file: What is said there is (...) for one text, or (texts, ...).
@@ -57,8 +62,11 @@ def read_conditions(
         shape = texts[1:] if name == MASK else shape
         values = file.read(name).astype(np.float32)
         if name == IMAGE:
-            shape = (1, *values.shape[-3:-1], shape[-1])  # of any height and width
             values = values[None] if values.ndim == 3 else values  # h w c -> 1 h w c
+            # Of any height and width, and of many frames where the model does not repeat one.
+            shape = (values.shape[-4] if IMAGE_ALONE not in config.conditions else 1, *values.shape[-3:-1], shape[-1])
+        if name == IMAGE_TOKENS:
+            shape = (values.shape[-2] if values.ndim > 1 else 0, shape[-1])
         values = values[None] if values.ndim == len(shape) else values  # (...) -> (1, ...)
         if values.shape != (texts[0], *shape) or not np.isfinite(values).all():
             raise UserError(

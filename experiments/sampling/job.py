@@ -1,16 +1,20 @@
 """Sampling a model folder: load, compile, sample, write."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 import models
+from experiments.sampling.conditions import IMAGE
 from experiments.sampling.decoding import VAE, check_vae, of_pipeline, of_vae
+from experiments.sampling.memory_plan import HOST, plan_memory
 from experiments.sampling.output import VIDEO, check_output, output_paths, write_video
 from experiments.sampling.record import device_record, memory_record, quantization_record, settings_record
 from experiments.sampling.request import (
@@ -22,14 +26,22 @@ from experiments.sampling.request import (
     request_from_pipeline,
     sampler_of,
 )  # fmt: skip
+from experiments.sampling.video_size import latents_of
+from models.folders import abstract_model, used_tensors
+from models.image_prompts import ImageConditions
+from models.images import read_image
 from models.pipeline import FILE
 from models.pipeline_folder import PipelineFolder, is_pipeline_folder
-from models.prompts import PromptEncoder
+from models.prompts import AT_ONCE, EncodedPrompts, PromptEncoder
 from models.scheduler import sampling_defaults
+from qvdjax.checkpoint import CheckpointFolder, loaded_shapes
+from qvdjax.description import weight_bytes
 from qvdjax.diffusion import compile_sampler, initial_noise, sample
 from qvdjax.errors import UserError
 from qvdjax.nn import check_timesteps
 from qvdjax.parallel import make_mesh, partition_spec
+
+DENOISER = "denoiser"
 
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total): "reading" in bytes, "compiling" 0 or 1, "sampling" in videos or steps."""
@@ -52,9 +64,12 @@ def sample_folder(
     first_frame_guidance: float | None = None,
     context_file: Path | None = None,
     denoiser: Path | None = None,
+    image: Path | None = None,
+    names: Literal["prompt", "vbench"] = "prompt",
     frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
+    video: tuple[int, int, int] | None = None,
     fps: float | None = None,
     scale: int | None = None,
     dtype: str | None = None,
@@ -62,6 +77,7 @@ def sample_folder(
     mesh: Mapping[str, int] | None = None,
     batch: int = 8,
     step_loop: bool = False,
+    memory_limit: int | None = None,
     progress: Progress | None = None,
 ) -> dict:
     """Sample every prompt at every seed and write each video, with a JSON file beside it.
@@ -85,8 +101,11 @@ def sample_folder(
         first_frame_guidance: Let the guidance rise over the frames from this, see `qvdjax.diffusion.guidance_scales`.
         context_file: Safetensors with `context` and `negative_context`, see `request_from_context`.
         denoiser: A model folder in the place of a published pipeline's own, such as a quantized one.
+        image: A picture that becomes the first frame of every video, of a pipeline that follows one.
+        names: How several videos are called, see `output_paths`.
         frames, height, width: Of the latents (not of the video); the folder's by default, or its family's published
             ones.
+        video: (frames, height, width) of the video instead, in pixels, of a published pipeline with its VAE.
         fps: Frames a second; by default the folder's, or its family's published ones.
         scale: Enlarge the video by this whole factor; by default small videos to about 288 pixels.
         dtype: Floating type of the weights, a text encoder's too; the file's by default.
@@ -95,13 +114,16 @@ def sample_folder(
             do not divide is computed whole by each.
         batch: Videos computed at once, at most.
         step_loop: Run the steps one by one from Python and report each, instead of one compiled scan.
+        memory_limit: Bytes of one device that are not to be exceeded, by the compiler's account: `batch`, where texts
+            are encoded and how the VAE decodes are chosen for it, see `plan_memory`.
         progress: Called with (stage, done, total).
 
     Returns:
         `files` (paths as text), `videos` (the JSON beside each), and what all share: `steps`,
-        `seconds_per_step` (of a batch), `compile_seconds`, `device`, `peak_memory_bytes`, `peak_memory_of`,
-        `quantization` and more; where prompts were encoded by a text encoder also `text_encoder`, and `cut`, how many
-        tokens of which text were too many.
+        `seconds_per_step` (of a batch), `compile_seconds`, `device`, `peak_memory_bytes`, `peak_memory_of`, `memory`
+        (of text encoder, denoiser and VAE each `weight_bytes` and `peak_bytes`, what its program needs of one device by
+        the compiler's account, one component after the other), `quantization` and more; where prompts were encoded by a
+        text encoder also `text_encoder`, and `cut`, how many tokens of which text were too many.
 
     Raises:
         UserError: A missing or corrupt folder, an unknown word, sizes that the model cannot take, a sampler that
@@ -127,20 +149,58 @@ def sample_folder(
     check_output(output, decodes=own or (whole is not None and VAE in whole.components))
     if output.suffix == VIDEO and not own:
         vae = check_vae(whole, skeleton.config)
+    if video is not None:
+        settings = _of_video(settings, whole, skeleton.config, video)
     device_mesh = None if mesh is None else make_mesh(mesh)
-    about_texts = {}
+    about_texts, plan = {}, None
+    pictures, picture = _picture(whole if encoder is not None else None, skeleton.config, image)
     if encoder is None:
         request = _request(folder, skeleton, prompts, seeds, context_file, settings)
     else:
-        request, about_texts = _encoded(
-            folder, skeleton, encoder, prompts, seeds, settings, dtype, device_mesh, progress
+        _check_prompts(folder, skeleton, prompts, seeds, settings)
+        stand_ins = _stand_ins(folder, encoder, pictures, prompts, settings, skeleton.config)
+        request = _of_texts(folder, skeleton, stand_ins, seeds, settings)
+    if memory_limit is not None:
+        if mesh is not None:
+            raise UserError("a limit of memory is planned for one device", remedy="leave out --mesh or --memory-limit")
+        report("planning", 0, 1)
+        opened = used_tensors(CheckpointFolder.open(folder))
+        plan = plan_memory(
+            memory_limit,
+            model=loaded_shapes(abstract_model(opened, execution), opened, dtype=dtype and jax.numpy.dtype(dtype)),
+            inputs=lambda count: _inputs(request, np.arange(count), None),
+            sampling=request.sampling,
+            step_loop=step_loop,
+            batch=min(batch, len(request.seeds)),
+            latents=request.latents_shape,
+            encoder=encoder,
+            texts=1 + len(prompts or ()),
+            vae=vae,
+            dtype=dtype,
         )
+        report("planning", 1, 1)
+        batch = plan.batch
+    if encoder is not None:
+        where = (
+            make_mesh({"data": 1}, jax.devices("cpu")[:1]) if plan is not None and plan.texts == HOST else device_mesh
+        )
+        with contextlib.nullcontext() if where is None else jax.set_mesh(where):
+            at_once = AT_ONCE if plan is None else plan.texts_at_once
+            texts = encoder.encode(
+                prompts, settings.negative_prompt or "", dtype=dtype, mesh=where, batch=at_once, progress=progress
+            )
+        if pictures is not None:
+            shown = pictures.encode(picture, request.latents_shape[:3], dtype=dtype, progress=progress)
+            texts = _shown(texts, shown)
+        request = _of_texts(folder, skeleton, texts, seeds, settings)
+        about_texts = {"text_encoder": texts.encoder, "cut": texts.cut}
+        about_texts |= {} if image is None else {"image": str(image)}
     check_timesteps(skeleton, request.solver.schedule(request.steps).timesteps)  # before a weight is read
-    paths = output_paths(output, request)
+    paths = output_paths(output, request, names)
 
     model = models.load(folder, dtype=dtype, mesh=device_mesh, execution=execution, progress=progress)
     with contextlib.nullcontext() if device_mesh is None else jax.set_mesh(device_mesh):
-        latents, timing = _sample(model, request, device_mesh, min(batch, len(paths)), step_loop, report)
+        latents, timing, peak = _sample(model, request, device_mesh, min(batch, len(paths)), step_loop, report)
     if not np.isfinite(latents).all():
         raise UserError(
             f"{folder} sampled latents that are not finite",
@@ -153,6 +213,11 @@ def sample_folder(
         **timing,
         **device_record(device_mesh),
         **memory_record(device_mesh),
+        "memory": {
+            **({"text_encoder": _memory_of(about_texts["text_encoder"])} if about_texts else {}),
+            DENOISER: {"weight_bytes": weight_bytes(model), "peak_bytes": peak},
+        },
+        "memory_plan": None if plan is None else plan.report(),
         "quantization": quantization_record(model),
         **about_texts,
     }
@@ -161,8 +226,10 @@ def sample_folder(
     if jax.process_index() == 0:  # all hosts hold all latents; one of them writes
         decoder = None if request.pipeline is None else of_pipeline(request.pipeline)
         if vae is not None:
-            decoder = of_vae(vae, sampling_defaults(folder, solver_named=True).fps, progress)
-            shared |= decoder.about
+            usual = sampling_defaults(folder, solver_named=True).fps
+            tiling = None if plan is None else plan.tiling
+            decoder = of_vae(vae, latents.shape[1:], usual, tiling=tiling, progress=progress)
+            shared |= {**decoder.about, "memory": {**shared["memory"], VAE: decoder.memory}}
         for row, path in enumerate(paths):
             videos.append(write_video(path, request, row, latents[row], shared, decoder, fps=fps, scale=scale))
             if vae is not None:
@@ -170,24 +237,84 @@ def sample_folder(
     return {"files": [video["file"] for video in videos], **shared, "videos": videos}
 
 
-def _encoded(
-    folder: Path, skeleton, encoder: PromptEncoder, prompts, seeds, settings: Settings, dtype: str | None,
-    mesh: Mesh | None, progress: Progress | None,
-) -> tuple[Request, dict]:  # fmt: skip
-    """A request of prompts that a published pipeline encodes itself, and the record of that."""
+def _memory_of(record: Mapping) -> dict[str, int | None]:
+    return {name: record[name] for name in ("weight_bytes", "peak_bytes")}
+
+
+def _of_video(settings: Settings, whole: PipelineFolder | None, config, video: tuple[int, int, int]) -> Settings:
+    """The settings with the latents' sizes of a video."""
+    if (settings.frames, settings.height, settings.width) != (None, None, None):
+        raise UserError("sizes of the latents are given beside the video's", remedy="give one of them")
+    if whole is None:
+        raise UserError(
+            "only a whole pipeline with its VAE says how large the latents of a video are",
+            remedy="give --frames, --height and --width of the latents",
+        )
+    frames, height, width = latents_of(check_vae(whole, config), video, config)
+    return dataclasses.replace(settings, frames=frames, height=height, width=width)
+
+
+def _check_prompts(folder: Path, skeleton, prompts, seeds, settings: Settings) -> None:
+    """Refuse what can be refused before a large encoder is read."""
     if not seeds:
         raise UserError("no seed given", remedy="give one seed per video")
     if not prompts:
         raise UserError("no prompt given", remedy="give one with --prompt, or several with --prompts")
     refuse_repeats("prompts", prompts)
-    # What can be refused is, before a large encoder is read.
     solver, steps = sampler_of(folder, settings)
     check_timesteps(skeleton, solver.schedule(steps).timesteps)
-    settings.sizes(sampling_defaults(folder, solver_named=True).latents)
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        texts = encoder.encode(prompts, settings.negative_prompt or "", dtype=dtype, mesh=mesh, progress=progress)
-    request = request_from_embeddings(folder, texts, skeleton.config, seeds, settings)
-    return request, {"text_encoder": texts.encoder, "cut": texts.cut}
+    _check_sizes(skeleton, settings.sizes(sampling_defaults(folder, solver_named=True).latents))
+
+
+def _of_texts(folder: Path, skeleton, texts: EncodedPrompts, seeds, settings: Settings) -> Request:
+    return request_from_embeddings(folder, texts, skeleton.config, seeds, settings)
+
+
+def _stand_ins(
+    folder: Path, encoder: PromptEncoder, pictures: ImageConditions | None, prompts, settings: Settings, config
+) -> EncodedPrompts:
+    """Zeros of the shapes of what prompts and a picture become."""
+    shape = (config.text_tokens, config.text_dim)
+    tensors = {"context": np.zeros((len(prompts), *shape), np.float32), "negative_context": np.zeros(shape, np.float32)}
+    texts = EncodedPrompts(encoder.pipeline.path, tuple(prompts), settings.negative_prompt or "", tensors, {}, {})
+    if pictures is None:
+        return texts
+    sizes = settings.sizes(sampling_defaults(folder, solver_named=True).latents)
+    shapes = pictures.shapes((*sizes, config.latent_channels))
+    return _shown(texts, {name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+
+
+def _picture(whole: PipelineFolder | None, config, file: Path | None):
+    """What encodes a picture, and the picture; None twice where the model follows none."""
+    if whole is None or IMAGE not in config.conditions:
+        if file is not None:
+            raise UserError(
+                f"{file} was given to a model that follows no image, or to one without its pipeline",
+                remedy="leave out --image, or name the pipeline of an image-to-video model",
+            )
+        return None, None
+    if file is None:
+        raise UserError("this model follows an image, and there is none", remedy="give its first frame with --image")
+    return ImageConditions.open(whole, config), read_image(file)
+
+
+def _shown(texts: EncodedPrompts, shown: Mapping[str, np.ndarray]) -> EncodedPrompts:
+    """Every text beside the same picture."""
+    many = {name: np.broadcast_to(array, (len(texts.prompts), *array.shape)) for name, array in shown.items()}
+    return dataclasses.replace(texts, tensors={**texts.tensors, **many})
+
+
+def _check_sizes(skeleton, sizes: tuple[int, int, int]) -> None:
+    """What the model itself says of latents of a size, found by tracing it: no weight is needed."""
+    config = skeleton.config
+    shapes = {
+        "latents": (*sizes, config.latent_channels), "timestep": (), "context": (config.text_tokens, config.text_dim),
+        **config.conditions,
+    }  # fmt: skip
+    if IMAGE in shapes:
+        shapes[IMAGE] = (*sizes, shapes[IMAGE][-1])
+    inputs = {name: jax.ShapeDtypeStruct((1, *shape), jax.numpy.float32) for name, shape in shapes.items()}
+    jax.eval_shape(lambda model, inputs: model(**inputs), skeleton, inputs)
 
 
 def _request(folder, skeleton, prompts, seeds, context_file, settings: Settings) -> Request:
@@ -208,8 +335,9 @@ def _request(folder, skeleton, prompts, seeds, context_file, settings: Settings)
 
 def _sample(
     model, request: Request, mesh: Mesh | None, batch: int, step_loop: bool, progress: Progress
-) -> tuple[np.ndarray, dict]:
-    """All videos' latents, float32 (videos, frames, height, width, channels), and how long it took."""
+) -> tuple[np.ndarray, dict, int | None]:
+    """All videos' latents, float32 (videos, frames, height, width, channels), how long it took, and what the program
+    needs of one device by the compiler's account."""
     count = len(request.seeds)
     batch = min(batch, count)
     chunks = [np.arange(start, start + batch).clip(max=count - 1) for start in range(0, count, batch)]
@@ -238,7 +366,7 @@ def _sample(
         "sampling_seconds": seconds,
         "seconds_per_step": seconds / (len(chunks) * request.steps),
     }
-    return np.concatenate(latents)[:count], timing
+    return np.concatenate(latents)[:count], timing, compilation.bytes_held
 
 
 def _inputs(request: Request, rows: np.ndarray, mesh: Mesh | None) -> dict:

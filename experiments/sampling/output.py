@@ -1,8 +1,10 @@
 """Where videos go: names, checks before the work starts, and the JSON file beside each."""
 
+import collections
 import json
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from qvdjax.errors import UserError
 from qvdjax.video import write_mp4
 
 VIDEO, LATENTS = ".mp4", ".safetensors"
+LONGEST_NAME = 250  # bytes of a file's name; .partial is added while it is written
 WATCHABLE = 288  # pixels of the short side that enlarging aims at
 
 
@@ -38,12 +41,35 @@ def check_output(output: Path, *, decodes: bool) -> None:
         raise UserError(f"{output} cannot be written", remedy="choose a file in a folder that can be written")
 
 
-def output_paths(output: Path, request: Request) -> list[Path]:
-    """`output` for a single video, `<stem>-<name of the text>-<seed><suffix>` beside it for several."""
+def output_paths(output: Path, request: Request, names: Literal["prompt", "vbench"] = "prompt") -> list[Path]:
+    """`output` for a single video, `<stem>-<name of the text>-<seed><suffix>` beside it for several.
+
+    With `names` "vbench" they are `<prompt>-<number>.mp4` beside it, numbers from 0 for each prompt, as in
+    Vchitect/VBench `prompts/README.md`. Raises `UserError` for a prompt that is no name of a file.
+    """
+    if names == "vbench":
+        return _vbench_paths(output, request)
     if len(request.seeds) == 1:
         return [output]
     pairs = zip(request.names, request.seeds, strict=True)
     return [output.with_name(f"{output.stem}-{name}-{seed}{output.suffix}") for name, seed in pairs]
+
+
+def _vbench_paths(output: Path, request: Request) -> list[Path]:
+    counts: collections.Counter[str] = collections.Counter()
+    paths, wrong = [], []
+    for prompt in request.prompts:
+        name = f"{prompt}-{counts[prompt]}{output.suffix}"
+        counts[prompt] += 1
+        paths.append(output.with_name(name) if prompt and Path(name).name == name else output)
+        if paths[-1] == output or len(name.encode()) > LONGEST_NAME:
+            wrong.append(repr(prompt))
+    if wrong:
+        raise UserError(
+            "some prompts cannot be names of files, as VBench wants them", remedy="leave out --names vbench",
+            items=list(dict.fromkeys(wrong)),
+        )  # fmt: skip
+    return paths
 
 
 def enlargement(shape: tuple[int, int]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.sampling.conditions import GUIDANCE, IMAGE, check_guidance, read_conditions, read_context
+from experiments.sampling.conditions import GUIDANCE, IMAGE, IMAGE_ALONE, check_guidance, read_conditions, read_context
 from models import scheduler
 from models.pipeline import FILE, Pipeline
 from models.prompts import EncodedPrompts
@@ -195,16 +195,20 @@ def request_from_embeddings(
     if conditions and image is None and (embedded or guidance_scale != 1):
         check_guidance(settings, embedded=embedded)
     unguided = embedded or guidance_scale == 1
-    # Where an image is followed, the other pass is given neither it nor its embedding, as in diffusers' pipeline.
-    nothing = None if image is None else np.zeros((1, *context.shape[1:]), np.float32)
+    # Where an image is followed instead of a text, the other pass is given neither it nor its embedding, as in
+    # diffusers' pipeline.
+    alone = image is not None and IMAGE_ALONE in conditions
+    nothing = np.zeros((1, *context.shape[1:]), np.float32) if alone else None
     negative = None if unguided else read_context(embeddings, "negative_context", default=nothing)
     if negative is not None and negative.shape != (1, *context.shape[1:]):
         raise UserError(
             f"{embeddings.path}: negative_context is {negative.shape[1:]} beside a context of {context.shape[1:]}",
             remedy="store one of the context's (tokens, dim)",
         )
-    sizes = defaults.latents if image is None else (config.num_frames, *image.shape[2:4])
-    if image is not None and not unguided:
+    sizes = defaults.latents if image is None else image.shape[1:4]
+    if alone:
+        sizes = (config.num_frames, *image.shape[2:4])
+    if alone and not unguided:
         conditions[NEGATIVE + IMAGE] = np.zeros_like(image)
     first_frame = settings.first_frame_guidance
     if first_frame is None and settings.dynamic_guidance is None and not unguided:

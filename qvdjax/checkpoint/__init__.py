@@ -3,7 +3,7 @@
 from qvdjax.checkpoint.atomic import new_folder
 from qvdjax.checkpoint.fingerprint import fingerprint
 from qvdjax.checkpoint.folder import CheckpointFolder, Progress, read_json, write_folder
-from qvdjax.checkpoint.loading import load_variables, save_variables
+from qvdjax.checkpoint.loading import load_variables, loaded_shapes, save_variables
 from qvdjax.checkpoint.safetensors_file import (
     SafetensorsFile,
     TensorSource,
@@ -17,6 +17,6 @@ from qvdjax.checkpoint.variables import Expected, check_tensors, expected_tensor
 
 __all__ = [
     "CheckpointFolder", "Expected", "Progress", "SafetensorsFile", "TensorSource", "all_finite", "cast_checked",
-    "check_tensors", "expected_tensors", "fingerprint", "floating_dtype", "is_floating", "load_variables", "new_folder",
-    "read_json", "save_variables", "stored_variables", "write_file", "write_folder",
+    "check_tensors", "expected_tensors", "fingerprint", "floating_dtype", "is_floating", "load_variables",
+    "loaded_shapes", "new_folder", "read_json", "save_variables", "stored_variables", "write_file", "write_folder",
 ]  # fmt: skip

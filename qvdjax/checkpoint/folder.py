@@ -174,6 +174,7 @@ def write_folder(
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    stem: str = STEM,
     progress: Progress | None = None,
 ):
     """Write a model folder; it appears under its name complete, or not at all.
@@ -189,7 +190,9 @@ def write_folder(
         metadata: Strings for the header of every safetensors file, beside `format: pt`.
         overwrite: Replace a folder that is there already.
         max_shard_bytes: A single larger tensor gets a file of its own.
-        progress: Called with ("writing", bytes done, bytes in all) after each tensor.
+        stem: What the files of weights are called, diffusers' name by default.
+        progress: Called with ("writing", bytes done, bytes in all) after each tensor; of several files each counts for
+            itself, as "writing shard 1 of 3".
 
     Raises:
         UserError: The target exists or cannot be written; the disk is full; two tensors have one name.
@@ -198,21 +201,23 @@ def write_folder(
     counts = collections.Counter(tensor.name for shard in shards for tensor in shard)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise UserError("several tensors share a name", remedy="give each its own", items=twice)
-    total, done = sum(tensor.nbytes for shard in shards for tensor in shard), 0
-    many = len(shards) > 1
-    files = [f"{STEM}-{i:05}-of-{len(shards):05}.safetensors" if many else WEIGHTS for i in range(1, len(shards) + 1)]
+    sizes, count = [sum(tensor.nbytes for tensor in shard) for shard in shards], len(shards)
+    many = count > 1
+    whole = f"{stem}.safetensors"
+    files = [f"{stem}-{i:05}-of-{count:05}.safetensors" if many else whole for i in range(1, count + 1)]
     with new_folder(path, overwrite=overwrite) as folder:
-        for name, shard in zip(files, shards):
+        for number, (name, shard, size) in enumerate(zip(files, shards, sizes), 1):
+            stage, done = f"writing shard {number} of {count}" if many else "writing", 0
             with SafetensorsWriter(folder / name, shard, {"format": "pt", **(metadata or {})}) as writer:
                 for tensor in writer.tensors:
                     writer.write(tensor)
                     done += tensor.nbytes
                     if progress:
-                        progress("writing", done, total)
+                        progress(stage, done, size)
         if many:
             where = {tensor.name: name for name, shard in zip(files, shards) for tensor in shard}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-            _write(folder / INDEX, _json(index))
+            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(where.items()))}
+            _write(folder / f"{whole}.index.json", _json(index))
         _write(folder / CONFIG, _json(dict(config)))
         for name, content in (side_files or {}).items():
             _write(folder / name, content if isinstance(content, bytes) else Path(content).read_bytes())

@@ -96,6 +96,21 @@ def load_variables(
     return nnx.merge(graphdef, nnx.from_flat_state([(one.path, leaves[one.path]) for one in stored]))
 
 
+def loaded_shapes(abstract_model: nnx.Module, folder: CheckpointFolder, *, dtype: Any = None) -> nnx.Module:
+    """What `load_variables` would return, as shapes and types: no weight is read.
+
+    Raises:
+        UserError: Unknown, missing, mis-shaped or mistyped tensors.
+    """
+    check_tensors(expected_tensors(abstract_model), {k: folder.info(k) for k in folder.keys}, str(folder.path))
+    graphdef, _ = nnx.split(abstract_model)
+    leaves = []
+    for one in stored_variables(abstract_model):
+        kept = jax.dtypes.canonicalize_dtype(_dtype_of(one, folder, dtype))
+        leaves.append((one.path, one.variable.replace(jax.ShapeDtypeStruct(one.value.shape, kept))))
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
 class _Nonfinite(Exception):
     """The tensor of this name holds NaN or infinity."""
 

@@ -17,6 +17,7 @@ from qvdjax.diffusion.schedule import Schedule
 from qvdjax.diffusion.solvers import Solver
 from qvdjax.errors import UserError
 from qvdjax.nn import check_timesteps
+from qvdjax.parallel import bytes_held
 
 OnStep = Callable[[int, jax.Array], None]
 """Called after every step with the number of steps done (1, 2, ...) and the latents they led to."""
@@ -105,10 +106,12 @@ class Compilation:
         seconds: For tracing and compiling.
         memory: The compiler's account of the program (`argument_size_in_bytes`, `temp_size_in_bytes`, ...),
             or None where the backend gives none.
+        bytes_held: What it holds of one device, see `qvdjax.parallel.bytes_held`; of several programs the most.
     """
 
     seconds: float
     memory: Any
+    bytes_held: int | None
 
 
 def compile_sampler(
@@ -148,7 +151,10 @@ def compile_sampler(
     # The program stays in jit's own cache. It is not called itself: on CPU, jax 0.10 refuses int4 arguments
     # there that jit accepts.
     compiled = [program.compile() for program in lowered]
-    return Compilation(time.perf_counter() - start, compiled[0].memory_analysis())
+    held = [bytes_held(program) for program in compiled]
+    return Compilation(
+        time.perf_counter() - start, compiled[0].memory_analysis(), None if None in held else max(held)
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,9 +81,12 @@ def plan(
     }  # fmt: skip
 
 
-def bytes_held(compiled: jax.stages.Compiled) -> int:
-    """What a compiled program holds of one device: arguments + temporaries + outputs - aliased."""
+def bytes_held(compiled: jax.stages.Compiled) -> int | None:
+    """What a compiled program holds of one device: arguments + temporaries + outputs - aliased; None where the backend
+    says nothing."""
     memory = compiled.memory_analysis()
+    if memory is None:
+        return None
     parts = (memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes)
     return sum(parts) - memory.alias_size_in_bytes
 

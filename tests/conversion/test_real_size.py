@@ -1,20 +1,13 @@
-"""Wan-1.3B at its real size, with random weights: what converting, quantizing and loading take on disk and in memory.
+"""Wan-1.3B at its real size, with random weights: what converting, quantizing and loading take in bytes and memory."""
 
-Each job runs in a Python of its own. Its peak is read from /proc, not from getrusage: Linux lets a child's ru_maxrss
-start at what its parent held when it forked, and a large pytest process would hide every peak below that.
-"""
-
-import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from measured import run
 
 import models
 from conversion import wan_original
@@ -27,28 +20,8 @@ pytestmark = [
 ]
 
 WAN_1_3B = {"_class_name": "WanTransformer3DModel", "num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
-ROOT = Path(models.__file__).parents[1]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MOST_OF_BFLOAT16 = {"rtn-w4a8": 0.28, "rtn-w8a8": 0.52}
-
-MEASURE = """
-import contextlib, json, re, sys
-from pathlib import Path
-
-def memory(field):
-    return 1024 * int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
-
-@contextlib.contextmanager
-def measured():
-    # The highest mark is set back to what is in use now. Where the system does not allow that, the mark keeps the
-    # peak of the imports, and the test is only stricter.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    before = memory("VmRSS")
-    report = {}
-    yield report
-    print(json.dumps(report | {"before": before, "growth": memory("VmHWM") - before}))
-"""
 
 CONVERT = """
 import conversion
@@ -76,19 +49,6 @@ with measured() as report:
     model = models.load(sys.argv[1])
     arrays = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
 """
-
-
-def run(job, *arguments):
-    """The report of a job that must end well."""
-    # One device, as on a user's machine, instead of the suite's eight.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE + job, *map(str, arguments)],
-        env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=600,
-    )  # fmt: skip
-    report = json.loads(done.stdout.splitlines()[-1])
-    print(job.strip().splitlines()[-1], {name: f"{value:,.0f}" for name, value in report.items()})
-    return report
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,12 @@ WAN_1_3B = {
 }
 
 
+WAN_I2V_14B = {
+    "_class_name": "WanTransformer3DModel", "in_channels": 36, "out_channels": 16, "image_dim": 1280,
+    "added_kv_proj_dim": 5120,
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def real():
     """diffusers key -> what Wan-1.3B holds there."""
@@ -41,6 +47,23 @@ def test_the_real_keys_are_those_of_diffusers(real):
         theirs = diffusers.WanTransformer3DModel(**config).state_dict()
     shapes = {key: tensor.shape for key, tensor in real.items()}
     assert {key: tuple(tensor.shape) for key, tensor in theirs.items()} == shapes
+
+
+def test_image_to_video_has_the_names_and_shapes_of_diffusers_and_survives_both_ways():
+    ours = {key: tensor.shape for key, tensor in expected_tensors(models.abstract(WAN_I2V_14B)).items()}
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        fields = {name: value for name, value in WAN_I2V_14B.items() if name != "_class_name"}
+        theirs = diffusers.WanTransformer3DModel(**fields).state_dict()
+    assert ours == {key: tuple(tensor.shape) for key, tensor in theirs.items()}
+    original = {key: wan_original.to_original(key) for key in ours}
+    assert len(set(original.values()) - {None}) == len(ours)
+    assert {key: wan_original.to_diffusers(name) for key, name in original.items()} == {key: key for key in ours}
+    found = wan_original.infer_config(expected_tensors(models.abstract(WAN_I2V_14B)), {})
+    assert models.parse_config(found) == models.parse_config(WAN_I2V_14B)
+    said = wan_original.original_config(models.parse_config(WAN_I2V_14B).to_dict())
+    assert (said["model_type"], said["in_dim"], said["out_dim"]) == ("i2v", 36, 16)
 
 
 def test_the_norm_with_weights_is_norm3_there_and_norm2_here():

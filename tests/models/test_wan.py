@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_models import WAN, wan, wan_inputs
+from small_models import WAN, WAN_I2V, wan, wan_inputs
 
 import models
 from qvdjax.errors import UserError
@@ -33,13 +33,20 @@ reference.save_pretrained(folder)
 model = models.load(folder)
 
 random = np.random.default_rng(0)
-latents, context = random.standard_normal((2, 5, 3, 8, 6)), random.standard_normal((2, 7, 24))
+tokens = 512 if config.get("image_dim") else 7  # diffusers takes all but the last 512 for the image's
+latents = random.standard_normal((2, config["in_channels"], 3, 8, 6))
+context = random.standard_normal((2, tokens, 24))
+image = {"encoder_hidden_states_image": random.standard_normal((2, 6, config["image_dim"]))} if tokens == 512 else {}
 errors = {}
 for name, timestep in json.loads(sys.argv[3]).items():
     timestep = np.asarray(timestep, np.float64)
     with torch.no_grad():
-        theirs = reference(*(torch.tensor(a) for a in (latents, timestep, context))).sample.numpy()
-    ours = jax.jit(lambda m, *a: m(*a))(model, jnp.asarray(latents.transpose(0, 2, 3, 4, 1)), timestep, context)
+        theirs = reference(
+            *(torch.tensor(a) for a in (latents, timestep, context)), **{k: torch.tensor(v) for k, v in image.items()}
+        ).sample.numpy()
+    given, shown = np.split(latents.transpose(0, 2, 3, 4, 1), [config["out_channels"]], axis=-1)
+    more = {**image, **({"image_latents": shown} if shown.size else {})}
+    ours = jax.jit(lambda m, *a, **k: m(*a, **k))(model, jnp.asarray(given), timestep, context, **more)
     assert ours.dtype == jnp.float64
     ours = np.asarray(ours).transpose(0, 4, 1, 2, 3)
     errors[name] = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
@@ -64,7 +71,7 @@ run = jax.jit(lambda model, inputs: model(**inputs))
 
 @pytest.mark.parametrize(("name", "fields"), {
     "plain": {}, "no cross-attention norm": {"cross_attn_norm": False}, "uneven rope": {"attention_head_dim": 34},
-    "two frames a patch": {"patch_size": [3, 2, 1]},
+    "two frames a patch": {"patch_size": [3, 2, 1]}, "image to video": WAN_I2V,
 }.items())  # fmt: skip
 def test_parity_with_diffusers(tmp_path, name, fields):
     timesteps = {"zero": [0, 0], "ordinary": [999, 317]}
@@ -82,6 +89,7 @@ def test_parity_with_diffusers(tmp_path, name, fields):
 @pytest.mark.parametrize(("fields", "count"), [
     ({"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, 1_418_996_800),
     ({}, 14_288_491_584),
+    ({"in_channels": 36, "out_channels": 16, "image_dim": 1280, "added_kv_proj_dim": 5120}, 16_394_878_784),
 ])  # fmt: skip
 def test_parameter_counts_of_the_published_models(fields, count):
     model = models.abstract({"_class_name": "WanTransformer3DModel", **fields})
@@ -131,6 +139,22 @@ def test_wrong_sizes_are_said(change, message):
         wan()(**{**wan_inputs(), **change})
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    ({"encoder_hidden_states_image": None}, "follows an image, and there is none"),
+    ({"encoder_hidden_states_image": jnp.zeros((2, 6, 19))}, r"give \(batch, tokens, 20\)"),
+    ({"image_latents": None}, "9 channels.*, of which 4 may come as image_latents"),
+    ({"image_latents": jnp.zeros((2, 2, 8, 6, 4))}, "do not fit latents"),
+])  # fmt: skip
+def test_wrong_images_are_said(change, message):
+    model = wan(**WAN_I2V)
+    inputs = {**wan_inputs(), "image_latents": jnp.zeros((2, 3, 8, 6, 4)),
+              "encoder_hidden_states_image": jnp.zeros((2, 6, 20))}  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        model(**{**inputs, **change})
+    with pytest.raises(UserError, match="does not fit this model; leave it out"):
+        wan()(**wan_inputs(), encoder_hidden_states_image=inputs["encoder_hidden_states_image"])
+
+
 @pytest.mark.parametrize(("config", "message"), [
     ({"_class_name": "Magic"}, "not known"),
     ({**WAN, "wings": 2}, "fields"),
@@ -138,7 +162,11 @@ def test_wrong_sizes_are_said(change, message):
     ({**WAN, "ffn_dim": "many"}, "positive integer"),
     ({**WAN, "qk_norm": "other"}, "qk_norm"),
     ({**WAN, "attention_head_dim": 33}, "attention_head_dim 33 is odd; .*make it even"),
-    ({**WAN, "image_dim": 1280}, "image-to-video"),
+    ({**WAN, "image_dim": 1280}, "image_dim 1280 and added_kv_proj_dim None: one without the other"),
+    ({**WAN_I2V, "added_kv_proj_dim": 24}, "added_kv_proj_dim 24 beside tokens of 64 features"),
+    ({**WAN_I2V, "in_channels": 5}, "5 channels become 5; .*an image's channels"),
+    ({**WAN, "in_channels": 4}, "4 channels become 5"),
+    ({**WAN_I2V, "pos_embed_seq_len": 514}, "first and a last frame"),
     ({**WAN, "num_layers": 1001}, "num_layers is 1001; it must be a positive integer of at most 1000$"),
     ({**WAN, "ffn_dim": 2**20 + 1}, "ffn_dim is 1048577; .* at most 1048576"),
     ({**WAN, "in_channels": 10**400}, r"in_channels is 10{39}\.\.\.; "),

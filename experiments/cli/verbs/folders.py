@@ -18,14 +18,36 @@ def convert(arguments: Convert, progress: Progress | None) -> Outcome:
     report = conversion.convert(
         arguments.source,
         arguments.target,
+        component=arguments.component,
         motion_adapter=arguments.motion_adapter,
         dtype=arguments.dtype,
         dry_run=arguments.dry_run,
         overwrite=arguments.overwrite,
         progress=progress,
     )
+    if report["layout"] == "pipeline":
+        return _pipeline(arguments, report)
     done = "can be converted" if arguments.dry_run else f"-> {arguments.target}"
     return Outcome(report, (f"{arguments.source} {done}", *_facts(report)))
+
+
+def _pipeline(arguments: Convert, report: dict[str, Any]) -> Outcome:
+    """What became of a pipeline's components, or what would."""
+    rows = [
+        (part["name"], part["class"], part["action"], part["tensors"] or "-", size(part["source_bytes"]),
+         size(part["bytes"]), ", ".join(part["dtypes"]) or "-")
+        for part in report["components"]
+    ]  # fmt: skip
+    columns = ("component", "class", "action", "tensors", "bytes", "becomes", "types")
+    table = Table(columns, rows, right=frozenset({"tensors", "bytes", "becomes"}))
+    whole = f"{size(report['source_bytes'])} -> {size(report['bytes'])}, {size(report['free_bytes'])} free on the disk"
+    if not arguments.dry_run:
+        return Outcome(report, (f"{arguments.source} -> {arguments.target}", table, whole))
+    missed = list(report["problems"].values())
+    if report["bytes"] > report["free_bytes"]:
+        missed.append(f"the disk of {arguments.target} is too small; free some space or choose another")
+    verdict = "cannot be converted yet" if missed else "can be converted"
+    return Outcome(report, (f"{arguments.source} {verdict}", table, whole), missed=missed)
 
 
 def export(arguments: Export, progress: Progress | None) -> Outcome:

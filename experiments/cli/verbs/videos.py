@@ -3,7 +3,7 @@
 from typing import Any
 
 from experiments.cli import values
-from experiments.cli.arguments import EncodePrompts, Evaluate, Sample
+from experiments.cli.arguments import Compare, EncodePrompts, EncodeVideos, Evaluate, Sample, VBench
 from experiments.cli.outcome import Outcome, Table, number, size
 from experiments.cli.terminal import Progress
 
@@ -35,6 +35,31 @@ def encode_prompts(arguments: EncodePrompts, progress: Progress | None) -> Outco
     return Outcome(report, [made, *_cut(report), f"{encoder['class']}{recipe}: {size(encoder['weight_bytes'])}"])
 
 
+def encode_videos(arguments: EncodeVideos, progress: Progress | None) -> Outcome:
+    """Encode clips and captions into a training folder."""
+    from experiments.video_encoding import encode_videos
+
+    report = encode_videos(
+        arguments.clips,
+        arguments.pipeline,
+        arguments.out,
+        video=values.video(arguments.video),
+        fps=arguments.fps,
+        draw=arguments.draw,
+        dtype=arguments.dtype,
+        batch=arguments.batch,
+        progress=progress,
+    )
+    frames, height, width = report["video"]
+    of = f"{frames} frames of {height} x {width}, latents of {' x '.join(map(str, report['latents']))}"
+    lines = [f"{report['encoded']} of {report['clips']} clips, {of}", *_cut(report)]
+    lines.append(
+        f"-> {report['output']}" if report["written"]
+        else f"{report['left']} clips are being encoded by other processes, the last of which writes {report['output']}"
+    )  # fmt: skip
+    return Outcome(report, lines, missed=[entry["error"] for entry in report["failed"]])
+
+
 def _cut(report: dict[str, Any]) -> list[str]:
     """A line for every prompt that was too long."""
     return [f"{count} tokens were cut off the end of {text!r}" for text, count in report.get("cut", {}).items()]
@@ -43,6 +68,7 @@ def _cut(report: dict[str, Any]) -> list[str]:
 def sample(arguments: Sample, progress: Progress | None) -> Outcome:
     """Sample videos from a folder and write them with a JSON file beside."""
     from experiments.sampling import sample_folder
+    from experiments.sampling.memory_plan import parse_limit
 
     report = sample_folder(
         arguments.dir,
@@ -52,6 +78,9 @@ def sample(arguments: Sample, progress: Progress | None) -> Outcome:
         seeds=values.seeds(arguments.seeds),
         context_file=arguments.context,
         denoiser=arguments.denoiser,
+        image=arguments.image,
+        names=arguments.names,
+        video=values.video(arguments.video),
         fps=arguments.fps,
         scale=arguments.scale,
         dtype=arguments.dtype,
@@ -59,6 +88,7 @@ def sample(arguments: Sample, progress: Progress | None) -> Outcome:
         mesh=values.mesh(arguments.mesh),
         batch=arguments.batch,
         step_loop=arguments.step_loop,
+        memory_limit=None if arguments.memory_limit is None else parse_limit(arguments.memory_limit),
         progress=progress,
     )
     frames, height, width = report["latents"][:3]
@@ -70,6 +100,55 @@ def sample(arguments: Sample, progress: Progress | None) -> Outcome:
         f"{report['steps']} steps, {number(report['seconds_per_step'])} s a step, "
         f"compiled in {number(report['compile_seconds'])} s on {report['device']}"
     )
+    return Outcome(report, [*lines, *_plan(report["memory_plan"]), _memory(report["memory"])])
+
+
+def _plan(plan: dict[str, Any] | None) -> list[str]:
+    """What was chosen for a limit of memory."""
+    if plan is None:
+        return []
+    tiling, texts = plan["tiling"], plan["texts"]
+    chosen = [f"{plan['batch']} videos at once"]
+    chosen += [] if texts is None else [f"texts encoded on the {texts}"]
+    chosen += [] if tiling is None else [f"the VAE in tiles of {' x '.join(map(str, tiling['tile']))} latents"]
+    return [f"below {size(plan['limit_bytes'])}: {', '.join(chosen)}"]
+
+
+def _memory(components: dict[str, dict[str, Any]]) -> Table:
+    """What each component holds and needs; one runs after the other."""
+    rows = [
+        (name, size(held["weight_bytes"]), "-" if held["peak_bytes"] is None else size(held["peak_bytes"]))
+        for name, held in components.items()
+    ]
+    return Table(("memory", "weights", "peak on a device"), rows, right=frozenset({"weights", "peak on a device"}))
+
+
+def compare(arguments: Compare, progress: Progress | None) -> Outcome:
+    """Put videos side by side."""
+    from experiments.side_by_side import compare_videos
+
+    report = compare_videos(
+        arguments.videos, arguments.output, labels=arguments.label, columns=arguments.columns, fps=arguments.fps
+    )
+    frames, height, width = (report[name] for name in ("frames", "height", "width"))
+    return Outcome(report, [f"{report['file']}: {frames} frames of {height} x {width}, {', '.join(report['labels'])}"])
+
+
+def vbench(arguments: VBench, progress: Progress | None) -> Outcome:
+    """Normalise and weigh VBench's scores."""
+    from experiments.vbench import score_results
+
+    report = score_results(arguments.results)
+    rows = [
+        (name, number(report["raw"][name]), number(score), number(report["videos"][name]))
+        for name, score in report["normalised"].items()
+    ]
+    rows += [(name, "", number(report[name]), "") for name in ("quality", "semantic", "total")]
+    columns = ("VBench", "raw", "normalised", "videos")
+    lines: list[str | Table] = [Table(columns, rows, right=frozenset(columns[1:]))]
+    if missing := report["missing"]:
+        every = len(missing) + len(report["raw"])
+        lines.append(f"no total: {len(missing)} of {every} dimensions are missing: {', '.join(missing)}")
     return Outcome(report, lines)
 
 

@@ -6,8 +6,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from published_folders import WAN_VAE, published_pipeline
 from safetensors.numpy import load_file, save_file
+from small_models import CLIP_VISION, WAN, encoder_folder, randomised
 
 import models
 from experiments.sampling import output
@@ -110,3 +112,102 @@ def test_what_cannot_be_decoded_is_said(qvdjax, pipeline, tmp_path):
     transformer = pipeline / "transformer"
     assert "is no pipeline whose model could be replaced" in refused(transformer, "--denoiser", transformer)
     assert "does not exist" in refused(pipeline, "--denoiser", tmp_path / "nowhere")
+
+
+def test_the_video_says_how_large_its_latents_are(qvdjax, pipeline, tmp_path, shown):
+    common = ("sample", pipeline, "-p", "a cat", "--steps", "1", "-o", tmp_path / "x.mp4")
+    done = qvdjax(*common, "--video", "3x8x12", "--json")
+    assert done.code == 0, done.err
+    assert (done.report["latents"], shown[0].shape) == ([2, 4, 6, 5], SHOWN)
+    for options, message in (
+        (("--video", "4x8x12"), "a video of 4 frames; choose 2n + 1, such as 41, or cut the video"),
+        (("--video", "3x9x12"), "a video of height 9; choose a multiple of 2"),
+        (("--video", "3x8x10"), "latent width 5 is no multiple of the patch 2; make height and width multiples of 4"),
+        (("--video", "0x8x12"), "a video of 0 frames of 8 x 12"),
+        (("--video", "3x8"), "is no size; write frames, height and width like 81x480x832"),
+        (("--video", "3x8x12", "--frames", "2"), "sizes of the latents are given beside the video's"),
+        (("--frames", "2", "--height", "5", "--width", "6"), "latent height 5 is no multiple of the patch 2"),
+        (("--memory-limit", "much"), "is no size; write it like 12GiB"),
+        (("--image", "x.png"), "follows no image"),
+    ):
+        done = qvdjax(*common, *options)
+        assert (done.code, done.err.count("\n")) == (2, 1), (options, done.err)
+        assert message in done.err
+
+
+@pytest.fixture(scope="module")
+def image_pipeline(tmp_path_factory):
+    """Wan's, of a model that follows an image of 8 x 8 for CLIP: its five tokens and two more channels and five."""
+    folder = published_pipeline(tmp_path_factory.mktemp("published") / "i2v", "wan", WAN_VAE)
+    shutil.rmtree(folder / "transformer")
+    config = {**WAN, "num_layers": 1, "in_channels": 12, "image_dim": 24, "added_kv_proj_dim": 64}
+    models.save(randomised(models.abstract(config)), folder / "transformer")
+    encoder_folder(folder / "image_encoder", CLIP_VISION)
+    (folder / "image_processor").mkdir()
+    processor = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    (folder / "image_processor" / "preprocessor_config.json").write_text(json.dumps(processor))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["image_encoder"] = ["transformers", "CLIPVisionModel"]
+    index["image_processor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_a_video_follows_its_image(qvdjax, image_pipeline, tmp_path, shown):
+    for name, level in (("dark", 20), ("light", 230)):
+        Image.fromarray(np.full((16, 24, 3), level, np.uint8)).save(tmp_path / f"{name}.png")
+        done = qvdjax("sample", image_pipeline, "-o", tmp_path / f"{name}.mp4", "-p", "a cat", "-p", "a red cat",
+                      "--image", tmp_path / f"{name}.png", *SIZES, "--json")  # fmt: skip
+        assert done.code == 0, done.err
+        assert done.report["videos"][0]["image"] == str(tmp_path / f"{name}.png")
+    assert [video.shape for video in shown] == [SHOWN] * 4
+    assert np.abs(shown[0] - shown[2]).max() > 0.01
+
+
+@pytest.mark.parametrize(("change", "image", "message"), [
+    (None, None, "follows an image, and there is none; give its first frame with --image"),
+    (None, "none.png", "none.png does not exist"),
+    (None, "text.png", "text.png cannot be read"),
+    ("image_encoder", "good.png", "lacks the folder image_encoder, of its CLIPVisionModel; download it too"),
+    ("image_processor", "good.png", "lacks the folder image_processor"),
+    ("vae", "good.png", "lacks the folder vae"),
+])  # fmt: skip
+def test_images_that_cannot_be_followed_are_said(qvdjax, image_pipeline, tmp_path, change, image, message):
+    folder = shutil.copytree(image_pipeline, tmp_path / "pipeline")
+    (tmp_path / "text.png").write_text("no picture")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "good.png")
+    if change:
+        shutil.rmtree(folder / change)
+    options = () if image is None else ("--image", tmp_path / image)
+    done = qvdjax("sample", folder, "-o", tmp_path / "x.mp4", "-p", "a cat", *SIZES, *options)
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert message in done.err
+
+
+def test_an_image_encoder_of_another_width_is_said(qvdjax, image_pipeline, tmp_path):
+    folder = shutil.copytree(image_pipeline, tmp_path / "pipeline")
+    shutil.rmtree(folder / "image_encoder")
+    encoder_folder(folder / "image_encoder", {**CLIP_VISION, "hidden_size": 30})
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "good.png")
+    done = qvdjax("sample", folder, "-o", tmp_path / "x.mp4", "-p", "a cat", "--image", tmp_path / "good.png", *SIZES)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "makes 30 features of a picture, the model in" in done.err
+    assert "takes 24 of CLIP's; put the model's own image encoder there" in done.err
+
+
+def test_a_whole_pipeline_is_converted_or_said_to_lack_something(qvdjax, pipeline, tmp_path):
+    done = qvdjax("convert", pipeline, tmp_path / "narrow", "--dtype", "bfloat16", "--dry-run")
+    assert (done.code, list(tmp_path.iterdir())) == (0, [])
+    assert "can be converted" in done.out
+    assert all(name in done.out for name in ("text_encoder", "transformer", "vae", "tokenizer", "free on the disk"))
+    done = qvdjax("convert", pipeline, tmp_path / "narrow", "--dtype", "bfloat16", "--json")
+    assert done.code == 0, done.err
+    assert {part["name"]: part["action"] for part in done.report["components"]}["vae"] == "convert"
+    shutil.rmtree(tmp_path / "narrow" / "vae")
+    done = qvdjax("convert", tmp_path / "narrow", tmp_path / "copy", "--dry-run")
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "lacks the folder vae" in done.err
+    assert "cannot be converted yet" in done.out
+    done = qvdjax("convert", tmp_path / "narrow", tmp_path / "copy")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert not (tmp_path / "copy").exists()

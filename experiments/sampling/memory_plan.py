@@ -1,0 +1,174 @@
+"""How to sample below a limit of memory: programs are compiled from shapes and types, before a weight is read.
+
+Text encoder, model and VAE run one after the other, and each is freed before the next is read. What can be chosen:
+where texts are encoded (the device, or the host beside an accelerator), how many videos are computed at once, and
+whether the VAE decodes whole frames or tiles of them. Wan's VAE goes through a video a latent frame at a time always.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import models
+from experiments.sampling.decoding import peak_bytes
+from models.prompts import AT_ONCE, PromptEncoder
+from models.vae_folders import build_vae, open_vae_folder
+from qvdjax.checkpoint import loaded_shapes
+from qvdjax.diffusion import compile_sampler
+from qvdjax.errors import UserError
+
+HOST, DEVICE = "host", "device"
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """What keeps below a limit.
+
+    Attributes:
+        limit: Bytes of a device.
+        texts: Where they are encoded, "device" or "host"; None where no text encoder is needed.
+        texts_at_once: How many of them.
+        batch: Videos computed at once.
+        tiling: How the VAE decodes; None for whole frames.
+        peaks: Of each component in bytes, by the compiler's account.
+    """
+
+    limit: int
+    texts: str | None
+    texts_at_once: int
+    batch: int
+    tiling: models.Tiling | None
+    peaks: dict[str, int]
+
+    def report(self) -> dict[str, Any]:
+        """JSON types."""
+        tiling = None if self.tiling is None else dataclasses.asdict(self.tiling)
+        return {
+            "limit_bytes": self.limit, "texts": self.texts, "texts_at_once": self.texts_at_once, "batch": self.batch,
+            "tiling": tiling, "peak_bytes": self.peaks,
+        }  # fmt: skip
+
+
+def parse_limit(text: str) -> int:
+    """ "12GiB", "12.5 GB", "800M" -> bytes. Raises `UserError` for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not found or (not found[2] and found[3]):
+        raise UserError(f"--memory-limit {text!r} is no size", remedy="write it like 12GiB or 800MB")
+    power = 0 if not found[2] else " KMGT".index(found[2].upper())
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def plan_memory(
+    limit: int,
+    *,
+    model: Any,
+    inputs: Callable[[int], dict],
+    sampling: dict[str, Any],
+    step_loop: bool,
+    batch: int,
+    latents: tuple[int, ...],
+    encoder: PromptEncoder | None,
+    texts: int,
+    vae: Path | None,
+    dtype: Any,
+) -> MemoryPlan:
+    """Choose, component by component, the first of the ways that stays below the limit.
+
+    Args:
+        limit: Bytes of one device.
+        model: Shapes and types of the denoiser, as it will be loaded.
+        inputs: Number of videos -> arguments of `compile_sampler` beside the model.
+        sampling, step_loop: The rest of them.
+        batch: Most videos at once.
+        latents: (frames, height, width, channels) of one video.
+        encoder: What encodes `texts` texts; None where they are encoded already.
+        vae: Folder of what decodes; None where nothing does.
+        dtype: Floating type asked for.
+
+    Raises:
+        UserError: Nothing stays below the limit: what each component needs at least; a backend that does not say.
+    """
+    peaks, least, where, tiling, at_once = {}, {}, None, None, min(AT_ONCE, texts)
+    if encoder is not None:
+        shapes = encoder.abstract(dtype)
+        at_once, needed = _fewer(at_once, limit, lambda count: encoder.peak_bytes(shapes, count))
+        where = DEVICE if needed <= limit or jax.default_backend() == "cpu" else HOST
+        peaks["text_encoder"] = least["text_encoder"] = needed if where == DEVICE else 0
+    size, needed = _fewer(batch, limit, lambda count: _sampler_bytes(model, inputs(count), sampling, step_loop))
+    peaks["denoiser"] = least["denoiser"] = needed
+    if vae is not None:
+        tiling, peaks["vae"], least["vae"] = _decoding(vae, latents, limit)
+    if too_much := {name: bytes_ for name, bytes_ in least.items() if bytes_ > limit}:
+        raise UserError(
+            f"nothing keeps this below {_said(limit)}; {_said(max(least.values()))} would do",
+            remedy="encode prompts elsewhere (encode-prompts), quantize the model, sample a smaller video or spread it"
+            " over devices with --mesh",
+            items=[f"{name} needs {_said(bytes_)}{_HOW[name]}" for name, bytes_ in too_much.items()],
+        )
+    return MemoryPlan(limit, where, at_once, size, tiling, peaks)
+
+
+def _fewer(most: int, limit: int, bytes_of: Callable[[int], int | None]) -> tuple[int, float]:
+    """The most at once, at least one, that stay below the limit, and what they need."""
+    while True:
+        needed = _needed(lambda most=most: bytes_of(most))
+        if needed <= limit or most == 1:
+            return most, needed
+        most = (most + 1) // 2
+
+
+_HOW = {
+    "text_encoder": " for one text at a time",
+    "denoiser": " for one video at a time",
+    "vae": " in its smallest tiles",
+}
+
+
+def _decoding(folder: Path, latents: tuple[int, ...], limit: int) -> tuple[models.Tiling | None, int, int]:
+    """How to decode, what that needs, and the least that any way needs."""
+    opened = open_vae_folder(folder)
+    vae = loaded_shapes(jax.eval_shape(lambda: build_vae(opened.config)), opened)
+    ways = [None]
+    if usual := getattr(vae.config, "default_tiling", None):
+        ways += [tiling for tiling in (usual, _halved(usual), _halved(_halved(usual))) if _cuts(tiling, latents)]
+    found = []
+    for tiling in ways:
+        found.append(_needed(lambda tiling=tiling: peak_bytes(vae, latents, tiling)))
+        if found[-1] <= limit:
+            return tiling, found[-1], found[-1]
+    best = found.index(min(found))
+    return ways[best], found[best], found[best]
+
+
+def _halved(tiling: models.Tiling) -> models.Tiling:
+    return models.Tiling(*(tuple(max(1, size // 2) for size in sizes) for sizes in (tiling.tile, tiling.stride)))
+
+
+def _cuts(tiling: models.Tiling, latents: tuple[int, ...]) -> bool:
+    """Whether a video is larger than a tile."""
+    return latents[1] > tiling.tile[0] or latents[2] > tiling.tile[1]
+
+
+def _sampler_bytes(model, inputs: dict, sampling: dict, step_loop: bool) -> int | None:
+    return compile_sampler(model, **inputs, **sampling, step_loop=step_loop).bytes_held
+
+
+def _needed(compiled: Callable[[], int | None]) -> float:
+    """Bytes; infinitely many where the compiler gives up for want of memory."""
+    try:
+        needed = compiled()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return float("inf")
+    if needed is None:
+        raise UserError("this device's compiler does not say what programs need", remedy="leave out --memory-limit")
+    return needed
+
+
+def _said(count: float) -> str:
+    return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"

@@ -1,0 +1,128 @@
+"""From a picture to what an image-to-video model is given beside its text: its CLIP tokens and its latents.
+
+As diffusers 0.42 `pipelines/wan/pipeline_wan_i2v.py` does it.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.encoders import EncoderFolder, load_encoder, parse_encoder_config
+from models.images import PROCESSOR, for_clip, for_vae
+from models.pipeline_folder import PipelineFolder
+from models.vae_folders import load_vae, parse_vae_config
+from models.wan import WanConfig
+from qvdjax.checkpoint import Progress
+from qvdjax.checkpoint.folder import CONFIG, read_json
+from qvdjax.errors import UserError
+
+TOKENS, LATENTS = "encoder_hidden_states_image", "image_latents"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageConditions:
+    """What a pipeline encodes pictures with, checked against its model; no weight is read yet.
+
+    Attributes:
+        encoder: Folder of CLIP's encoder of images; None where the model is given the picture's latents alone.
+        processor: Settings of how pictures are prepared for it.
+        vae: Folder of the VAE.
+        compression: The VAE's.
+        tokens: (image tokens, features) that the encoder makes; None without one.
+    """
+
+    encoder: Path | None
+    processor: dict[str, Any]
+    vae: Path
+    compression: tuple[int, int, int]
+    tokens: tuple[int, int] | None
+
+    @classmethod
+    def open(cls, pipeline: PipelineFolder, config: WanConfig) -> "ImageConditions":
+        """Look at all that encoding a picture needs.
+
+        Raises:
+            UserError: A missing or damaged component; one of another kind or width than the model's.
+        """
+        folder = pipeline.component("vae")
+        vae = parse_vae_config(read_json(folder / CONFIG))
+        # Which of the frames behind a latent frame are given, a channel each, then their latents.
+        added = vae.compression[0] + vae.latent_channels
+        if config.image_channels != added:
+            raise UserError(
+                f"{folder} makes {added} channels of a picture, the model in {pipeline.denoiser} takes"
+                f" {config.image_channels}",
+                remedy="use the VAE that belongs to the model",
+            )
+        if config.image_dim is None:
+            return cls(None, {}, folder, vae.compression, None)
+        encoder = pipeline.component("image_encoder")
+        opened = EncoderFolder.open(encoder)
+        parsed = parse_encoder_config(opened.config)
+        if opened.config["model_type"] != "clip_vision_model" or parsed.width != config.image_dim:
+            raise UserError(
+                f"{encoder} makes {parsed.width} features of a picture, the model in {pipeline.denoiser} takes"
+                f" {config.image_dim} of CLIP's",
+                remedy="put the model's own image encoder there",
+            )
+        processor = read_json(pipeline.component("image_processor") / PROCESSOR)
+        tokens = (parsed.image_size // parsed.patch_size) ** 2 + 1
+        return cls(encoder, processor, folder, vae.compression, (tokens, parsed.width))
+
+    def shapes(self, latents: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
+        """Of what `encode` returns for latents (frames, height, width, channels)."""
+        *size, channels = latents
+        shown = {LATENTS: (*size, self.compression[0] + channels)}
+        return shown if self.tokens is None else {TOKENS: self.tokens, **shown}
+
+    def encode(
+        self, image: np.ndarray, size: tuple[int, int, int], *, dtype: Any = None, progress: Progress | None = None
+    ) -> dict[str, np.ndarray]:
+        """Encode a picture that becomes the first frame, one encoder after the other.
+
+        Args:
+            image: uint8 (height, width, rgb), resized to the video's size whatever its proportions are.
+            size: Frames, height and width of the latents that are sampled.
+            dtype: Floating type of CLIP's weights; the file's by default.
+            progress: See `models.load`.
+
+        Returns:
+            float32 `encoder_hidden_states_image` (image tokens, features), unless the model takes none, and
+            `image_latents` (frames, height, width, channels): ones for the first frame, then latents.
+        """
+        found = {}
+        if self.encoder is not None:
+            pixels = for_clip(image, self.processor)
+            model = load_encoder(self.encoder, dtype=dtype, progress=progress)
+            found[TOKENS] = np.asarray(_tokens(model, pixels[None])[0], np.float32)  # h w c -> 1 h w c -> tokens dim
+            _free(model)
+        (time, down, across), (frames, height, width) = self.compression, size
+        video = np.zeros(((frames - 1) * time + 1, height * down, width * across, 3), np.float32)
+        video[0] = for_vae(image, *video.shape[1:3])
+        vae = load_vae(self.vae, progress=progress)
+        latents = np.asarray(_latents(vae, video[None])[0], np.float32)  # f h w rgb -> 1 f h w rgb -> f' h' w' c
+        _free(vae)
+        given = np.zeros((*latents.shape[:3], time), np.float32)
+        given[0] = 1
+        found[LATENTS] = np.concatenate([given, latents], axis=-1)
+        return found
+
+
+@jax.jit
+def _tokens(model, images: jax.Array) -> jax.Array:
+    return model(images, output="penultimate")
+
+
+@jax.jit
+def _latents(vae, video: jax.Array) -> jax.Array:
+    """(batch, frames, height, width, rgb) in -1 to 1 -> float32 (batch, frames', height', width', channels)."""
+    return vae.normalize(vae.encode(video).mode().astype(jnp.float32))
+
+
+def _free(model) -> None:
+    for array in jax.tree.leaves(model):
+        array.delete()  # at once, before something else is read

@@ -1,0 +1,219 @@
+"""Pipelines that diffusers and transformers make themselves, of small random components, and the frames they sample."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from published_folders import PIECES, PIPELINES, clip_tokenizer
+from small_models import CLIP_VISION
+
+# Of each: components by class, how it is called, and how our program is told the same. The sizes are those of the
+# published VAEs, 4 (AnimateDiff 1) x 8 x 8 pixels to one of latents, except AnimateDiff's 4 x 4.
+_NORM = {"qk_norm": "rms_norm_across_heads"}
+_FRAMES = {"num_inference_steps": 3, "guidance_scale": 4.0}
+_WIDTHS = [8, 8, 12, 12]
+DIFFUSERS = {
+    "wan": {
+        "pipeline": "WanPipeline",
+        "text_encoder": ["UMT5EncoderModel", "UMT5Config"],
+        "denoiser": ["transformer", _NORM],
+        "vae": {
+            "_class_name": "AutoencoderKLWan", "base_dim": 4, "z_dim": 5, "dim_mult": [1, 2, 2, 2],
+            "num_res_blocks": 1, "temperal_downsample": [False, True, True],
+            "latents_mean": [0.1, -0.2, 0.3, 0.0, 1.0], "latents_std": [1.5, 2.0, 0.5, 1.0, 3.0],
+        },
+        "scheduler": ["UniPCMultistepScheduler", {
+            "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0,
+            "num_train_timesteps": 1000,
+        }],
+        "latents": [3, 4, 6, 5], "pixels": [9, 32, 48], "axes": [0, 4, 1, 2, 3], "call": _FRAMES,
+    },
+    "cogvideox": {
+        "pipeline": "CogVideoXPipeline",
+        "text_encoder": ["T5EncoderModel", "T5Config"],
+        "denoiser": ["transformer", {}],
+        "vae": {
+            "_class_name": "AutoencoderKLCogVideoX", "block_out_channels": _WIDTHS, "latent_channels": 5,
+            "down_block_types": ["CogVideoXDownBlock3D"] * 4, "up_block_types": ["CogVideoXUpBlock3D"] * 4,
+            "layers_per_block": 1, "norm_num_groups": 4, "scaling_factor": 1.15258426,
+        },
+        "scheduler": ["CogVideoXDDIMScheduler", {
+            "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "snr_shift_scale": 3.0,
+            "timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False,
+        }],
+        "latents": [3, 8, 6, 5], "pixels": [9, 64, 48], "axes": [0, 1, 4, 2, 3],
+        "call": {**_FRAMES, "max_sequence_length": 7},
+    },
+    "animatediff": {
+        "pipeline": "AnimateDiffPipeline",
+        "text_encoder": ["CLIPTextModel", "CLIPTextConfig"],
+        "denoiser": ["unet", {}],
+        "vae": {
+            "_class_name": "AutoencoderKL", "block_out_channels": [8, 12, 12], "latent_channels": 5,
+            "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
+            "norm_num_groups": 4, "scaling_factor": 0.18215,
+        },
+        "scheduler": ["DDIMScheduler", {
+            "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear", "clip_sample": False,
+            "timestep_spacing": "leading", "steps_offset": 1,
+        }],
+        "latents": [3, 4, 6, 5], "pixels": [3, 16, 24], "axes": [0, 4, 1, 2, 3], "call": _FRAMES,
+    },
+}  # fmt: skip
+# Image-to-video: a picture of other proportions than the video, which CLIP sees at 8 x 8.
+DIFFUSERS["wan-i2v"] = {
+    **DIFFUSERS["wan"], "pipeline": "WanImageToVideoPipeline",
+    # Of the model's 14 channels 5 are the latents', 4 say which frames are given, and 5 are those.
+    "denoiser": ["transformer", {"in_channels": 14, "image_dim": 24, "added_kv_proj_dim": 64, **_NORM}],
+    "image_config": {key: value for key, value in CLIP_VISION.items() if key not in ("architectures", "model_type")},
+    "image": [20, 28],
+}  # fmt: skip
+PROMPT, NEGATIVE, SEED = "a red cat", "a disc", 3
+
+# Makes the folders and samples them, with PyTorch. The initial noise is ours.
+_REFERENCE = """
+import importlib, json, sys
+from types import SimpleNamespace
+import diffusers, numpy as np, torch, transformers
+from qvdjax.diffusion import initial_noise
+
+cases, (prompt, negative, seed) = json.loads(sys.argv[1])
+torch.manual_seed(0)
+wan_i2v = importlib.import_module("diffusers.pipelines.wan.pipeline_wan_i2v")
+if not hasattr(wan_i2v, "ftfy"):  # which may not be installed; these prompts have nothing to be mended
+    wan_i2v.ftfy = SimpleNamespace(fix_text=str)
+
+def randomised(module):
+    for name, tensor in module.named_parameters():
+        fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
+        spread = 1.5 / fan_in**0.5 if fan_in > 1 else 0.5
+        # Most pixels are to lie between black and white.
+        tensor.data.copy_(torch.randn(tensor.shape) * (spread / 2 if "decoder.conv_out" in name else spread))
+    return module.eval()
+
+for family, case in cases.items():
+    (name, config), vae = case["denoiser"], dict(case["vae"])
+    kind, settings = case["text_encoder"]
+    text = getattr(transformers, settings)(**case["text_config"])
+    if case["merges"]:
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(case["merges"])
+    else:
+        tokenizer = transformers.T5Tokenizer(vocab=[tuple(piece[:2]) for piece in case["pieces"]], extra_ids=0)
+    scheduler, options = case["scheduler"]
+    parts = {
+        name: randomised(getattr(diffusers, config.pop("_class_name"))(**config)),
+        "text_encoder": randomised(getattr(transformers, kind)(text)),
+        "vae": randomised(getattr(diffusers, vae.pop("_class_name"))(**vae)),
+        "tokenizer": tokenizer,
+        "scheduler": getattr(diffusers, scheduler)(**options),
+    }
+    more = {}
+    if family == "animatediff":
+        parts["motion_adapter"] = None  # its weights are the UNet's
+    if "image" in case:
+        from PIL import Image
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        parts["image_encoder"] = randomised(transformers.CLIPVisionModel(
+            transformers.CLIPVisionConfig(**case["image_config"])))
+        parts["image_processor"] = CLIPImageProcessorPil(
+            size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+        more["image"] = Image.open(case["image"])
+    pipeline = getattr(diffusers, case["pipeline"])(**parts)
+    pipeline.save_pretrained(case["folder"])
+    noise = np.asarray(initial_noise([seed], case["latents"])).transpose(case["axes"])
+    frames, height, width = case["pixels"]
+    made = pipeline(
+        prompt=prompt, negative_prompt=negative, num_frames=frames, height=height, width=width, output_type="np",
+        latents=torch.tensor(noise), **case["call"], **more,
+    ).frames[0]
+    np.save(case["frames"], made)
+"""
+
+# Runs our program where importing PyTorch, diffusers or transformers raises, and keeps the frames before an mp4 rounds
+# them.
+_OURS = """
+import json, sys
+
+class Refused:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "diffusers", "transformers"):
+            raise ImportError(f"{name} was to be imported where it must not be needed")
+
+sys.meta_path.insert(0, Refused)
+try:
+    import torch
+except ImportError as error:
+    assert "must not be needed" in str(error)
+else:
+    raise SystemExit("PyTorch was imported")
+
+import numpy as np
+from experiments.cli.main import main
+from experiments.sampling import output
+
+write = output.write_mp4
+for frames, arguments in json.loads(sys.argv[1]):
+    def keep(path, video, **options):
+        np.save(frames, video)
+        write(path, video, **options)
+
+    output.write_mp4 = keep
+    if code := main(arguments):
+        raise SystemExit(code)
+assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
+"""
+
+
+def sample_with_diffusers(folder: Path) -> None:
+    """Write `<family>`, the folder of a pipeline, and `<family>-theirs.npy`, the frames that diffusers samples."""
+    cases = {}
+    for family, case in DIFFUSERS.items():
+        _, config, text, _ = PIPELINES[family.removesuffix("-i2v")]
+        name, more = case["denoiser"]
+        clip = family == "animatediff"
+        cases[family] = {
+            **case,
+            "denoiser": [name, {**config, **more}],
+            "text_config": {key: value for key, value in text.items() if key not in ("architectures", "model_type")},
+            "merges": str(clip_tokenizer(folder / "clip")) if clip else None,
+            "pieces": PIECES,
+            "folder": str(folder / family),
+            "frames": str(folder / f"{family}-theirs.npy"),
+        }
+        if "image" in case:
+            cases[family]["image"] = str(folder / "picture.png")
+            height, width = case["image"]
+            rows, columns = np.mgrid[:height, :width]
+            picture = np.stack([rows * 12, columns * 9, (rows + columns) * 5], axis=-1).astype(np.uint8)
+            Image.fromarray(picture).save(folder / "picture.png")
+    _run(_REFERENCE, [cases, [PROMPT, NEGATIVE, SEED]])
+
+
+def sample_without_pytorch(folder: Path) -> None:
+    """Sample the same with `qvdjax sample`: `<family>.mp4` and `<family>-ours.npy`."""
+    runs = []
+    for family, case in DIFFUSERS.items():
+        frames, height, width, _ = case["latents"]
+        arguments = [
+            "sample", folder / family, "-o", folder / f"{family}.mp4", "-p", PROMPT, "--negative-prompt", NEGATIVE,
+            "--seeds", SEED, "--steps", case["call"]["num_inference_steps"],
+            "--guidance-scale", case["call"]["guidance_scale"],
+            "--frames", frames, "--height", height, "--width", width,
+        ]  # fmt: skip
+        arguments += ["--sigma-grid", "diffusers"] if family.startswith("wan") else []
+        arguments += ["--image", folder / "picture.png"] if "image" in case else []
+        runs.append([str(folder / f"{family}-ours.npy"), [str(argument) for argument in arguments]])
+    _run(_OURS, runs)
+
+
+def _run(program: str, cases: dict | list) -> None:
+    environment = {**os.environ, "XLA_FLAGS": ""}  # one device, as on a user's machine
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(cases)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
