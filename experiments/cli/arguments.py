@@ -319,6 +319,24 @@ class Evaluate(Sampler, Prompts, Common):
 
 
 @dataclass(frozen=True)
+class Score(Common):
+    """Score videos by the field's metrics, with weights that are named here; what lacks its weights has no number."""
+
+    videos: Annotated[Positional[Path], arg(metavar="DIR")]
+    """Folder of mp4 files, as `sample` writes them."""
+    reference: hinted(Path, "DIR", "none") = None
+    """Folder of videos of the same names, for PSNR, SSIM and LPIPS; FVD compares the folders."""
+    clip: hinted(Path, "DIR", "no CLIP similarity") = None
+    """Folder of a CLIPModel of transformers, with its tokenizer and preprocessor_config.json."""
+    lpips: hinted(Path, "DIR", "no LPIPS") = None
+    """Folder with alexnet-owt-7be5be79.pth and LPIPS' alex.pth; needs PyTorch."""
+    i3d: hinted(Path, "FILE", "no FVD") = None
+    """i3d_torchscript.pt; needs PyTorch."""
+    output: Annotated[Path | None, arg(metavar="FILE.json", aliases=["-o"])] = None
+    """Also write the scores, of every video too, to this file."""
+
+
+@dataclass(frozen=True)
 class VBench(Common):
     """Normalise and weigh the scores that VBench's own program wrote; `sample --names vbench` makes its videos."""
 
@@ -409,6 +427,7 @@ Command = (
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Score, subcommand("score")]
     | Annotated[VBench, subcommand("vbench")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Recipes, subcommand("recipes")]

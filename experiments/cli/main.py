@@ -43,6 +43,7 @@ VERBS = {
     "Sample": "experiments.cli.verbs.videos:sample",
     "Compare": "experiments.cli.verbs.videos:compare",
     "Evaluate": "experiments.cli.verbs.videos:evaluate",
+    "Score": "experiments.cli.verbs.videos:score",
     "VBench": "experiments.cli.verbs.videos:vbench",
     "Bench": "experiments.cli.verbs.machines:bench",
     "Plan": "experiments.cli.verbs.machines:plan",

@@ -1,6 +1,6 @@
 """A pipeline with a transformer of Wan-14B's widths and several shards: what converting it takes in memory.
 
-Seven blocks instead of forty, 5.9 GB in bfloat16 instead of 28.6: whoever held all of it would be seen, and more blocks
+Seven blocks instead of forty, 5.4 GB in bfloat16 instead of 28.6: whoever held all of it would be seen, and more blocks
 are more of the same.
 """
 
@@ -67,7 +67,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     folder = CheckpointFolder.open(tmp_path / "target" / "transformer")
     files = {file.path for file in folder.files.values()}
     shutil.rmtree(tmp_path / "target")  # gigabytes, which pytest would keep
-    assert folder.nbytes == sum(sizes.values()) > 5.5e9
+    assert folder.nbytes == sum(sizes.values()) > 5e9
     assert len(files) == 2
     assert report["peak"] <= 4e9
     # The mapped pages of the file and the array, or when it is read back the same; masks and the writer's buffers are

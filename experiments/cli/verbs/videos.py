@@ -3,7 +3,7 @@
 from typing import Any
 
 from experiments.cli import values
-from experiments.cli.arguments import Compare, EncodePrompts, EncodeVideos, Evaluate, Sample, VBench
+from experiments.cli.arguments import Compare, EncodePrompts, EncodeVideos, Evaluate, Sample, Score, VBench
 from experiments.cli.outcome import Outcome, Table, number, size
 from experiments.cli.terminal import Progress
 
@@ -132,6 +132,32 @@ def compare(arguments: Compare, progress: Progress | None) -> Outcome:
     )
     frames, height, width = (report[name] for name in ("frames", "height", "width"))
     return Outcome(report, [f"{report['file']}: {frames} frames of {height} x {width}, {', '.join(report['labels'])}"])
+
+
+def score(arguments: Score, progress: Progress | None) -> Outcome:
+    """Score videos by metrics whose weights are named."""
+    from experiments.sampling.output import write_json
+    from experiments.video_metrics import score_videos
+
+    report = score_videos(
+        arguments.videos,
+        reference=arguments.reference,
+        clip=arguments.clip,
+        lpips=arguments.lpips,
+        i3d=arguments.i3d,
+        progress=progress,
+    )
+    if arguments.output is not None:
+        write_json(arguments.output, report)
+    rows = [
+        (name, number(found), "", "") if name == "fvd"
+        else (name, *(number(found[key]) for key in ("mean", "low", "high")))
+        for name, found in report["scores"].items()
+    ]  # fmt: skip
+    lines: list[str | Table] = [Table(("score", "mean", "low", "high"), rows, right=frozenset({"mean", "low", "high"}))]
+    lines += report["notes"]
+    lines += [f"{name}: not computed; it needs {need}" for name, need in report["missing"].items()]
+    return Outcome(report, lines)
 
 
 def vbench(arguments: VBench, progress: Progress | None) -> Outcome:
