@@ -1,6 +1,6 @@
 """Layers with one interface in float, simulated and integer execution, and the protocol models are written to."""
 
-from qvdjax.nn.attention import Attention, dot_product_attention, quantized_attention
+from qvdjax.nn.attention import Attention, dot_product_attention, quantized_attention, with_float_attention
 from qvdjax.nn.bit_switch import BitSwitch
 from qvdjax.nn.conv import Conv, QuantizedConv
 from qvdjax.nn.frames import FrameAxis
@@ -70,4 +70,5 @@ __all__ = [
     "stacked",
     "swap_layers",
     "tables_of",
+    "with_float_attention",
 ]

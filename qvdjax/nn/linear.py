@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qvdjax.kernels import quantized_matmul
+from qvdjax.kernels import quantized_linear, quantized_matmul
 from qvdjax.nn.frames import FrameAxis
 from qvdjax.nn.low_rank import LowRankBranch
 from qvdjax.nn.quantized_layer import QuantizedLayer
@@ -62,6 +62,7 @@ class QuantizedLinear(QuantizedLayer):
         low_rank: A branch in full precision, whose product of the transformed input is added, or None.
         estimator: What is added to the product for what rounding takes off it, made of the rounded input, or None.
         input_levels, input_edges: [count] and [count - 1] float32 of a grid of temporal features, or None.
+        implementation: What computes integer products (`qvdjax.kernels.Implementation`), None for the device's best.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class QuantizedLinear(QuantizedLayer):
         self.weight = None if quantized else Param(weight, axes=axes)
         self.input_clip = None if input_clip is None else Scale(input_clip, axes=(None, None))
         self.transform, self.low_rank, self.estimator = transform, low_rank, estimator
+        self.implementation = None
         self.input_levels, self.input_edges = (
             None if values is None else Scale(values, axes=(None,)) for values in (input_levels, input_edges)
         )
@@ -102,14 +104,25 @@ class QuantizedLinear(QuantizedLayer):
         elif self.codes is None or self.execution == "simulate":
             rounded = self._rounded(x)
             y = _contract(rounded, self._float_weight(rounded.dtype), jax.lax.Precision.HIGHEST)
+        elif self._rounds_alone:
+            bias = None if self.bias is None else self.bias[...]
+            return quantized_linear(
+                x, self.qweight, activation, bias=bias, dtype=dtype, implementation=self.implementation
+            )
         else:
             rounded = self._encoded(x)
-            y = quantized_matmul(rounded, self.qweight)
+            y = quantized_matmul(rounded, self.qweight, implementation=self.implementation)
         if self.low_rank is not None:
             y = y + self.low_rank(x.astype(dtype)).astype(y.dtype)
         if self.estimator is not None:
             y = y + self.estimator(rounded.dequantize() if isinstance(rounded, QTensor) else rounded).astype(y.dtype)
         return y.astype(dtype) if self.bias is None else (y + self.bias[...].astype(y.dtype)).astype(dtype)
+
+    @property
+    def _rounds_alone(self) -> bool:
+        """Whether rounding by the input's own range is all that happens before the product, and nothing is added."""
+        ranges = (self.input_scale, self.input_clip, self.scheme.switch)
+        return all(part is None for part in (*ranges, self.low_rank, self.estimator))
 
     def _rounded(self, x: jax.Array) -> jax.Array:
         """The floats that the same integers stand for; gradients pass straight through the rounding."""

@@ -134,17 +134,27 @@ class AttentionScheme:
 
     Attributes:
         qk_bits: Bits of queries and keys (one symmetric range a token and head), None for float.
-        pv_bits: Bits of probabilities (unsigned range [0, 1], one a row) and values (one range a channel),
-            None for float.
+        pv_bits: Bits of probabilities (an unsigned range for those of a query and `pv_block` neighbouring keys, from 0
+            to their largest) and values (one range a channel), None for float.
         smooth_key: Subtract the mean key over tokens first, which leaves the softmax unchanged and takes away
             the channel offsets that waste the range (SageAttention, arXiv 2410.02367 section 3.1).
         reason: Why, in words.
+        key_block: So many neighbouring keys of a head share a range, None for a range each.
+        pv_block: See `pv_bits`; None for all keys of a query.
     """
 
     qk_bits: int | None = None
     pv_bits: int | None = None
     smooth_key: bool = True
     reason: str = ""
+    key_block: int | None = None
+    # No step is coarser than with one range a query, and one pass over the keys knows the largest of a block.
+    pv_block: int | None = 512
+
+    def __post_init__(self):
+        for name, size in (("key_block", self.key_block), ("pv_block", self.pv_block)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be positive, not {size}")
 
     def to_dict(self) -> dict:
         """Plain fields, for a config file."""

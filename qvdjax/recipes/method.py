@@ -40,6 +40,7 @@ class Method:
             squared error.
         attention_qk_bits, attention_pv_bits: Bits of the products of attention; None leaves them float, as
             the papers do.
+        attention_key_block: Neighbouring keys that share a range; None for a range each.
         skip: Regular expression of further paths that stay float; empty for none.
         codebook: "gaussian" for the levels of least error for a normal distribution in the place of even grids, up to 7
             bits (`qvdjax.numerics.codebook`); for rotated inputs and weights, which are nearly normal.
@@ -63,6 +64,7 @@ class Method:
     weight_range: str = "minmax"
     attention_qk_bits: int | None = None
     attention_pv_bits: int | None = None
+    attention_key_block: int | None = None
     skip: str = ""
     codebook: str | None = None
     temporal_features: str = "float"
@@ -188,8 +190,9 @@ class Method:
             rules.append(Rule(bare, roles=untransformed))
         if self.attention_qk_bits or self.attention_pv_bits:
             products = AttentionScheme(
-                self.attention_qk_bits, self.attention_pv_bits, reason="the option attention_*_bits"
-            )
+                self.attention_qk_bits, self.attention_pv_bits, reason="the option attention_*_bits",
+                key_block=self.attention_key_block,
+            )  # fmt: skip
             rules.append(Rule(products, roles=("attention",)))
         mixed = None if self.average_bits is None else MixedPrecision(self.average_bits)
         if mixed is not None and self.training() is not None:
