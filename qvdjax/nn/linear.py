@@ -93,8 +93,8 @@ class QuantizedLinear(QuantizedLayer):
         if self.transform is not None:
             x = self.transform(x)
         if self.input_levels is not None:
-            x = to_levels(x, self.input_levels[...], self.input_edges[...])
-            rounded, y = x, _contract(x, self._float_weight(x.dtype), jax.lax.Precision.HIGHEST)
+            rounded = self._rounded(x)
+            y = _contract(rounded, self._float_weight(rounded.dtype), jax.lax.Precision.HIGHEST)
         elif activation is None:
             rounded, y = x, _contract(x.astype(dtype), self._float_weight(dtype))
         elif self.codes is None or self.execution == "simulate":
@@ -109,9 +109,16 @@ class QuantizedLinear(QuantizedLayer):
             y = y + self.estimator(rounded.dequantize() if isinstance(rounded, QTensor) else rounded).astype(y.dtype)
         return y.astype(dtype) if self.bias is None else (y + self.bias[...].astype(y.dtype)).astype(dtype)
 
+    def rounded_input(self, x: jax.Array) -> jax.Array:
+        """x [..., tokens, in] -> the floats that meet the weight: x behind the transform, rounded where it is."""
+        x = x if self.transform is None else self.transform(x)
+        return x if self.input_levels is None and self.scheme.activation is None else self._rounded(x)
+
     def _rounded(self, x: jax.Array) -> jax.Array:
         """The floats that the same integers stand for; gradients pass straight through the rounding."""
         activation = self.scheme.activation
+        if self.input_levels is not None:
+            return to_levels(x, self.input_levels[...], self.input_edges[...])
         if self.input_scale is None:
             return fake_quantize_dynamic(x, activation, self._clip(x))
         return fake_quantize(x, activation.grid, *self._input_range(x))
