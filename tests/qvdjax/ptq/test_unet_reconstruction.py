@@ -240,7 +240,7 @@ def test_blocks_of_equal_shape_share_a_program_and_a_killed_run_goes_on(small, t
 @pytest.mark.parametrize(("name", "options"), [
     ("adaround-w3a8", {}), ("q-diffusion-w3a8", {}),
     *(pytest.param(name, options, marks=pytest.mark.slow) for name, options in (
-        ("tfmq-dm-w3a8", {}), ("qvd-w3a8", {"learn": True, "frame_ranges": True}),
+        ("tfmq-dm-w3a8", {}), ("tcaq-dm-w3a8", {}), ("qvd-w3a8", {"learn": True, "frame_ranges": True}),
     )),
 ])  # fmt: skip
 def test_rounding_that_is_learned_loses_less_on_other_inputs(small, name, options):
