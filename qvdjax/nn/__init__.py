@@ -9,6 +9,7 @@ from qvdjax.nn.layers import FLOAT_LAYERS, QUANTIZED_LAYERS, TABLE_LAYERS, layer
 from qvdjax.nn.linear import Linear, QuantizedLinear
 from qvdjax.nn.low_rank import LowRank, LowRankBranch
 from qvdjax.nn.norm import GroupNorm, LayerNorm, RMSNorm, at_least_float32
+from qvdjax.nn.partial_block import PartialBlock
 from qvdjax.nn.protocol import Stack, VideoModel, at_timestep, for_one_call, stacked
 from qvdjax.nn.scheme import EXECUTIONS, AttentionScheme, Execution, LayerScheme, Role, TableScheme
 from qvdjax.nn.swap import swap_layers
@@ -44,6 +45,7 @@ __all__ = [
     "LowRank",
     "LowRankBranch",
     "Param",
+    "PartialBlock",
     "PerCall",
     "QuantizedConv",
     "QuantizedLinear",

@@ -97,8 +97,8 @@ class QuantizedLinear(QuantizedLayer):
         if self.transform is not None:
             x = self.transform(x)
         if self.input_levels is not None:
-            x = to_levels(x, self.input_levels[...], self.input_edges[...])
-            rounded, y = x, _contract(x, self._float_weight(x.dtype), jax.lax.Precision.HIGHEST)
+            rounded = self._rounded(x)
+            y = _contract(rounded, self._float_weight(rounded.dtype), jax.lax.Precision.HIGHEST)
         elif activation is None:
             rounded, y = x, _contract(x.astype(dtype), self._float_weight(dtype))
         elif self.codes is None or self.execution == "simulate":
@@ -124,9 +124,16 @@ class QuantizedLinear(QuantizedLayer):
         ranges = (self.input_scale, self.input_clip, self.scheme.switch)
         return all(part is None for part in (*ranges, self.low_rank, self.estimator))
 
+    def rounded_input(self, x: jax.Array) -> jax.Array:
+        """x [..., tokens, in] -> the floats that meet the weight: x behind the transform, rounded where it is."""
+        x = x if self.transform is None else self.transform(x)
+        return x if self.input_levels is None and self.scheme.activation is None else self._rounded(x)
+
     def _rounded(self, x: jax.Array) -> jax.Array:
         """The floats that the same integers stand for; gradients pass straight through the rounding."""
         activation = self.scheme.activation
+        if self.input_levels is not None:
+            return to_levels(x, self.input_levels[...], self.input_edges[...])
         if self.input_scale is not None:
             return fake_quantize(x, activation.grid, *self._input_range(x))
         rounded = fake_quantize_dynamic(x, activation, self._clip(x))

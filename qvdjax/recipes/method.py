@@ -6,10 +6,12 @@ from qvdjax.nn import AttentionScheme, InputClip, LayerScheme, LowRank, TokenEst
 from qvdjax.numerics import FeatureGrid, Quantizer
 from qvdjax.numerics.codebook import MOST_BITS
 from qvdjax.ptq.bit_switch import SwitchBits
+from qvdjax.ptq.channel_bits import ChannelBits
 from qvdjax.ptq.feature_grids import ChooseGrid
 from qvdjax.ptq.mixed_precision import MixedPrecision
 from qvdjax.ptq.range_search import RangeSearch
 from qvdjax.ptq.reconstruction.plan import Reconstruction
+from qvdjax.ptq.timestep_scales import TimestepScales
 from qvdjax.recipes.rules import Recipe, Rule
 from qvdjax.recipes.training import Training
 
@@ -74,6 +76,7 @@ class Method:
     name = ""  # of the method, as recipes spell it
     transformed = PRODUCTS  # roles whose inputs pass through `transform`
     transforms_convolutions = False  # whether the inputs of convolutions pass through `transform` too
+    calibrates_on_all = False  # whether all but reconstruction sees the whole calibration set (see `Recipe`)
 
     @property
     def recipe_name(self) -> str:
@@ -104,12 +107,17 @@ class Method:
         """What fits the transform of a product's input; None for none."""
         return
 
-    def range_search(self) -> RangeSearch | None:
-        """How static ranges of inputs are searched for; None for those that follow from the ranges of channels."""
+    def range_search(self) -> RangeSearch | TimestepScales | None:
+        """How static ranges of inputs are searched for or learned; None where they follow from ranges of channels."""
+        return
+
+    def channel_bits(self) -> ChannelBits | None:
+        """How bits are shared out among the output channels of a weight; None for all alike."""
         return
 
     def channel_statistics(self) -> str:
-        """How the ranges of channels are taken over sampling steps: "all", "first" or "salience" (see `Recipe`)."""
+        """How the ranges of channels are taken over sampling steps: "all", "first", "salience" or "magnitude" (see
+        `Recipe`)."""
         return "all"
 
     def rounding(self):
@@ -180,7 +188,7 @@ class Method:
                  roles=("head",)),
             Rule(LayerScheme(plain, reason=_ONE_VECTOR), roles=("modulation",)),
             Rule(feature, roles=("temporal_feature",)),
-            Rule(product, roles=self.transformed),
+            *([Rule(product, roles=self.transformed)] if self.transformed else []),
             Rule(LayerScheme(channel, tensor, transforms if self.transforms_convolutions else (),
                              "a product over all positions: one range for the input"),
                  roles=("convolution",)),
@@ -212,4 +220,5 @@ class Method:
             self.recipe_name, tuple(rules), transform, self.training(), self.rounding(), self.reconstruction(), mixed,
             grids, self.range_search() if static else None, self.channel_statistics(), split_inputs=self.split_inputs,
             switch=self.switched_bits(),
+            channel_bits=self.channel_bits(), calibrates_on_all=self.calibrates_on_all,
         )  # fmt: skip

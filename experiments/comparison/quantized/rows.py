@@ -1,4 +1,6 @@
-"""What is compared: recipes by the name of their row in the table."""
+"""What is compared on transformers: recipes by the name of their row in the table, and what is expected of them."""
+
+from typing import Final
 
 from experiments.comparison.row import Row
 
@@ -32,3 +34,7 @@ ROWS = {
     "S2Q-VDiT, codebook": Row("s2q-vdit", {"codebook": "gaussian"}, "OrbitQuant's levels behind learned transforms"),
     "S2Q-VDiT, propagated": Row("s2q-vdit", {"inputs": "propagated"}, "blocks meet the errors of those before"),
 }
+
+# Row, what it is expected to be ahead of (the paper's tables).
+EXPECTED: Final = (("S2Q-VDiT", ("RTN", "SmoothQuant", "QuaRot", "ViDiT-Q")),)
+ABLATED: Final = "S2Q-VDiT"  # what the rows of its name with a comma leave out, or do otherwise
