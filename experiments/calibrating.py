@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import numpy as np
 import models
 from experiments.sampling.record import settings_record
 from experiments.sampling.request import Request, Settings, request_from_context, request_from_pipeline
-from models.pipeline import FILE
+from models.pipeline import FILE, Pipeline
+from models.scheduler import own_solver
 from qvdjax.calibration import CalibrationSet, Trajectory, collect
 from qvdjax.checkpoint import CheckpointFolder
-from qvdjax.diffusion import compile_sampler, initial_noise, sample
+from qvdjax.diffusion import compile_sampler, initial_noise, sample, solver_name
 from qvdjax.errors import UserError
 from qvdjax.nn import refuse_tables
 from qvdjax.parallel import make_mesh, to_host, together
@@ -93,6 +95,29 @@ def open_calibration(folder: Path, source: Path) -> CalibrationSet:
             remedy="calibrate with this model",
         )
     return calibration
+
+
+def check_sampled_alike(calibration: CalibrationSet, source: Path) -> None:
+    """UserError for a calibration set of another solver, schedule or number of frames than a model folder asks for.
+
+    Ranges are those of the noise levels that were met, and ranges of frames and timesteps belong to theirs. What the
+    folder says nothing about may be anything: steps and guidance always, all where it has neither a pipeline nor a
+    scheduler.
+    """
+    pipeline = Pipeline.load(source) if (source / FILE).exists() else None
+    solver = own_solver(source) if pipeline is None else pipeline.make_solver()
+    wanted = {} if solver is None else {"solver": solver_name(solver), **dataclasses.asdict(solver)}
+    made = {name: calibration.manifest[name] for name in wanted if name in calibration.manifest}
+    if pipeline is not None and "latents" in calibration.manifest:
+        wanted["frames"], made["frames"] = pipeline.frames, calibration.manifest["latents"][0]
+    wanted = json.loads(json.dumps(wanted))
+    others = [f"{name} {made[name]} for {wanted[name]}" for name in made if made[name] != wanted[name]]
+    if others:
+        raise UserError(
+            f"{calibration.path} was sampled otherwise than {source} is",
+            remedy="calibrate again without these options, or quantize with --other-sampler to take it as it is",
+            items=others,
+        )  # fmt: skip
 
 
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jax
 
 import models
 import qvdjax
-from experiments.calibrating import calibrate_folder, open_calibration
+from experiments.calibrating import calibrate_folder, check_sampled_alike, open_calibration
 from experiments.reconstruction_record import reconstruction_record, record_files
 from models.pipeline import side_files
 from qvdjax import recipes
@@ -36,6 +36,7 @@ def quantize_folder(
     calibration: Path | None = None,
     mesh: Mapping[str, int] | None = None,
     overwrite: bool = False,
+    other_sampler: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Quantize a model folder, and take along what sampling needs beside the weights.
@@ -53,6 +54,7 @@ def quantize_folder(
         mesh: Devices to spread the model over, axis name to size; by default the first device, of several processes
             "fsdp=-1", all devices of all of them.
         overwrite: Replace a folder that is there already.
+        other_sampler: Take a calibration set of another solver, schedule or number of frames than the folder's.
         progress: Called with the stage, what is done of it and its total.
 
     A calibration set that is made, and blocks that are reconstructed, are kept in `<target>.work`; the same call goes
@@ -65,7 +67,7 @@ def quantize_folder(
         `experiments.reconstruction_record`.
 
     Raises:
-        UserError: See `models.load`, `qvdjax.recipes.get`, `qvdjax.quantize` and `models.save`.
+        UserError: See `models.load`, `qvdjax.recipes.get`, `check_sampled_alike`, `qvdjax.quantize` and `models.save`.
     """
     on_first(check_new, target, overwrite=overwrite)
     started = time.perf_counter()
@@ -82,6 +84,8 @@ def quantize_folder(
         batches = together(open_calibration, calibration or work / "calibration", source)
     elif calibration is not None:
         together(open_calibration, calibration, source)  # refuses one that does not fit, needed or not
+    if batches is not None and calibration is not None and not other_sampler:
+        together(check_sampled_alike, batches, source)
     if chosen.reconstruction is not None:
         weights = together(fingerprint, CheckpointFolder.open(source))
         made_by = {"weights": weights, "recipe": repr(chosen), "calibration": dict(batches.manifest)}

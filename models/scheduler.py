@@ -162,6 +162,16 @@ def read_scheduler(path: Path) -> Solver:
     return solver(**options)
 
 
+def own_solver(folder: str | os.PathLike) -> Solver | None:
+    """The solver that a folder's scheduler asks for; None where it has none, or one of a class that is not here.
+
+    Raises:
+        UserError: See `read_scheduler`.
+    """
+    path = scheduler_file(folder)
+    return None if path is None or not _is_known(read_json(path)) else read_scheduler(path)
+
+
 def sampling_defaults(folder: str | os.PathLike, *, solver_named: bool = False) -> SamplingDefaults:
     """How the model of a folder without `pipeline.json` is sampled: its scheduler's settings, or its family's.
 

@@ -16,7 +16,7 @@ from models.unet_config import check_sizes
 from models.unet_levels import Place, VideoUNet
 from models.unet_stream import UNetConditioning, UNetStream
 from models.unet_transformers import SpatialTransformer, TemporalTransformer
-from qvdjax.nn import Conv, GroupNorm, Stack
+from qvdjax.nn import Conv, GroupNorm, PartialBlock, Stack
 
 HEADS_IN = 8  # of the transformer before the levels, whatever its channels
 
@@ -45,7 +45,7 @@ class UNet3DConditionModel(VideoUNet):
         return UNetStream(self.first_sample(latents), ()), UNetConditioning(embedding, context.astype(self.dtype))
 
 
-class OpeningTransformer(TemporalTransformer):
+class OpeningTransformer(PartialBlock, TemporalTransformer):
     """The transformer before the levels; what it returns is also the first skip connection."""
 
     def __init__(self, config: UNet3DConfig, *, key: jax.Array, dtype):
@@ -53,10 +53,17 @@ class OpeningTransformer(TemporalTransformer):
         channels, groups = config.block_out_channels[0], config.norm_num_groups
         super().__init__(channels, inside, HEADS_IN, groups, key=key, dtype=dtype)
 
-    def __call__(self, stream: UNetStream, conditioning: UNetConditioning) -> UNetStream:
+    def read(self, stream: UNetStream) -> tuple[jax.Array, ...]:
+        """The sample."""
+        return (stream.sample,)
+
+    def make(self, part: tuple[jax.Array, ...], conditioning: UNetConditioning) -> tuple[jax.Array, ...]:
+        """The sample."""
+        return (TemporalTransformer.__call__(self, *part, conditioning),)
+
+    def put(self, stream: UNetStream, made: tuple[jax.Array, ...]) -> UNetStream:
         """Changes the sample and opens a skip connection."""
-        sample = super().__call__(stream.sample, conditioning)
-        return UNetStream(sample, (*stream.skips, sample))
+        return UNetStream(*made, (*stream.skips, *made))
 
 
 class TemporalConvLayer(nnx.Module):

@@ -20,7 +20,8 @@ from einops import repeat
 from flax import nnx
 
 from models.unet_stream import UNetConditioning, UNetStream, normalised, per_frame
-from qvdjax.nn import Conv, GroupNorm, Linear
+from qvdjax.nn import Conv, GroupNorm, Linear, PartialBlock
+from qvdjax.nn.variables import shallow_copy
 from qvdjax.parallel.rules import constrain
 
 ONE_AROUND = ((1, 1), (1, 1))  # padding of every convolution of 3 x 3
@@ -73,7 +74,7 @@ class ResnetBlock(nnx.Module):
         return conv(x) if self.along_frames else per_frame(conv, x)
 
 
-class _Layer(nnx.Module):
+class _Layer(PartialBlock):
     """Parts one after the other, each under its group's name and its number.
 
     Attributes:
@@ -95,6 +96,22 @@ class _Layer(nnx.Module):
             x = split_batch(getattr(self, group)[number](x, conditioning))
         return x
 
+    def read(self, stream: UNetStream) -> tuple[jax.Array, ...]:
+        """The sample."""
+        return (stream.sample,)
+
+    def unplaced(self) -> tuple["_Layer", dict[tuple, tuple]]:
+        """The layer with the parts of each group numbered from 0."""
+        block, moved = shallow_copy(self), {}
+        for group in dict.fromkeys(group for group, _ in self.order):
+            numbers = [number for own, number in self.order if own == group]
+            members = getattr(self, group)
+            moved |= {(group, str(i)): (group, number) for i, number in enumerate(numbers)}
+            setattr(block, group, nnx.Dict({str(i): members[number] for i, number in enumerate(numbers)}))
+        here = {old: new for new, old in moved.items()}
+        block.order = tuple(here[place] for place in self.order)
+        return block, moved
+
 
 class DownBlock(_Layer):
     """A layer of the way down: opens a skip connection, and at the end of a level, behind the convolution, another."""
@@ -104,22 +121,28 @@ class DownBlock(_Layer):
         conv = _resampler(width, (2, 2), key, dtype) if resamples else None
         self.downsamplers = None if conv is None else nnx.Dict({"0": nnx.Dict({"conv": conv})})
 
-    def __call__(self, stream: UNetStream, conditioning: UNetConditioning) -> UNetStream:
-        """Changes the sample and opens one or two skip connections."""
-        sample = self.layer(stream.sample, conditioning)
-        skips = (*stream.skips, sample)
-        if self.downsamplers is not None:
-            sample = per_frame(self.downsamplers["0"]["conv"], sample)
-            skips = (*skips, sample)
-        return UNetStream(sample, skips)
+    def make(self, part: tuple[jax.Array, ...], conditioning: UNetConditioning) -> tuple[jax.Array, ...]:
+        """The sample; behind a downsampling both, the lower resolution first."""
+        sample = self.layer(*part, conditioning)
+        if self.downsamplers is None:
+            return (sample,)
+        return per_frame(self.downsamplers["0"]["conv"], sample), sample
+
+    def put(self, stream: UNetStream, made: tuple[jax.Array, ...]) -> UNetStream:
+        """Changes the sample and opens one or two skip connections, the highest resolution first."""
+        return UNetStream(made[0], (*stream.skips, *reversed(made)))
 
 
 class MidBlock(_Layer):
     """What is done at the lowest resolution, between the two ways."""
 
-    def __call__(self, stream: UNetStream, conditioning: UNetConditioning) -> UNetStream:
+    def make(self, part: tuple[jax.Array, ...], conditioning: UNetConditioning) -> tuple[jax.Array, ...]:
+        """The sample."""
+        return (self.layer(*part, conditioning),)
+
+    def put(self, stream: UNetStream, made: tuple[jax.Array, ...]) -> UNetStream:
         """Changes the sample alone."""
-        return UNetStream(self.layer(stream.sample, conditioning), stream.skips)
+        return UNetStream(*made, stream.skips)
 
 
 class UpBlock(_Layer):
@@ -130,14 +153,21 @@ class UpBlock(_Layer):
         conv = _resampler(width, (1, 1), key, dtype) if resamples else None
         self.upsamplers = None if conv is None else nnx.Dict({"0": nnx.Dict({"conv": conv})})
 
-    def __call__(self, stream: UNetStream, conditioning: UNetConditioning) -> UNetStream:
-        """Changes the sample and closes one skip connection."""
-        *skips, last = stream.skips
-        sample = self.layer(jnp.concatenate([stream.sample, last], axis=-1), conditioning)
+    def read(self, stream: UNetStream) -> tuple[jax.Array, ...]:
+        """The sample and the last skip connection."""
+        return stream.sample, stream.skips[-1]
+
+    def make(self, part: tuple[jax.Array, ...], conditioning: UNetConditioning) -> tuple[jax.Array, ...]:
+        """The sample."""
+        sample = self.layer(jnp.concatenate(part, axis=-1), conditioning)
         if self.upsamplers is not None:
             doubled = repeat(sample, "b f h w c -> b f (h two) (w too) c", two=2, too=2)  # to the nearest
             sample = per_frame(self.upsamplers["0"]["conv"], doubled)
-        return UNetStream(sample, tuple(skips))
+        return (sample,)
+
+    def put(self, stream: UNetStream, made: tuple[jax.Array, ...]) -> UNetStream:
+        """Changes the sample and closes one skip connection."""
+        return UNetStream(*made, stream.skips[:-1])
 
 
 def _resampler(width: int, stride: tuple[int, int], key: jax.Array, dtype) -> Conv:

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 import jax
 
 from qvdjax.calibration.dataset import CalibrationSet
+from qvdjax.calibration.magnitudes import input_magnitudes
 from qvdjax.calibration.ranges import input_ranges
 from qvdjax.calibration.salience import input_saliences
-from qvdjax.calibration.selection import select
+from qvdjax.calibration.selection import SelectedInputs, select
 from qvdjax.calibration.steps import first_steps
 from qvdjax.calibration.timestep_draw import draw
 from qvdjax.errors import UserError
@@ -16,6 +17,7 @@ from qvdjax.ptq import (
     FitChannelScale,
     FitRotation,
     FitShift,
+    TimestepScales,
     absorb_rotations,
     absorb_scales,
     apply_schemes,
@@ -25,9 +27,13 @@ from qvdjax.ptq import (
     rounded_layers,
     search_ranges,
     search_scales,
+    share_out_channels,
+    timestep_ranges,
     with_counts,
     with_gains,
+    with_switched_bits,
 )  # fmt: skip
+from qvdjax.ptq.feature_grids import temporal_features
 from qvdjax.ptq.mixed_precision import with_mixed_precision
 from qvdjax.ptq.reconstruction import FinishedBlocks
 from qvdjax.ptq.reconstruction.engine import Progress
@@ -84,14 +90,13 @@ def quantize(
     if isinstance(recipe.transform, FitRotation) and recipe.transform.absorb:
         model, schemes = absorb_rotations(model, schemes, recipe.transform)
     ranges = rounded = edges = fitted = None
-    features = {}
+    levels: dict = {}
     if recipe.needs_calibration:
         if calibration is None:
             raise UserError(f"recipe {recipe.name} needs a calibration set", remedy="make one with `qvdjax calibrate`")
         fit, plan = recipe.transform, recipe.reconstruction
         calibration = list(calibration) if iter(calibration) is calibration else calibration
-        if plan is not None and plan.selection is not None and isinstance(calibration, CalibrationSet):
-            calibration = select(calibration, plan.selection)
+        examples, calibration = _examples_and_rest(recipe, calibration)
         if recipe.draw is not None and isinstance(calibration, CalibrationSet):
             calibration = draw(calibration, recipe.draw)
         if recipe.needs_ranges:
@@ -101,41 +106,67 @@ def quantize(
         if isinstance(fit, FitShift) and fit.search is not None:
             fitted = search_scales(model, schemes, _fitted_on(recipe, calibration), fit.search, ranges)
         if recipe.range_search is not None:
-            edges = search_ranges(
-                model, schemes, calibration, recipe.range_search, fit=fit, ranges=ranges, fitted=fitted
-            )
+            if isinstance(recipe.range_search, TimestepScales):
+                edges = timestep_ranges(model, schemes, calibration, recipe.range_search)
+            else:
+                edges = search_ranges(
+                    model, schemes, calibration, recipe.range_search, fit=fit, ranges=ranges, fitted=fitted
+                )
             schemes = with_counts(schemes, edges, calibration)
         if recipe.mixed_precision is not None:
             schemes = with_mixed_precision(model, schemes, calibration, recipe.mixed_precision, fit=fit, ranges=ranges)
+        if recipe.switch is not None:
+            schemes = with_switched_bits(model, schemes, calibration, recipe.switch)
+        if recipe.feature_grids is not None:
+            schemes, levels = fit_feature_grids(model, schemes, recipe.feature_grids, calibration)
         learned = None
+        if recipe.channel_bits is not None:
+            schemes, learned = share_out_channels(
+                model, schemes, calibration, recipe.channel_bits, fit=fit, ranges=ranges
+            )
         if plan is not None and plan.estimation is not None and plan.estimation.of_frames:
             schemes = with_gains(model, schemes, next(iter(calibration), None))
         if plan is not None:
             done = reconstruct(
-                model, schemes, calibration, plan, fit=fit, ranges=ranges, edges=edges, finished=finished,
-                progress=progress,
+                model, schemes, examples, plan, fit=fit, ranges=ranges, edges=edges, fitted=fitted, levels=levels,
+                features=temporal_features(model, calibration) if plan.features == "timestep" else None,
+                finished=finished, progress=progress,
             )  # fmt: skip
             learned = done.layers
         if recipe.rounding is not None or learned is not None:
             rounded = rounded_layers(
-                model, schemes, calibration, recipe.rounding, fit=fit, ranges=ranges, edges=edges, learned=learned
-            )
-        if recipe.feature_grids is not None:
-            schemes, features = fit_feature_grids(model, schemes, recipe.feature_grids, calibration)
+                model, schemes, calibration, recipe.rounding, fit=fit, ranges=ranges, edges=edges, learned=learned,
+                fitted=fitted,
+            )  # fmt: skip
     execution = execution or best_execution()[0]
     quantized = apply_schemes(
         model, schemes, execution=execution, fit=recipe.transform, ranges=ranges, edges=edges, rounded=rounded,
         fitted=fitted,
     )  # fmt: skip
-    fill_feature_grids(quantized, features)
+    fill_feature_grids(quantized, levels)
     quantized.recipe_name = recipe.name
     return quantized
+
+
+def _examples_and_rest(recipe: Recipe, calibration):
+    """What is reconstructed on, and what everything else is calibrated on: all of the set, if the recipe says so.
+
+    Whoever selected the examples already may have given these alone.
+    """
+    plan = recipe.reconstruction
+    if plan is not None and plan.selection is not None and isinstance(calibration, CalibrationSet):
+        calibration = select(calibration, plan.selection)
+    if recipe.calibrates_on_all and isinstance(calibration, SelectedInputs):
+        return calibration, calibration.calibration
+    return calibration, calibration
 
 
 def _channel_ranges(model: VideoModel, recipe: Recipe, calibration: Iterable[Mapping[str, jax.Array]]) -> dict:
     """Smallest and largest input of each channel by layer, as the recipe takes them over steps."""
     if recipe.channel_statistics == "salience":
         return input_saliences(model, calibration)
+    if recipe.channel_statistics == "magnitude":
+        return input_magnitudes(model, calibration)
     return input_ranges(model, _fitted_on(recipe, calibration))
 
 

@@ -13,6 +13,7 @@ import models
 from models.encoders import build_encoder
 from models.pipeline import Pipeline
 from qvdjax.checkpoint.loading import tensor_sources
+from qvdjax.nn import Conv, Linear, Stack, VideoModel
 
 WAN = {
     "_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "num_attention_heads": 2,
@@ -163,6 +164,42 @@ def unet_spatio_temporal_inputs(batch: int = 2, seed: int = 0, dtype=jnp.float32
         "image_latents": jax.random.normal(keys[2], (batch, 1, 4, 6, 3), dtype),
         "added_time_ids": jnp.broadcast_to(jnp.array([6.0, 127.0, 0.02], dtype), (batch, 3)),
     }
+
+
+class OneBlock(VideoModel):
+    """Latents to outputs, by one block."""
+
+    def __init__(self, block: nnx.Module):
+        self.stacks = nnx.List([Stack(block, prefix="block")])
+
+    def embed(self, latents, timestep, context):
+        return latents, None
+
+    def head(self, stream, conditioning):
+        return stream
+
+
+class ConvThenLinear(nnx.Module):
+    """A convolution of every frame, and a layer of positions whose frames lie one after the other."""
+
+    def __init__(self):
+        keys = jax.random.split(jax.random.key(0))
+        shared = {"axes": (None, None)}
+        self.conv = Conv(
+            5, 6, (3, 3), padding=((1, 1), (1, 1)), role="convolution", frame_axis=0, key=keys[0], **shared
+        )
+        self.linear = Linear(6, 5, role="feed_forward_in", frame_axis=1, key=keys[1], **shared)
+
+    def __call__(self, x, conditioning):
+        inner = self.conv(x.reshape(-1, *x.shape[2:]))  # b f h w c -> (b f) h w c
+        return self.linear(inner.reshape(len(x), -1, 6)).reshape(x.shape)  # (b f) h w c -> b (f h w) c -> b f h w c
+
+
+def growing_latents(timesteps, seed: int = 0, frames: int = 2) -> dict:
+    """Inputs of a `OneBlock` of five channels, whose latents are as much larger as their timestep is later."""
+    noise = jax.random.normal(jax.random.key(seed), (len(timesteps), frames, 3, 4, 5))
+    sizes = jnp.asarray(timesteps)[:, None, None, None, None] / 100
+    return {"latents": sizes * noise, "timestep": jnp.asarray(timesteps), "context": jnp.zeros((len(timesteps), 1, 1))}
 
 
 def pipeline(words: tuple[str, ...], text_dim: int, **fields) -> Pipeline:

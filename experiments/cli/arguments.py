@@ -97,6 +97,8 @@ class Quantize(Processes, Common):
     """Recipe, <method>-w<bits>a<bits>; `qvdjax recipes` lists them."""
     calibration: hinted(Path, "DIR", "made from the shipped prompts if needed") = None
     """Folder made by `calibrate`."""
+    other_sampler: bool = False
+    """Take a calibration of another solver, schedule or number of frames than DIR's."""
     set: Annotated[Names, arg(metavar="KEY=VALUE")] = ()
     """Override one option of the recipe's method; may be repeated."""
     mesh: hinted(str, "AXES", "one device; of several processes, fsdp over all devices") = None

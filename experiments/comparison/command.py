@@ -47,9 +47,13 @@ class Asked:
 
 
 def asked(
-    argv: list[str] | None, *, program: str, purpose: str, rows: Collection[str], protocol: type, kind: str
-) -> Asked:
-    """Parse the command line, and make the folder of results: docs/results/<kind>-<model>-<bits> by default."""
+    argv: list[str] | None, *, program: str, purpose: str, rows: Callable[[str], Collection[str]], protocol: type,
+    kind: str,
+) -> Asked:  # fmt: skip
+    """Parse the command line, and make the folder of results: docs/results/<kind>-<model>-<bits> by default.
+
+    `rows` says which there are for a bench model, by its name; `protocol` is a dataclass with defaults.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m {program}", description=purpose, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -57,15 +61,20 @@ def asked(
     add("--model", default="wan", help="shipped bench model")
     add("--bits", default="w4a4", help="of weights and activations")
     add("--seeds", default="0-2", help="one, a list or a range")
-    add("--rows", nargs="+", choices=rows, default=list(rows), metavar="NAME", help="rows of the table")
+    add("--rows", nargs="+", metavar="NAME", help="rows of the table (default: all of the model's)")
     add("--out", type=Path, help=f"folder of results (default: docs/results/{kind}-MODEL-BITS)")
     for field in fields:
         add(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default, help="see Protocol")
     options = vars(parser.parse_args(argv))
+    known = list(rows(options["model"]))
+    if unknown := [name for name in options["rows"] or () if name not in known]:
+        parser.error(f"no rows of {options['model']}: {', '.join(unknown)}; there are {', '.join(known)}")
     common = protocol(**{field.name: options[field.name] for field in fields})
     out = options["out"] or RESULTS / f"{kind}-{options['model']}-{options['bits']}"
     out.mkdir(parents=True, exist_ok=True)
-    return Asked(options["model"], options["bits"], parse_seeds(options["seeds"]), options["rows"], out, common)
+    return Asked(
+        options["model"], options["bits"], parse_seeds(options["seeds"]), options["rows"] or known, out, common
+    )
 
 
 def run(main: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ import models
 from experiments.evaluation import provenance, summary
 from experiments.evaluation import thresholds as limits
 from experiments.evaluation.ceiling import speed_ceiling_of_folder
-from experiments.evaluation.measuring import TEMPORAL_MEASURES, compare_runs
+from experiments.evaluation.measuring import TEMPORAL_MEASURES, compare_runs, video_distance
 from experiments.evaluation.observing import Observation, observe
 from experiments.evaluation.options import Options
 from experiments.evaluation.report import render
@@ -151,6 +151,7 @@ def _measures(truth: Observation, seen: Observation, setup: Setup) -> dict:
         **summary.fidelity_entries(fidelity, groups, setup.timesteps),
         **temporal,
         "oracle": oracle,
+        "frechet_random_features": video_distance(truth.video, seen.video),
         "weight_bytes": {
             "reference": truth.weight_bytes,
             "candidate": seen.weight_bytes,

@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.evaluation.runs import FreeRun
 from qvdjax.errors import UserError
-from qvdjax.metrics import flicker, frame_difference_energy, psnr, relative_error, ssim
+from qvdjax.metrics import flicker, frame_difference_energy, psnr, random_feature_distance, relative_error, ssim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,14 @@ TEMPORAL_MEASURES = ("flicker", "frame_difference_energy")
 def temporal_measures(video: np.ndarray) -> Mapping[str, np.ndarray]:
     """Measures of one model's videos (samples, frames, height, width, 3) alone, each (samples,)."""
     return dict(zip(TEMPORAL_MEASURES, (flicker(video), frame_difference_energy(video)), strict=True))
+
+
+def video_distance(reference: np.ndarray | None, candidate: np.ndarray | None) -> float | None:
+    """Fréchet distance of two sets of videos (samples, frames, height, width, 3) on fixed random features, no FVD; None
+    without videos, or with one alone."""
+    if reference is None or candidate is None or len(reference) < 2:
+        return None
+    return random_feature_distance(reference, candidate)
 
 
 def _error_by_step(estimate: np.ndarray, reference: np.ndarray) -> np.ndarray:

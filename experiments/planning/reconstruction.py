@@ -1,5 +1,6 @@
 """One step of block reconstruction of a model that is only described: what `qvdjax quantize` runs for every block."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -11,9 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import models
 from qvdjax import parallel
 from qvdjax.errors import UserError
-from qvdjax.nn import Linear
-from qvdjax.nn.variables import dotted, iterate, shape_of
+from qvdjax.nn import Conv, LayerScheme, Linear
+from qvdjax.nn.partial_block import make, read
+from qvdjax.nn.variables import dotted, iterate, own_shape
 from qvdjax.ptq.reconstruction.examples import Examples, without_blocks
+from qvdjax.ptq.reconstruction.known import Known
 from qvdjax.ptq.reconstruction.training import prepared, start, train
 from qvdjax.recipes import Recipe, decide
 
@@ -44,14 +47,15 @@ def planned_reconstruction(config: dict, recipe: Recipe, mesh: Mesh, inputs: dic
     model = jax.eval_shape(lambda: models.build(config, dtype=jnp.bfloat16))
     schemes = decide(model, recipe).schemes
     stack = model.stacks[0]
-    names = {dotted(path): stack.names(path)[0] for path, _ in iterate(stack.block, Linear)}
+    names = {dotted(path): stack.names(path)[0] for path, _ in iterate(stack.block, (Linear, Conv))}
 
     def parts():
         whole = models.build(config, dtype=jnp.bfloat16)
         block = whole.stacks[0].layer(0)
-        ranges = {dotted(p): (jnp.zeros(shape_of(linear.weight)[-1:]),) * 2 for p, linear in iterate(block, Linear)}
-        own = {path: schemes[name] for path, name in names.items()}
-        student = prepared(block, own, recipe.transform, ranges, {}, plan)
+        layers = iterate(block, (Linear, Conv))
+        known = {dotted(p): Known(ranges=(jnp.zeros(own_shape(layer.weight)[1]),) * 2) for p, layer in layers}
+        own = {path: _of_one_range(schemes[name]) for path, name in names.items()}
+        student = prepared(block, own, recipe.transform, known, plan)
         return student, without_blocks(whole), start(student, plan=plan, steps=STEPS)
 
     def lead(array, *axes):
@@ -61,12 +65,19 @@ def planned_reconstruction(config: dict, recipe: Recipe, mesh: Mesh, inputs: dic
         return jax.ShapeDtypeStruct(shape, array.dtype, sharding=NamedSharding(mesh, spec))
 
     student, outer, state = jax.eval_shape(parts)
-    stream, _ = jax.eval_shape(lambda outer, inputs: outer.embed(**inputs), outer, inputs)
-    examples = Examples(
-        {name: lead(a, "batch", *(None,) * (a.ndim - 1)) for name, a in inputs.items()},
-        *(lead(stream, "batch", "tokens", None) for _ in range(2)),
-        lead(jax.ShapeDtypeStruct(stream.shape[:2], jnp.float32), "batch", "tokens"),
-    )
+    stream, conditioning = jax.eval_shape(lambda outer, inputs: outer.embed(**inputs), outer, inputs)
+    part = jax.eval_shape(lambda block, stream: read(block, stream), student, stream)
+    target = jax.eval_shape(lambda stack, *given: make(stack.layer(0), *given), stack, part, conditioning)
+
+    def spread(array, axes):
+        """As the stream: tokens lie apart, whole videos of UNets too."""
+        return lead(array, "batch", *axes[: array.ndim - 1], *(None,) * (array.ndim - 1 - len(axes)))
+
+    along = ("tokens",) if isinstance(stream, jax.ShapeDtypeStruct) else ()
+    whole_inputs = {name: spread(a, ()) for name, a in inputs.items()}
+    parts, targets = (tuple(spread(a, along) for a in arrays) for arrays in (part, target))
+    weights = tuple(spread(jax.ShapeDtypeStruct(a.shape[:-1], jnp.float32), along) for a in target)
+    examples = Examples(whole_inputs, parts, targets, weights)
     change = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     arguments = (*(parallel.abstract(part, mesh) for part in (state, student, outer)), examples, change)
     whole = parallel.abstract(model, mesh)
@@ -77,6 +88,14 @@ def planned_reconstruction(config: dict, recipe: Recipe, mesh: Mesh, inputs: dic
     )
     function = jax.jit(functools.partial(train, plan=plan, steps=STEPS), donate_argnums=0)
     return function, arguments, whole, waiting
+
+
+def _of_one_range(scheme: LayerScheme) -> LayerScheme:
+    """The scheme without ranges of frames or timesteps, which calibration counts: they are a few numbers."""
+    activation = scheme.activation
+    if activation is None or activation.granularity not in ("frame", "step"):
+        return scheme
+    return dataclasses.replace(scheme, activation=dataclasses.replace(activation, granularity="tensor"))
 
 
 def _bytes(tree: Any) -> int:

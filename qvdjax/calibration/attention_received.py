@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from qvdjax.kernels.attention import mask_uncounted
 from qvdjax.nn import Attention, Statistic
-from qvdjax.nn.attention import mask_uncounted
 from qvdjax.nn.variables import iterate, replace, shallow_copy
 from qvdjax.parallel.rules import constrain
 

@@ -7,7 +7,7 @@ from qvdjax.diffusion.euler import FlowMatchEuler
 from qvdjax.diffusion.examples import Example
 from qvdjax.diffusion.guidance import guidance_scales, guided, guided_steps
 from qvdjax.diffusion.noise import initial_noise
-from qvdjax.diffusion.sampler import Compilation, SampleResult, compile_sampler, sample
+from qvdjax.diffusion.sampler import Compilation, Precise, SampleResult, compile_sampler, sample
 from qvdjax.diffusion.schedule import Schedule
 from qvdjax.diffusion.solvers import SOLVERS, Solver, get_solver, related_solver, solver_name
 from qvdjax.diffusion.unipc import UniPCFlow
@@ -20,6 +20,7 @@ __all__ = [
     "EulerEDM",
     "Example",
     "FlowMatchEuler",
+    "Precise",
     "SampleResult",
     "Schedule",
     "Solver",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,6 +40,31 @@ class SampleResult:
     trajectory: jax.Array | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Precise:
+    """The model of some steps, and which: a schedule of precision.
+
+    Attributes:
+        model: Of the same structure of inputs and outputs. Where it shares its arrays with the other one
+            (`qvdjax.nn.with_float_attention`), it takes no memory.
+        first, last: So many steps at the beginning, where the picture is decided, and at the end, where nothing after
+            them mends an error.
+    """
+
+    model: Any
+    first: int = 0
+    last: int = 0
+
+    def __post_init__(self):
+        for name in ("first", "last"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{getattr(self, name)} precise {name} steps", remedy="give 0 or more")
+
+    def takes(self, step: int, steps: int) -> bool:
+        """Whether this step, counted from 0, is one of them."""
+        return step < self.first or step >= steps - self.last
+
+
 def sample(
     model,
     context: jax.Array,
@@ -55,6 +81,7 @@ def sample(
     trajectory: bool = False,
     on_step: OnStep | None = None,
     doubled_batch: bool = False,
+    precise: Precise | None = None,
     **conditions,
 ) -> SampleResult:
     """Turn noise into latents.
@@ -81,6 +108,7 @@ def sample(
         on_step: Given, the steps run one by one from Python, and this is called after each. The numbers are
             those of the scan up to rounding.
         doubled_batch: See `guided`.
+        precise: Another model for the first and the last steps, such as the same with attention in full precision.
         conditions: Further arguments of the model, with a leading batch axis; those named `negative_<name>` stand in
             for `<name>` in the pass with the negative context, see `guided`.
 
@@ -91,11 +119,12 @@ def sample(
     """
     inputs = _inputs(noise, seeds, context, negative_context, guidance_scale, conditions)
     scales = Scales(guidance_scale, dynamic_guidance, guidance_until, first_frame_guidance)
-    plan, parts = _plan(model, solver, steps, scales, inputs[0].shape[1])
+    plan, parts = _plan(model, precise, solver, steps, scales, inputs[0].shape[1])
     run = Run(solver, doubled_batch=doubled_batch, trajectory=trajectory)
+    both = (model, None if precise is None else precise.model)
     if on_step is None:
-        return _scan(run, parts, model, plan, *inputs)
-    return _loop(run, parts, model, plan, inputs, on_step)
+        return _scan(run, parts, both, plan, *inputs)
+    return _loop(run, parts, both, plan, inputs, on_step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +159,7 @@ def compile_sampler(
     trajectory: bool = False,
     step_loop: bool = False,
     doubled_batch: bool = False,
+    precise: Precise | None = None,
     **conditions,
 ) -> Compilation:
     """Compile what `sample` runs with these arguments; it then starts at once. Raises as `sample` does.
@@ -138,16 +168,21 @@ def compile_sampler(
     """
     inputs = _inputs(noise, seeds, context, negative_context, guidance_scale, conditions)
     scales = Scales(guidance_scale, dynamic_guidance, guidance_until, first_frame_guidance)
-    plan, parts = _plan(model, solver, steps, scales, inputs[0].shape[1])
+    plan, parts = _plan(model, precise, solver, steps, scales, inputs[0].shape[1])
     run = Run(solver, doubled_batch=doubled_batch, trajectory=trajectory)
+    both = (model, None if precise is None else precise.model)
     start = time.perf_counter()
     if step_loop:
         noise, seeds, *rest = inputs
         first = _init(run, noise, seeds)
-        # The steps that are run: guided ones, ones that are not, or both.
-        lowered = [_step.lower(run, part.is_guided, model, plan.row(part.start), first, *rest) for part in parts]
+        # The steps that are run: of every kind once.
+        kinds = {(part.is_guided, part.is_precise): part for part in parts}
+        lowered = [
+            _step.lower(run, part.is_guided, both[part.is_precise], plan.row(part.start), first, *rest)
+            for part in kinds.values()
+        ]
     else:
-        lowered = [_scan.lower(run, parts, model, plan, *inputs)]
+        lowered = [_scan.lower(run, parts, both, plan, *inputs)]
     # The program stays in jit's own cache. It is not called itself: on CPU, jax 0.10 refuses int4 arguments
     # there that jit accepts.
     compiled = [program.compile() for program in lowered]
@@ -206,6 +241,7 @@ class Part:
     start: int
     stop: int
     is_guided: bool
+    is_precise: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,27 +254,33 @@ class Scales:
     first_frame: float | None
 
 
-def _plan(model, solver: Solver, steps: int, asked: Scales, frames: int) -> tuple[Plan, tuple[Part, ...]]:
+def _plan(
+    model, precise: Precise | None, solver: Solver, steps: int, asked: Scales, frames: int
+) -> tuple[Plan, tuple[Part, ...]]:
     """All steps, and the stretches they fall into, those that are not empty; steps that the model cannot take raise."""
     schedule = solver.schedule(steps)
-    if isinstance(model, nnx.Module):
-        check_timesteps(model, schedule.timesteps)
+    for one in (model, None if precise is None else precise.model):
+        if isinstance(one, nnx.Module):
+            check_timesteps(one, schedule.timesteps)
     scales = guidance_scales(
         asked.guidance_scale, schedule.timesteps, asked.dynamic, first_frame=asked.first_frame, frames=frames
     )
     count = guided_steps(asked.guidance_scale, schedule.timesteps, asked.until)
-    parts = (Part(0, count, True), Part(count, steps, False))
-    return Plan(schedule, scales.astype(np.float32)), tuple(part for part in parts if part.start < part.stop)
+    kinds = [(step < count, precise is not None and precise.takes(step, steps)) for step in range(steps)]
+    ends = [step for step in range(1, steps) if kinds[step] != kinds[step - 1]]
+    parts = (Part(start, stop, *kinds[start]) for start, stop in itertools.pairwise((0, *ends, steps)))
+    return Plan(schedule, scales.astype(np.float32)), tuple(parts)
 
 
-def _scan_steps(run: Run, parts: tuple[Part, ...], model, plan, noise, seeds, *inputs) -> SampleResult:
-    def body(state, row, is_guided):
-        return run.step(is_guided, model, row, state, *inputs), state.latents if run.trajectory else None
+def _scan_steps(run: Run, parts: tuple[Part, ...], models: tuple, plan, noise, seeds, *inputs) -> SampleResult:
+    def body(state, row, part):
+        state_after = run.step(part.is_guided, models[part.is_precise], row, state, *inputs)
+        return state_after, state.latents if run.trajectory else None
 
     state, seen = run.init(noise, seeds), []
     for part in parts:
         rows = plan.row(slice(part.start, part.stop))
-        state, inputs_seen = jax.lax.scan(functools.partial(body, is_guided=part.is_guided), state, rows)
+        state, inputs_seen = jax.lax.scan(functools.partial(body, part=part), state, rows)
         seen.append(inputs_seen)
     return SampleResult(state.latents, jnp.concatenate(seen) if run.trajectory else None)
 
@@ -249,14 +291,14 @@ _step = jax.jit(Run.step, static_argnums=(0, 1))
 _init = jax.jit(Run.init, static_argnums=0)
 
 
-def _loop(run: Run, parts: tuple[Part, ...], model, plan: Plan, inputs: tuple, on_step: OnStep) -> SampleResult:
+def _loop(run: Run, parts: tuple[Part, ...], models: tuple, plan: Plan, inputs: tuple, on_step: OnStep) -> SampleResult:
     noise, seeds, *rest = inputs
     state, seen = _init(run, noise, seeds), []
     for part in parts:
         for index in range(part.start, part.stop):
             if run.trajectory:
                 seen.append(state.latents)
-            state = _step(run, part.is_guided, model, plan.row(index), state, *rest)
+            state = _step(run, part.is_guided, models[part.is_precise], plan.row(index), state, *rest)
             on_step(index + 1, state.latents)
     return SampleResult(state.latents, jnp.stack(seen) if run.trajectory else None)
 

@@ -5,19 +5,19 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
 
-from qvdjax.parallel.rules import partition_spec
+from qvdjax.kernels.head_split import over_heads
 
 BLOCK = 512  # rows and columns of scores that are held at a time
 
 
-def splash_suits(query: jax.Array, key: jax.Array) -> bool:
-    """Whether the kernel takes arrays like these and saves something: shapes as in `splash_attention`.
-
-    Fewer keys than a block holds (a text's tokens) would be padded to it, and their scores are small.
-    """
-    return query.shape[-1] % 128 == 0 and key.shape[1] > BLOCK and query.dtype in (jnp.bfloat16, jnp.float32)
+def splash_refusal(query: jax.Array) -> str | None:
+    """Why the kernel cannot take a query [batch, queries, heads, head_dim]; None where it can."""
+    if query.shape[-1] % 128:
+        return f"heads of {query.shape[-1]} features are no multiple of 128"
+    if query.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"it takes bfloat16 and float32, not {query.dtype}"
+    return None
 
 
 def splash_attention(
@@ -26,10 +26,8 @@ def splash_attention(
 ) -> jax.Array:  # fmt: skip
     """softmax(q k^T / sqrt(head_dim)) v over the keys that count; scores are never written to memory.
 
-    Tokens are padded to whole blocks and the padding is kept apart by segment numbers. Under a mesh
-    (`jax.set_mesh`) heads are split as the rule `attention_heads` says, so that every device holds all tokens
-    of its heads: callers that keep tokens split pin query, key and value to tokens first, and XLA exchanges
-    heads for tokens (all-to-all). Inside a caller's own `shard_map` the arrays are a device's own.
+    Tokens are padded to whole blocks and the padding is kept apart by segment numbers. Under a mesh heads are split
+    (`qvdjax.kernels.head_split`).
 
     Args:
         query: [batch, queries, heads, head_dim]; head_dim a multiple of 128.
@@ -46,16 +44,8 @@ def splash_attention(
     """
     if query.shape[-1] % 128 or block % 128:
         raise ValueError(f"splash takes multiples of 128: head_dim {query.shape[-1]}, block {block}")
-    mesh = jax.sharding.get_abstract_mesh()
     attend = functools.partial(_attend, block=block, interpret=interpret)
-    arrays = (query, key, value) if key_lengths is None else (query, key, value, key_lengths)
-    if AxisType.Auto not in mesh.axis_types:
-        return attend(*arrays)
-    axes = ("batch", None, "attention_heads", None)
-    spec: PartitionSpec = partition_spec(query.shape, axes, mesh)[0]
-    specs = (spec, spec, spec, PartitionSpec(spec[0]))[: len(arrays)]
-    # The kernel says nothing about which outputs vary over which axes, so that check is off.
-    return jax.shard_map(attend, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)
+    return over_heads(attend, query, key, value, key_lengths)
 
 
 def _attend(query, key, value, key_lengths=None, *, block: int, interpret: bool):
@@ -64,14 +54,17 @@ def _attend(query, key, value, key_lengths=None, *, block: int, interpret: bool)
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     queries, keys, heads = query.shape[1], key.shape[1], query.shape[2]
+    # Few keys are padded to whole registers, not to a whole block.
+    columns = min(block, -(-keys // 128) * 128)
     # [batch, tokens, heads, head_dim] -> [batch, heads, whole blocks of tokens, head_dim]
     query = _blocks(query * (1 / math.sqrt(query.shape[-1])), block)
-    key, value = _blocks(key, block), _blocks(value, block)
+    key, value = _blocks(key, columns), _blocks(value, columns)
     everywhere = masks.FullMask((query.shape[2], key.shape[2]))
-    sides = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    of_queries = ("block_q", "block_q_dkv", "block_q_dq")
+    of_keys = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([everywhere] * heads),
-        block_sizes=kernels.BlockSizes(**dict.fromkeys(sides, block), block_q_dq=block, block_kv_dq=block),
+        block_sizes=kernels.BlockSizes(**dict.fromkeys(of_queries, block), **dict.fromkeys(of_keys, columns)),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

@@ -1,14 +1,12 @@
 """The product of two quantized matrices, by integer arithmetic or by simulation in floats."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from qvdjax.kernels import tuning
+from qvdjax.kernels.dispatch import Choice, Implementation, Option, choose, target
 from qvdjax.numerics.qtensor import QTensor
-
-Implementation = Literal["xla", "simulate"]
 
 # A product of two 8-bit codes minus their zero points is at most 255 * 255, and int32 must hold the sum.
 MAXIMUM_WIDTH = (2**31 - 1) // 255**2
@@ -20,22 +18,58 @@ def quantized_matmul(x: QTensor, weight: QTensor, *, implementation: Implementat
     Args:
         x: Activation codes; per tensor, token or group.
         weight: Weight codes, two axes; per tensor, output channel or group.
-        implementation: "xla" (the default, None) multiplies int8 codes into int32 and applies scales and zero
-            points afterwards; exact but for the final float32 operations. "simulate" multiplies dequantized floats.
+        implementation: None for what `quantized_matmul_choice` says, or by name:
+            "xla": multiplies int8 codes into int32 and applies scales and zero points afterwards; exact but for the
+                final float32 operations.
+            "bfloat16": the same codes as bfloat16, which holds them exactly, summed in float32: for devices whose
+                products of integers are slow. No zero points, one group.
+            "simulate": multiplies dequantized floats. The reference.
 
     Raises:
-        ValueError: Unknown implementation, or a width whose sum int32 cannot hold.
+        UserError: An implementation that is not there or cannot take the arrays.
+        ValueError: A width whose sum int32 cannot hold.
     """
-    if implementation == "simulate":
+    chosen = quantized_matmul_choice(x, weight, asked=implementation).implementation
+    if chosen == "simulate":
         return _contract_float(x.dequantize(), weight.dequantize())
-    if implementation not in (None, "xla"):
-        raise ValueError(f"unknown implementation {implementation!r}: use 'xla' or 'simulate'")
+    if chosen == "bfloat16":
+        return _contract_bfloat16(x, weight)
     groups = max(x.groups, weight.groups)
     if x.shape[-1] // groups > MAXIMUM_WIDTH:
         raise ValueError(f"a sum over {x.shape[-1]} products does not fit int32; the limit is {MAXIMUM_WIDTH}")
     if groups == 1:
         return _one_group(x.operands, x.scale, x.zero_point, weight.operands, weight.scale, weight.zero_point)
     return _grouped(x, weight, groups)
+
+
+def quantized_matmul_choice(x: QTensor, weight: QTensor, *, asked: Implementation | None = None) -> Choice:
+    """What computes `quantized_matmul` of such arrays on the device that the program is for, and why.
+
+    Raises `UserError` as `choose` does. No values are looked at.
+    """
+    device = target()
+    row = tuning.settings("quantized_matmul", device) or {}
+    refusal = None
+    if x.zero_point is not None or weight.zero_point is not None:
+        refusal = "zero points take large sums off each other, which float32 rounds"
+    elif max(x.groups, weight.groups) > 1:
+        refusal = "groups have scales of their own"
+    emulated = None if row.get("integer_products", True) else row["reason"]
+    return choose("quantized product", [
+        Option("bfloat16", refusal, emulated),
+        Option("xla", None, f"{device.kind} multiplies int8 codes into int32"),
+        Option("simulate"),
+        Option("pallas_tpu", "the kernel begins at floats: see quantized_linear"),
+        Option("mosaic_gpu", "no such kernel was written for quantized products"),
+    ], asked)  # fmt: skip
+
+
+def _contract_bfloat16(x: QTensor, weight: QTensor) -> jax.Array:
+    """One range a row of either: float32 sums of whole numbers, exact until they pass 2^24."""
+    left, right = (a.operands.astype(jnp.bfloat16) for a in (x, weight))
+    contraction = (((left.ndim - 1,), (1,)), ((), ()))
+    total = jax.lax.dot_general(left, right, contraction, preferred_element_type=jnp.float32)
+    return total.astype(x.scale.dtype) * x.scale * weight.scale[..., 0]
 
 
 def _contract_float(x: jax.Array, weight: jax.Array) -> jax.Array:

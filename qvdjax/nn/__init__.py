@@ -1,6 +1,7 @@
 """Layers with one interface in float, simulated and integer execution, and the protocol models are written to."""
 
-from qvdjax.nn.attention import Attention, dot_product_attention, quantized_attention
+from qvdjax.nn.attention import Attention, dot_product_attention, quantized_attention, with_float_attention
+from qvdjax.nn.bit_switch import BitSwitch
 from qvdjax.nn.conv import Conv, QuantizedConv
 from qvdjax.nn.frames import FrameAxis
 from qvdjax.nn.input_clip import InputClip
@@ -8,6 +9,7 @@ from qvdjax.nn.layers import FLOAT_LAYERS, QUANTIZED_LAYERS, TABLE_LAYERS, layer
 from qvdjax.nn.linear import Linear, QuantizedLinear
 from qvdjax.nn.low_rank import LowRank, LowRankBranch
 from qvdjax.nn.norm import GroupNorm, LayerNorm, RMSNorm, at_least_float32
+from qvdjax.nn.partial_block import PartialBlock
 from qvdjax.nn.protocol import Stack, VideoModel, at_timestep, for_one_call, stacked
 from qvdjax.nn.scheme import EXECUTIONS, AttentionScheme, Execution, LayerScheme, Role, TableScheme
 from qvdjax.nn.swap import swap_layers
@@ -25,6 +27,7 @@ __all__ = [
     "TABLE_LAYERS",
     "Attention",
     "AttentionScheme",
+    "BitSwitch",
     "Buffer",
     "CarriesValues",
     "Codes",
@@ -42,6 +45,7 @@ __all__ = [
     "LowRank",
     "LowRankBranch",
     "Param",
+    "PartialBlock",
     "PerCall",
     "QuantizedConv",
     "QuantizedLinear",
@@ -68,4 +72,5 @@ __all__ = [
     "stacked",
     "swap_layers",
     "tables_of",
+    "with_float_attention",
 ]

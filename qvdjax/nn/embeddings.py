@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qvdjax.kernels import target
+
 
 def timestep_sinusoid(timestep: jax.Array, width: int, *, period: float = 10000.0) -> jax.Array:
     """[...] -> [..., width]: cosines, then sines, of timestep * period**(-j / (width / 2)), at least float32.
@@ -40,9 +42,28 @@ def axial_rope(
     return np.cos(angle), np.sin(angle)
 
 
+def _neighbours(x: jax.Array, dtype) -> jax.Array:
+    """(-x1, x0, -x3, x2, ...) over the last axis, of a wider type."""
+    turn = np.zeros((x.shape[-1],) * 2, np.float32)
+    even = np.arange(0, x.shape[-1], 2)
+    turn[even, even + 1], turn[even + 1, even] = 1, -1
+    # One product a sum, so narrow operands lose nothing; wide ones are multiplied as such.
+    return jax.lax.dot_general(
+        x, jnp.asarray(turn, x.dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype,
+        precision=jax.lax.Precision.HIGHEST,
+    )  # fmt: skip
+
+
 def rotate_adjacent_pairs(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
-    """Rotate features (0, 1), (2, 3), ... of x [batch, tokens, heads, head_dim] by tables [tokens, head_dim / 2]."""
+    """Rotate features (0, 1), (2, 3), ... of x [batch, tokens, heads, head_dim] by tables [tokens, head_dim / 2].
+
+    On TPU, neighbours change places by a product with a matrix of ones and zeros, which is exact: every second feature
+    of 128 lies across the lanes, and taking them apart and together again copies x a dozen times.
+    """
     wide = x.astype(jnp.promote_types(x.dtype, cosines.dtype))
+    if target().platform == "tpu":
+        cosines, sines = (jnp.repeat(table, 2, axis=-1)[:, None, :] for table in (cosines, sines))
+        return (wide * cosines + _neighbours(x, wide.dtype) * sines).astype(x.dtype)
     first, second = wide[..., 0::2], wide[..., 1::2]
     cosines, sines = cosines[:, None, :], sines[:, None, :]  # [tokens, 1, head_dim / 2]
     turned = jnp.stack([first * cosines - second * sines, first * sines + second * cosines], axis=-1)

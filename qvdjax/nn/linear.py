@@ -1,10 +1,12 @@
 """Linear layers: float, and quantized with simulated or integer execution."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qvdjax.kernels import quantized_matmul
+from qvdjax.kernels import quantized_linear, quantized_matmul
 from qvdjax.nn.frames import FrameAxis
 from qvdjax.nn.low_rank import LowRankBranch
 from qvdjax.nn.quantized_layer import QuantizedLayer
@@ -12,7 +14,7 @@ from qvdjax.nn.scheme import LayerScheme, Role
 from qvdjax.nn.token_estimator import EstimatorBranch
 from qvdjax.nn.transforms import InputTransform
 from qvdjax.nn.variables import Param, Scale
-from qvdjax.numerics import QTensor, encode, fake_quantize, fake_quantize_dynamic, to_levels
+from qvdjax.numerics import QTensor, Quantizer, encode, fake_quantize, fake_quantize_dynamic, to_levels
 
 
 class Linear(nnx.Module):
@@ -60,6 +62,7 @@ class QuantizedLinear(QuantizedLayer):
         low_rank: A branch in full precision, whose product of the transformed input is added, or None.
         estimator: What is added to the product for what rounding takes off it, made of the rounded input, or None.
         input_levels, input_edges: [count] and [count - 1] float32 of a grid of temporal features, or None.
+        implementation: What computes integer products (`qvdjax.kernels.Implementation`), None for the device's best.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class QuantizedLinear(QuantizedLayer):
         self.weight = None if quantized else Param(weight, axes=axes)
         self.input_clip = None if input_clip is None else Scale(input_clip, axes=(None, None))
         self.transform, self.low_rank, self.estimator = transform, low_rank, estimator
+        self.implementation = None
         self.input_levels, self.input_edges = (
             None if values is None else Scale(values, axes=(None,)) for values in (input_levels, input_edges)
         )
@@ -93,28 +97,63 @@ class QuantizedLinear(QuantizedLayer):
         if self.transform is not None:
             x = self.transform(x)
         if self.input_levels is not None:
-            x = to_levels(x, self.input_levels[...], self.input_edges[...])
-            rounded, y = x, _contract(x, self._float_weight(x.dtype), jax.lax.Precision.HIGHEST)
+            rounded = self._rounded(x)
+            y = _contract(rounded, self._float_weight(rounded.dtype), jax.lax.Precision.HIGHEST)
         elif activation is None:
             rounded, y = x, _contract(x.astype(dtype), self._float_weight(dtype))
         elif self.codes is None or self.execution == "simulate":
             rounded = self._rounded(x)
             y = _contract(rounded, self._float_weight(rounded.dtype), jax.lax.Precision.HIGHEST)
+        elif self._rounds_alone:
+            bias = None if self.bias is None else self.bias[...]
+            return quantized_linear(
+                x, self.qweight, activation, bias=bias, dtype=dtype, implementation=self.implementation
+            )
         else:
-            rounded = encode(x, activation.grid, *self._input_range(x), jnp.int8)
-            y = quantized_matmul(rounded, self.qweight)
+            rounded = self._encoded(x)
+            y = quantized_matmul(rounded, self.qweight, implementation=self.implementation)
         if self.low_rank is not None:
             y = y + self.low_rank(x.astype(dtype)).astype(y.dtype)
         if self.estimator is not None:
             y = y + self.estimator(rounded.dequantize() if isinstance(rounded, QTensor) else rounded).astype(y.dtype)
         return y.astype(dtype) if self.bias is None else (y + self.bias[...].astype(y.dtype)).astype(dtype)
 
+    @property
+    def _rounds_alone(self) -> bool:
+        """Whether rounding by the input's own range is all that happens before the product, and nothing is added."""
+        ranges = (self.input_scale, self.input_clip, self.scheme.switch)
+        return all(part is None for part in (*ranges, self.low_rank, self.estimator))
+
+    def rounded_input(self, x: jax.Array) -> jax.Array:
+        """x [..., tokens, in] -> the floats that meet the weight: x behind the transform, rounded where it is."""
+        x = x if self.transform is None else self.transform(x)
+        return x if self.input_levels is None and self.scheme.activation is None else self._rounded(x)
+
     def _rounded(self, x: jax.Array) -> jax.Array:
         """The floats that the same integers stand for; gradients pass straight through the rounding."""
         activation = self.scheme.activation
-        if self.input_scale is None:
-            return fake_quantize_dynamic(x, activation, self._clip(x))
-        return fake_quantize(x, activation.grid, *self._input_range(x))
+        if self.input_levels is not None:
+            return to_levels(x, self.input_levels[...], self.input_edges[...])
+        if self.input_scale is not None:
+            return fake_quantize(x, activation.grid, *self._input_range(x))
+        rounded = fake_quantize_dynamic(x, activation, self._clip(x))
+        if self.scheme.switch is None:
+            return rounded
+        return jnp.where(self.fine(x.shape), fake_quantize_dynamic(x, self._finer, self._clip(x)), rounded)
+
+    def _encoded(self, x: jax.Array) -> QTensor:
+        """The codes of x, bytes, with their ranges."""
+        rounded = encode(x, self.scheme.activation.grid, *self._input_range(x), jnp.int8)
+        if self.scheme.switch is None:
+            return rounded
+        finer = encode(x, self._finer.grid, *self._finer.scale_of(x, self._clip(x)), jnp.int8)
+        fine = self.fine(x.shape)
+        return jax.tree.map(lambda a, b: jnp.where(fine, a, b), finer, dataclasses.replace(rounded, bits=finer.bits))
+
+    @property
+    def _finer(self) -> Quantizer:
+        """The quantizer of the input at timesteps at which it has more bits."""
+        return dataclasses.replace(self.scheme.activation, bits=self.scheme.switch.bits)
 
     def _float_weight(self, dtype) -> jax.Array:
         return (self.weight[...] if self.codes is None else self.qweight.dequantize()).astype(dtype)

@@ -3,6 +3,7 @@
 Scan, remat, capture of block inputs, calibration and reconstruction know a model by this and nothing else.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -133,15 +134,25 @@ def at_timestep(model: VideoModel, timestep: jax.Array) -> VideoModel:
         timestep: (batch,), or (batch, tokens), of which each sample's largest counts: tokens given as condition have
             timestep 0 and say nothing about how noisy the sample is. Layers with `reads_tokens` get all of them.
     """
-    paths = [path for path, layer in iterate(model, TimestepReader) if layer.reads_timestep]
+    return _with_timestep(model, timestep, lambda path, value: for_one_call(model, path, value))
+
+
+def block_at_timestep(block: nnx.Module, timestep: jax.Array) -> nnx.Module:
+    """As `at_timestep`, for one block without a layer axis."""
+    return _with_timestep(block, timestep, lambda _, value: PerCall(value))
+
+
+def _with_timestep(module: nnx.Module, timestep: jax.Array, held: Callable) -> nnx.Module:
+    """The module with the timestep, as `held(path, value)` makes a Variable of it, in the layers that read it."""
+    paths = [path for path, layer in iterate(module, TimestepReader) if layer.reads_timestep]
     if not paths:
-        return model
+        return module
     of_sample = timestep if timestep.ndim == 1 else timestep.max(axis=1)  # (batch, tokens) -> (batch,)
-    model = shallow_copy(model)
+    module = shallow_copy(module)
     for path in paths:
-        layer = at(model, path)
-        layer.timestep = for_one_call(model, path, timestep if layer.reads_tokens else of_sample)
-    return model
+        layer = at(module, path)
+        layer.timestep = held(path, timestep if layer.reads_tokens else of_sample)
+    return module
 
 
 def check_frames(model: VideoModel, frames: int) -> None:

@@ -1,6 +1,7 @@
 """What every quantized layer holds."""
 
 import jax
+from flax import nnx
 
 from qvdjax.nn.frames import FrameAxis, for_input
 from qvdjax.nn.scheme import Execution, LayerScheme, Role
@@ -9,7 +10,31 @@ from qvdjax.nn.variables import Codes, Param, Scale, Statistic
 from qvdjax.numerics import QTensor
 
 
-class QuantizedLayer(TimestepReader):
+class StaticRanges(TimestepReader):
+    """A layer whose input may have ranges that calibration fixed.
+
+    Attributes:
+        scheme: A LayerScheme; its `activation` says what ranges are of.
+        input_scale, input_zero_point: See `QuantizedLayer`.
+        frame_axis: Where frames lie in the input, None for nowhere.
+    """
+
+    input_scale: nnx.Variable | None = None
+    input_zero_point: nnx.Variable | None = None
+    frame_axis: FrameAxis | None = None
+
+    def static_range(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array | None]:
+        """Scale and zero point of a static activation quantizer, broadcastable against an input of that shape."""
+        pair = tuple(None if a is None else a[...] for a in (self.input_scale, self.input_zero_point))
+        granularity = self.scheme.activation.granularity
+        if granularity == "step":
+            return tuple(None if a is None else self.of_step(a, shape) for a in pair)
+        if granularity == "frame":
+            return tuple(None if a is None else for_input(a, self.frame_axis, shape) for a in pair)
+        return pair
+
+
+class QuantizedLayer(StaticRanges):
     """The variables of a quantized layer, and the weight that they stand for.
 
     Attributes:
@@ -50,13 +75,3 @@ class QuantizedLayer(TimestepReader):
         zero_point = None if self.weight_zero_point is None else self.weight_zero_point[...]
         quantizer = self.scheme.weight
         return QTensor(self.codes[...], self.weight_scale[...], zero_point, quantizer.bits, quantizer.codebook)
-
-    def static_range(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array | None]:
-        """Scale and zero point of a static activation quantizer, broadcastable against an input of that shape."""
-        pair = tuple(None if a is None else a[...] for a in (self.input_scale, self.input_zero_point))
-        granularity = self.scheme.activation.granularity
-        if granularity == "step":
-            return tuple(None if a is None else self.of_step(a, shape) for a in pair)
-        if granularity == "frame":
-            return tuple(None if a is None else for_input(a, self.frame_axis, shape) for a in pair)
-        return pair

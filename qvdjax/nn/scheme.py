@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 from qvdjax.errors import UserError
+from qvdjax.nn.bit_switch import BitSwitch
 from qvdjax.nn.input_clip import InputClip
 from qvdjax.nn.low_rank import LowRank
 from qvdjax.nn.token_estimator import TokenEstimator
@@ -39,6 +40,7 @@ class LayerScheme:
         estimator: The learned estimate that is added to the product, None for none.
         split: Channels of each part of a convolution's input that has ranges of its own, of the input and of the weight
             (Q-Diffusion's split shortcut), None for one in all.
+        switch: At which timesteps the input has more bits than `activation` says, None for none.
     """
 
     weight: Quantizer | None = None
@@ -52,6 +54,7 @@ class LayerScheme:
     feature_grid: FeatureGrid | None = None
     estimator: TokenEstimator | None = None
     split: tuple[int, ...] | None = None
+    switch: BitSwitch | None = None
 
     def __post_init__(self):
         check_transforms(self.transforms, self.rotation, self.kronecker)
@@ -65,6 +68,10 @@ class LayerScheme:
             raise ValueError("an input has a quantizer or a feature grid, not both")
         if self.split is not None and self.activation is not None and self.activation.granularity != "tensor":
             raise ValueError("parts of an input have one range each")
+        if self.switch is not None and not (self.activation is not None and self.activation.dynamic):
+            raise ValueError("bits are switched of an input with a dynamic range")
+        if self.switch is not None and self.activation.codebook is not None:
+            raise ValueError("an input with a codebook has the same bits at all timesteps")
 
     def check_width(self, width: int) -> None:
         """UserError where groups of the weight or the input, or a Kronecker factor, do not divide a layer's width."""
@@ -88,7 +95,7 @@ class LayerScheme:
     def to_dict(self) -> dict:
         """Plain fields, for a config file."""
         fields = dataclasses.asdict(self)
-        for name in (*_OPTIONAL, "split"):
+        for name in (*_OPTIONAL, "split", "switch"):
             if fields[name] is None:
                 del fields[name]  # folders without one stay readable by programs that do not know it
         for name in ("weight", "activation"):
@@ -105,6 +112,8 @@ class LayerScheme:
         }
         rest = {name: kind(**fields[name]) for name, kind in _OPTIONAL.items() if fields.get(name) is not None}
         tuples = {name: tuple(fields[name]) for name in ("transforms", "split") if fields.get(name) is not None}
+        if fields.get("switch") is not None:
+            rest["switch"] = BitSwitch.from_dict(fields["switch"])
         return cls(**{**fields, **quantizers, **rest, **tuples})
 
 
@@ -125,17 +134,27 @@ class AttentionScheme:
 
     Attributes:
         qk_bits: Bits of queries and keys (one symmetric range a token and head), None for float.
-        pv_bits: Bits of probabilities (unsigned range [0, 1], one a row) and values (one range a channel),
-            None for float.
+        pv_bits: Bits of probabilities (an unsigned range for those of a query and `pv_block` neighbouring keys, from 0
+            to their largest) and values (one range a channel), None for float.
         smooth_key: Subtract the mean key over tokens first, which leaves the softmax unchanged and takes away
             the channel offsets that waste the range (SageAttention, arXiv 2410.02367 section 3.1).
         reason: Why, in words.
+        key_block: So many neighbouring keys of a head share a range, None for a range each.
+        pv_block: See `pv_bits`; None for all keys of a query.
     """
 
     qk_bits: int | None = None
     pv_bits: int | None = None
     smooth_key: bool = True
     reason: str = ""
+    key_block: int | None = None
+    # No step is coarser than with one range a query, and one pass over the keys knows the largest of a block.
+    pv_block: int | None = 512
+
+    def __post_init__(self):
+        for name, size in (("key_block", self.key_block), ("pv_block", self.pv_block)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be positive, not {size}")
 
     def to_dict(self) -> dict:
         """Plain fields, for a config file."""

@@ -23,8 +23,10 @@ class TimestepReader(nnx.Module):
 
     @property
     def reads_timestep(self) -> bool:
-        """Whether this layer wants it: the clip or the static range of its input depends on it."""
+        """Whether this layer wants it: the clip, the static range or the bits of its input depend on it."""
         activation = self.scheme.activation
+        if getattr(self.scheme, "switch", None) is not None:
+            return True
         if activation is not None and activation.granularity == "step":
             return True
         return self.scheme.input_clip is not None and self.scheme.input_clip.reads_timestep
@@ -47,8 +49,11 @@ class TimestepReader(nnx.Module):
         """
         held, timestep = jnp.asarray(self.scheme.activation.timesteps), self.current_timestep()
         nearest = jnp.abs(timestep[:, None] - held).argmin(axis=1)  # batch timesteps -> batch
-        rows = jnp.repeat(values[nearest, 0], shape[0] // len(timestep))  # batch -> (batch ...)
-        return rows.reshape(-1, *(1,) * (len(shape) - 1))
+        return _over_input(values[nearest, 0], shape)
+
+    def fine(self, shape: tuple[int, ...]) -> jax.Array:
+        """Whether each sample's timestep is one at which its input of this shape has more bits, as `of_step`."""
+        return _over_input(self.scheme.switch.at(self.current_timestep()), shape)
 
     def current_timestep(self) -> jax.Array:
         """(batch,) in 0..1000; with `reads_tokens` also (batch, tokens).
@@ -62,3 +67,9 @@ class TimestepReader(nnx.Module):
                 remedy="call the model, or take the layer from qvdjax.nn.at_timestep(model, timestep)",
             )
         return self.timestep[...]
+
+
+def _over_input(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """(batch,) -> [(batch ...), 1, ...], for an input of that shape."""
+    rows = jnp.repeat(values, shape[0] // len(values))  # batch -> (batch ...)
+    return rows.reshape(-1, *(1,) * (len(shape) - 1))

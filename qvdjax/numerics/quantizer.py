@@ -114,6 +114,8 @@ class Quantizer:
             mean = self._total(jnp.square(wide)) / self._total(jnp.ones_like(wide))
             deviation = jnp.sqrt(mean)[..., 0]
             return self.grid.from_deviation(deviation if clip is None else deviation * clip[1]), None
+        if self.symmetric and self.range_method == "minmax" and clip is None:
+            return self._scale_of_largest(x), None
         low, high = self.range_of(x)
         if self.range_method != "minmax":
             low, high = self._search(x, low, high)
@@ -121,11 +123,29 @@ class Quantizer:
             low, high = low * clip[0], high * clip[1]
         parameters = self.grid.from_range(low, high)
         if self.range_method != "refine":
-            return parameters
+            return self._with_nan(x, parameters[0]), parameters[1]
         groups, (scale, zero_point) = self.split_groups(x), parameters
         scale, zero_point = (None if a is None else a[..., None] for a in (scale, zero_point))
         best = refined(groups.astype(scale.dtype), self.grid, scale, zero_point, self._total)
         return tuple(None if a is None else a[..., 0] for a in best)
+
+    def _scale_of_largest(self, x: jax.Array) -> jax.Array:
+        """What `Grid.from_range` makes of the same values, from one reduction: a compiler puts one, not several, into
+        the product that makes x. NaN where x has one or an infinity, see `_with_nan`."""
+        groups = self.split_groups(x)
+        largest = jnp.where(jnp.isnan(groups), jnp.inf, jnp.abs(groups)).max(axis=-1)  # [..., rows, groups]
+        if self.granularity == "tensor":
+            largest = largest.max(axis=-2, keepdims=True)
+        scale = largest.astype(jnp.promote_types(x.dtype, jnp.float32)) / self.grid.high
+        return jnp.where(jnp.isinf(scale), jnp.nan, jnp.where(scale > 0, scale, 1))
+
+    def _with_nan(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+        """The scale, or NaN where x has one: integers cannot say it, and on CPU the largest of numbers and NaN is a
+        number."""
+        spoilt = jnp.isnan(self.split_groups(x)).any(axis=-1)  # [..., rows, groups]
+        if self.granularity == "tensor":
+            spoilt = spoilt.any(axis=-2, keepdims=True)
+        return jnp.where(spoilt, jnp.nan, scale)
 
     def _total(self, groups: jax.Array) -> jax.Array:
         """Sum over the values that share a range: [..., rows, groups, size] -> [..., rows or 1, groups, 1]."""

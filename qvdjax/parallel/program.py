@@ -16,6 +16,9 @@ _ARRAY = re.compile(r"\b(pred|bf16|token|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _CALLED = re.compile(
     r"(?:calls|body|branch_computations|called_computations|true_computation|false_computation|to_apply)="
 )
+# Operations that leave no array of their own, and those that hand arrays on to computations of the same program.
+_VIEWS = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "iota", "copy-done", "opt-barrier")
+_HANDING = ("while", "conditional", "call", "async-start", "async-done")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +153,47 @@ class Program:
             for channel, names in places.items()
             if any(name.startswith("async_collective_fusion") for name in names)
         }
+
+    def written(self, dtype: str, least: int = 0) -> list[dict]:
+        """Arrays of a type (as XLA spells it, such as "s32") that operations leave in memory: a row for each shape.
+
+        What is made and used inside one fusion never lies in memory and does not count; nor do arguments, views and the
+        loops that arrays are handed through. Each row: `shape`, `bytes` of one array, `count` of times it is written,
+        and `operations`, what writes it.
+
+        Args:
+            least: Elements; smaller arrays are left out.
+        """
+        fused = {
+            name for operations in self.computations.values() for o in operations
+            if o.kind not in _HANDING for attribute in _CALLED.findall(o.rest) for name in o.attribute(attribute[:-1])
+        }  # fmt: skip
+        found: dict[tuple[int, ...], dict] = {}
+        for name, operations in self.computations.items():
+            if name in fused or not self.times[name]:
+                continue
+            for operation in operations:
+                if operation.kind in _VIEWS or operation.kind in _HANDING:
+                    continue
+                for kind, shape in _arrays(operation.result):
+                    if kind != dtype or math.prod(shape) < least:
+                        continue
+                    row = found.setdefault(
+                        shape, {"shape": shape, "bytes": round(_bytes(kind, shape)), "count": 0, "operations": []}
+                    )
+                    row["count"] += round(self.times[name])
+                    row["operations"].append(operation.name)
+        return sorted(found.values(), key=lambda row: -row["bytes"] * row["count"])
+
+    def estimated_cycles(self) -> int | None:
+        """Cycles that the TPU compiler expects its operations to take, one after the other: its model of the chip, no
+        timing. None where it says nothing. Kernels count as it was told, mostly for nothing."""
+        cycles = [
+            int(found.group(1)) * self.times[name]
+            for name, operations in self.computations.items() for o in operations
+            if (found := re.search(r'"estimated_cycles":"(\d+)"', o.rest))
+        ]  # fmt: skip
+        return round(sum(cycles)) if cycles else None
 
     def products(self) -> list[dict]:
         """Matrix products by the types of their operands and result: `left`, `right`, `result`, `count`.

@@ -2,6 +2,8 @@
 
 from qvdjax.ptq.absorb import absorb_rotations, absorb_scales
 from qvdjax.ptq.apply import apply_schemes, set_execution
+from qvdjax.ptq.bit_switch import SwitchBits, with_switched_bits
+from qvdjax.ptq.channel_bits import ChannelBits, share_out_channels
 from qvdjax.ptq.feature_grids import ChooseGrid, fill_feature_grids, fit_feature_grids
 from qvdjax.ptq.frame_gains import with_gains
 from qvdjax.ptq.gptq import ErrorCompensation
@@ -10,18 +12,23 @@ from qvdjax.ptq.range_search import RangeSearch, search_ranges, with_counts
 from qvdjax.ptq.reconstruction import Reconstruction, reconstruct
 from qvdjax.ptq.rounding import rounded_layers
 from qvdjax.ptq.scale_search import search_scales
-from qvdjax.ptq.transforms import FitChannelScale, FitProduct, FitRotation, FitShift, SearchScale
+from qvdjax.ptq.timestep_scales import TimestepScales, timestep_ranges
+from qvdjax.ptq.transforms import FitChannelScale, FitEvenChannels, FitProduct, FitRotation, FitShift, SearchScale
 
 __all__ = [
+    "ChannelBits",
     "ChooseGrid",
     "ErrorCompensation",
     "FitChannelScale",
+    "FitEvenChannels",
     "FitProduct",
     "FitRotation",
     "FitShift",
     "RangeSearch",
     "Reconstruction",
     "SearchScale",
+    "SwitchBits",
+    "TimestepScales",
     "absorb_rotations",
     "absorb_scales",
     "apply_schemes",
@@ -33,6 +40,9 @@ __all__ = [
     "search_ranges",
     "search_scales",
     "set_execution",
+    "share_out_channels",
+    "timestep_ranges",
     "with_counts",
     "with_gains",
+    "with_switched_bits",
 ]

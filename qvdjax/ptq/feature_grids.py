@@ -84,6 +84,8 @@ def temporal_features(model: VideoModel, batches: Iterable[Mapping[str, jax.Arra
     Returns:
         Name in diffusers -> float32 [timesteps, in], by timestep, ascending. Empty where a model has no such layer.
     """
+    if not any(layer.role == ROLE for _, _, layer in layers_of(model, (Linear,))):
+        return {}
     rows: dict[float, dict[str, np.ndarray]] = {}
     for inputs in batches:
         timesteps = of_samples(inputs)

@@ -115,12 +115,12 @@ def quantize_layer(
 def quantized_arrays(
     weight: jax.Array, scheme: LayerScheme, *, name: str, fit=None, input_range=None, edges=None,
     rounding: ErrorCompensation | None = None, moment: jax.Array | None = None,
-    learned: Mapping[str, Any] | None = None,
+    learned: Mapping[str, Any] | None = None, positions: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
-    """The arrays of one quantized linear layer, for `quantize_layer`, which says the other arguments.
+    """The arrays of one quantized layer, for `quantize_layer`, which says the other arguments.
 
     Args:
-        weight: [out, in].
+        weight: [out, in], of a convolution [out, (channels positions)] with `positions` in its kernel.
         name: For messages.
         learned: What reconstruction found for the layer (`qvdjax.ptq.reconstruction`): `transform`, instead of `fit`,
             `input_clip`, `estimator`, the arrays of one, and one of `weight_clip`, factors of range ends,
@@ -130,7 +130,7 @@ def quantized_arrays(
         UserError: A group size that does not divide the width, or second moments that cannot be factored.
     """
     parts = _quantize_stack(
-        weight, input_range, moment, learned, edges, stacked=False, positions=1, scheme=scheme, fit=fit,
+        weight, input_range, moment, learned, edges, stacked=False, positions=positions, scheme=scheme, fit=fit,
         rounding=rounding,
     )  # fmt: skip
     return _checked(parts, name)
@@ -188,8 +188,7 @@ def prepare_weight(
         UserError: Second moments of an input that is shifted: they are of the input as it comes.
     """
     arrays, dtype = {}, jnp.promote_types(weight.dtype, jnp.float32)
-    # What acts on channels meets one row a position of the kernel.
-    whole, taken = rearrange(weight.astype(dtype), "o (c p) -> (o p) c", p=positions), 0.0
+    whole, taken = rows_of_positions(weight.astype(dtype), positions), 0.0
     # Ranges that are to be loaded later are zeros.
     low, high = (jnp.zeros(whole.shape[-1:], jnp.float32),) * 2 if input_range is None else input_range
     if moment is not None and "shift" in scheme.transforms:
@@ -205,8 +204,7 @@ def prepare_weight(
         else:
             transform = fit.fit(whole, low, high)
         if transform.shift is not None:
-            taken_off = jnp.matmul(whole, transform.shift[...], precision=jax.lax.Precision.HIGHEST)
-            arrays["shifted"] = rearrange(taken_off, "(o p) -> o p", p=positions)
+            arrays["shifted"] = taken_off(whole, transform.shift[...], positions)
         whole = transform.on_weight(whole)
         # A channel's range passes through a scale as any input does; static ranges behind rotations are refused.
         low, high = transform(low), transform(high)
@@ -221,6 +219,41 @@ def prepare_weight(
     return PreparedWeight(whole, taken, moment, low, high, arrays)
 
 
+def rows_of_positions(weight: jax.Array, positions: int) -> jax.Array:
+    """[out, (channels positions)] -> [(out positions), channels]: what acts on channels meets one row a position of a
+    kernel."""
+    return rearrange(weight, "o (c p) -> (o p) c", p=positions)
+
+
+def taken_off(rows: jax.Array, shift: jax.Array, positions: int) -> jax.Array:
+    """What a shift [channels] takes off the product at each position: rows [(out positions), channels] -> [out,
+    positions]."""
+    return rearrange(jnp.matmul(rows, shift, precision=jax.lax.Precision.HIGHEST), "(o p) -> o p", p=positions)
+
+
+def transformed_weight(weight: jax.Array, transform: InputTransform | None, positions: int = 1) -> jax.Array:
+    """[out, (channels positions)] -> the weight that meets transformed inputs, at least float32."""
+    weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+    if transform is None:
+        return weight
+    return rearrange(transform.on_weight(rows_of_positions(weight, positions)), "(o p) c -> o (c p)", p=positions)
+
+
+def static_edges(low: jax.Array, high: jax.Array, split: tuple[int, ...] | None) -> tuple[jax.Array, jax.Array]:
+    """Ends of a static range that covers the ranges of all channels: two [channels] -> two [parts or 1]."""
+    return tuple(
+        jnp.stack([pick(part) for part in split_channels(ends, split)])
+        for pick, ends in ((jnp.min, low), (jnp.max, high))
+    )
+
+
+def static_parameters(scheme: LayerScheme, edges: tuple) -> tuple[jax.Array, jax.Array | None]:
+    """Scale and zero point [ranges, 1] of a static input range; `edges` are its ends, [] or [ranges] each."""
+    ranges = (len(scheme.split) if scheme.split else scheme.activation.static_ranges, 1)
+    low, high = (jnp.broadcast_to(jnp.reshape(edge, (-1, 1)), ranges) for edge in edges)  # -> [ranges, 1]
+    return scheme.activation.grid.from_range(low, high)
+
+
 def _quantize_arrays(
     weight, input_range, moment, learned, edges, *, positions: int, scheme: LayerScheme, fit, rounding
 ) -> dict:
@@ -228,15 +261,8 @@ def _quantize_arrays(
     prepared = prepare_weight(weight, input_range, moment, learned, scheme=scheme, fit=fit, positions=positions)
     parts = dict(prepared.arrays)
     if scheme.activation is not None and not scheme.activation.dynamic:
-        if edges is None:
-            parts_of = functools.partial(split_channels, split=scheme.split)
-            edges = tuple(
-                jnp.stack([pick(part) for part in parts_of(a)])
-                for pick, a in ((jnp.min, prepared.low), (jnp.max, prepared.high))
-            )
-        ranges = (len(scheme.split) if scheme.split else scheme.activation.static_ranges, 1)
-        low, high = (jnp.broadcast_to(edge.reshape(-1, 1), ranges) for edge in edges)  # [] or [ranges] -> [ranges, 1]
-        parts["input_scale"], parts["input_zero_point"] = scheme.activation.grid.from_range(low, high)
+        edges = static_edges(prepared.low, prepared.high, scheme.split) if edges is None else edges
+        parts["input_scale"], parts["input_zero_point"] = static_parameters(scheme, edges)
     if scheme.feature_grid is not None:
         # Fitted to features of timesteps, which no weight knows (`qvdjax.ptq.feature_grids`): these are only shapes.
         count = scheme.feature_grid.count
@@ -253,7 +279,8 @@ def _quantize_arrays(
     rest, learned = prepared.whole - prepared.taken, learned or {}
     clip = learned.get("weight_clip")
     if scheme.split is not None:
-        quantized, real = _encode_parts(rest, scheme, positions)
+        quantized = learned["weight"] if "weight" in learned else _encode_parts(rest, scheme, positions)
+        real = _real_of_parts(quantized, scheme, positions)
         return {**parts, "weight": quantized, "weight_sqnr_db": sqnr_db(prepared.whole, real)}
     if "weight" in learned:
         quantized = learned["weight"]
@@ -272,8 +299,8 @@ def split_channels(a: jax.Array, split: tuple[int, ...] | None) -> list[jax.Arra
     return jnp.split(a, np.cumsum(split)[:-1], axis=-1) if split else [a]
 
 
-def _encode_parts(weight: jax.Array, scheme: LayerScheme, positions: int) -> tuple[QTensor, jax.Array]:
-    """weight [out, (channels positions)] -> codes [out, in] with a scale a part [out, parts], and what they stand for.
+def _encode_parts(weight: jax.Array, scheme: LayerScheme, positions: int) -> QTensor:
+    """weight [out, (channels positions)] -> codes [out, in] with a scale a part [out, parts].
 
     The QTensor only carries its arrays: parts may differ in width (`QuantizedConv.qweight`).
     """
@@ -286,4 +313,11 @@ def _encode_parts(weight: jax.Array, scheme: LayerScheme, positions: int) -> tup
         None if arrays[0] is None else jnp.concatenate(arrays, axis=-1)
         for arrays in zip(*((part.codes, part.scale, part.zero_point) for part in parts), strict=True)
     ]
-    return QTensor(*joined, quantizer.bits), jnp.concatenate([part.dequantize() for part in parts], axis=-1)
+    return QTensor(*joined, quantizer.bits)
+
+
+def _real_of_parts(quantized: QTensor, scheme: LayerScheme, positions: int) -> jax.Array:
+    """What the codes of such a QTensor stand for, [out, in]."""
+    columns = np.repeat(np.arange(len(scheme.split)), np.array(scheme.split) * positions)
+    scale, zero_point = (None if a is None else a[..., columns] for a in (quantized.scale, quantized.zero_point))
+    return QTensor(quantized.codes, scale, zero_point, quantized.bits).dequantize()

@@ -139,7 +139,7 @@ def search_ranges(
     """
     watched, by_step = None, any(_static(s) and s.activation.granularity == "step" for s in schemes.values())
     totals: dict[float | None, tuple[Kept, int]] = {}  # sums and calls, of each timestep or of all
-    for timestep, inputs in _apart(batches) if by_step else ((None, inputs) for inputs in batches):
+    for timestep, inputs in of_one_timestep(batches) if by_step else ((None, inputs) for inputs in batches):
         frames = inputs["latents"].shape[1]
         if watched is None:
             watched, counted = _watch(model, schemes, search, fit, ranges, fitted, frames), frames
@@ -174,7 +174,7 @@ def _static(scheme) -> bool:
     return isinstance(scheme, LayerScheme) and scheme.activation is not None and not scheme.activation.dynamic
 
 
-def _apart(batches) -> Iterator[tuple[float, dict[str, np.ndarray]]]:
+def of_one_timestep(batches: Iterable[Mapping[str, jax.Array]]) -> Iterator[tuple[float, dict[str, np.ndarray]]]:
     """(timestep, its samples) of every batch."""
     for inputs in batches:
         timesteps = of_samples(inputs)
@@ -218,15 +218,24 @@ def _watch(model, schemes, search: RangeSearch, fit, ranges, fitted, frames: int
                 "static ranges are searched for in blocks whose inputs are quantized alike",
                 remedy="give them one rule, or choose dynamic ranges", items=static,
             )  # fmt: skip
-        transform = None
-        if scheme.transforms and fitted is not None:
-            transform = InputTransform(**stacked_rows(layer, [fitted[name] for name in names]))
-        elif scheme.transforms:
-            transform = _transform(layer, fit, *stacked_rows(layer, [ranges[name] for name in names]))
+        transform = transform_of(layer, names, scheme, fit, ranges, fitted)
         leading = leading_shape(layer.weight)
         own = frames if scheme.activation.granularity == "frame" else None
         replace(watched, path, Searched(layer, leading, transform, scheme.activation.grid, search, own, scheme.split))
     return watched
+
+
+def transform_of(
+    layer: Linear | Conv, names: list[str], scheme: LayerScheme, fit, ranges: Mapping[str, tuple] | None,
+    fitted: Fitted | None = None,
+) -> InputTransform | None:  # fmt: skip
+    """The transform that a layer of these names, one a block, will have, or a stack of them; arguments as of
+    `search_ranges`."""
+    if not scheme.transforms:
+        return None
+    if fitted is not None:
+        return InputTransform(**stacked_rows(layer, [fitted[name] for name in names]))
+    return _transform(layer, fit, *stacked_rows(layer, [ranges[name] for name in names]))
 
 
 def _transform(layer: Linear | Conv, fit, low, high) -> InputTransform:

@@ -1,13 +1,15 @@
 """Weights rounded with regard to the inputs of their layers, a few layers at a time."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 
 from qvdjax.calibration.moments import passes, second_moments
-from qvdjax.nn import LayerScheme, Linear, VideoModel, layers_of
-from qvdjax.ptq.apply import Edges, Ranges
+from qvdjax.nn import Conv, LayerScheme, Linear, VideoModel, layers_of
+from qvdjax.nn.variables import leading_shape, own_shape
+from qvdjax.ptq.apply import Edges, Fitted, Ranges
 from qvdjax.ptq.gptq import ErrorCompensation
 from qvdjax.ptq.layers import quantized_arrays
 
@@ -15,9 +17,10 @@ from qvdjax.ptq.layers import quantized_arrays
 def rounded_layers(
     model: VideoModel, schemes: Mapping[str, Any], batches: Iterable[Mapping[str, jax.Array]],
     rounding: ErrorCompensation | None, *, fit=None, ranges: Ranges | None = None, edges: Edges | None = None,
-    learned: Mapping[str, Mapping[str, Any]] | None = None,
+    learned: Mapping[str, Mapping[str, Any]] | None = None, fitted: Fitted | None = None,
 ) -> dict[str, dict]:  # fmt: skip
-    """The arrays of every linear layer whose weight is quantized, by name, for `apply_schemes`.
+    """The arrays of every linear layer whose weight is quantized, and of every convolution that something was learned
+    of, by name, for `apply_schemes`.
 
     Inputs are those that the full-precision model gives its layers. Second moments are collected in several passes over
     the calibration set where those of all layers would take more than `rounding.memory`, and let go of layer by layer.
@@ -28,7 +31,7 @@ def rounded_layers(
         batches: Keyword arguments of the model's call. Gone over several times; what can be gone over only once is
             held in memory.
         rounding: How weights are rounded; None to the nearest code, for which no inputs are looked at.
-        fit, ranges, edges: As `apply_schemes` takes them.
+        fit, ranges, edges, fitted: As `apply_schemes` takes them.
         learned: What reconstruction found, by name; layers that it did not train have no entry.
 
     Raises:
@@ -37,6 +40,7 @@ def rounded_layers(
     if iter(batches) is batches:
         batches = list(batches)
     weights = quantized_weights(model, schemes)
+    kernels = _kernels(model, learned or {})
 
     def moments():
         if rounding is None:
@@ -45,13 +49,33 @@ def rounded_layers(
         for names in passes(model, weights, rounding.memory):
             yield from second_moments(model, batches, names)
 
-    arrays = {}
-    for name, moment in moments():
-        arrays[name] = quantized_arrays(
-            weights[name](), schemes[name], name=name, fit=fit, rounding=rounding, moment=moment,
-            input_range=(ranges or {}).get(name), edges=(edges or {}).get(name), learned=(learned or {}).get(name),
+    def made(name, weight, **how):
+        found = (learned or {}).get(name)
+        if found is None and fitted is not None and name in fitted:
+            found = {"transform": dict(fitted[name])}
+        return quantized_arrays(
+            weight, schemes[name], name=name, fit=fit, input_range=(ranges or {}).get(name),
+            edges=(edges or {}).get(name), learned=found, **how,
         )  # fmt: skip
-    return arrays
+
+    arrays = {name: made(name, weights[name](), rounding=rounding, moment=moment) for name, moment in moments()}
+    return arrays | {name: made(name, rows(), positions=positions) for name, (rows, positions) in kernels.items()}
+
+
+def _kernels(model: VideoModel, learned: Mapping[str, Any]) -> dict[str, tuple[Callable[[], jax.Array], int]]:
+    """Of every convolution among `learned`, by name: a function that gives its weight [out, (channels positions)], and
+    how many positions its kernel has."""
+
+    def getter(layer: Conv, row):
+        return lambda: layer.weight[...][row].reshape(own_shape(layer.weight)[0], -1)
+
+    kernels = {}
+    for names, _, layer in layers_of(model, (Conv,)):
+        stacked = bool(leading_shape(layer.weight))
+        for i, name in enumerate(names):
+            if name in learned:
+                kernels[name] = getter(layer, i if stacked else ...), math.prod(layer.kernel)
+    return kernels
 
 
 def quantized_weights(model: VideoModel, schemes: Mapping[str, Any]) -> dict[str, Callable[[], jax.Array]]:

@@ -38,6 +38,34 @@ class FitChannelScale:
 
 
 @dataclasses.dataclass(frozen=True)
+class FitEvenChannels:
+    """Each channel is divided by how large it is beside the others, (r / median of r)^strength, with r its magnitude.
+
+    Attributes:
+        strength: 1 makes all channels equally large, 0 none.
+        floor: Smallest share of the median that counts, so that a channel that is always zero keeps a finite scale.
+    """
+
+    strength: float = 1.0
+    floor: float = 1e-3
+
+    names = ("smooth_scale",)
+    rotation = kronecker = None
+    needs_calibration = True
+
+    def __post_init__(self):
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"strength must lie in 0 to 1, not {self.strength}")
+
+    def fit(self, weight: jax.Array, low: jax.Array, high: jax.Array) -> InputTransform:
+        """The smallest and largest input of each channel [in] -> the transform; nothing is read of the weight."""
+        sizes = jnp.maximum(-low, high)
+        middle = jnp.median(sizes)
+        share = jnp.maximum(sizes / jnp.where(middle > 0, middle, 1), self.floor)
+        return InputTransform(smooth_scale=jnp.where(middle > 0, share**self.strength, 1).astype(jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
 class FitRotation:
     """A Hadamard matrix behind random signs, the same for all layers of one width (QuaRot, Ashkboos et al. 2024).
 

@@ -5,10 +5,13 @@ import dataclasses
 from qvdjax.nn import AttentionScheme, InputClip, LayerScheme, LowRank, TokenEstimator
 from qvdjax.numerics import FeatureGrid, Quantizer
 from qvdjax.numerics.codebook import MOST_BITS
+from qvdjax.ptq.bit_switch import SwitchBits
+from qvdjax.ptq.channel_bits import ChannelBits
 from qvdjax.ptq.feature_grids import ChooseGrid
 from qvdjax.ptq.mixed_precision import MixedPrecision
 from qvdjax.ptq.range_search import RangeSearch
 from qvdjax.ptq.reconstruction.plan import Reconstruction
+from qvdjax.ptq.timestep_scales import TimestepScales
 from qvdjax.recipes.rules import Recipe, Rule
 from qvdjax.recipes.training import Training
 
@@ -39,6 +42,7 @@ class Method:
             squared error.
         attention_qk_bits, attention_pv_bits: Bits of the products of attention; None leaves them float, as
             the papers do.
+        attention_key_block: Neighbouring keys that share a range; None for a range each.
         skip: Regular expression of further paths that stay float; empty for none.
         codebook: "gaussian" for the levels of least error for a normal distribution in the place of even grids, up to 7
             bits (`qvdjax.numerics.codebook`); for rotated inputs and weights, which are nearly normal.
@@ -62,6 +66,7 @@ class Method:
     weight_range: str = "minmax"
     attention_qk_bits: int | None = None
     attention_pv_bits: int | None = None
+    attention_key_block: int | None = None
     skip: str = ""
     codebook: str | None = None
     temporal_features: str = "float"
@@ -71,6 +76,7 @@ class Method:
     name = ""  # of the method, as recipes spell it
     transformed = PRODUCTS  # roles whose inputs pass through `transform`
     transforms_convolutions = False  # whether the inputs of convolutions pass through `transform` too
+    calibrates_on_all = False  # whether all but reconstruction sees the whole calibration set (see `Recipe`)
 
     @property
     def recipe_name(self) -> str:
@@ -101,12 +107,17 @@ class Method:
         """What fits the transform of a product's input; None for none."""
         return
 
-    def range_search(self) -> RangeSearch | None:
-        """How static ranges of inputs are searched for; None for those that follow from the ranges of channels."""
+    def range_search(self) -> RangeSearch | TimestepScales | None:
+        """How static ranges of inputs are searched for or learned; None where they follow from ranges of channels."""
+        return
+
+    def channel_bits(self) -> ChannelBits | None:
+        """How bits are shared out among the output channels of a weight; None for all alike."""
         return
 
     def channel_statistics(self) -> str:
-        """How the ranges of channels are taken over sampling steps: "all", "first" or "salience" (see `Recipe`)."""
+        """How the ranges of channels are taken over sampling steps: "all", "first", "salience" or "magnitude" (see
+        `Recipe`)."""
         return "all"
 
     def rounding(self):
@@ -127,6 +138,10 @@ class Method:
 
     def estimator(self) -> TokenEstimator | None:
         """The learned estimate that is added to every product; None for none."""
+        return
+
+    def switched_bits(self) -> SwitchBits | None:
+        """How the steps are chosen at which inputs get more bits; None for none."""
         return
 
     def _temporal_feature(self, weight: Quantizer) -> tuple[LayerScheme, ChooseGrid | None]:
@@ -173,7 +188,7 @@ class Method:
                  roles=("head",)),
             Rule(LayerScheme(plain, reason=_ONE_VECTOR), roles=("modulation",)),
             Rule(feature, roles=("temporal_feature",)),
-            Rule(product, roles=self.transformed),
+            *([Rule(product, roles=self.transformed)] if self.transformed else []),
             Rule(LayerScheme(channel, tensor, transforms if self.transforms_convolutions else (),
                              "a product over all positions: one range for the input"),
                  roles=("convolution",)),
@@ -183,8 +198,9 @@ class Method:
             rules.append(Rule(bare, roles=untransformed))
         if self.attention_qk_bits or self.attention_pv_bits:
             products = AttentionScheme(
-                self.attention_qk_bits, self.attention_pv_bits, reason="the option attention_*_bits"
-            )
+                self.attention_qk_bits, self.attention_pv_bits, reason="the option attention_*_bits",
+                key_block=self.attention_key_block,
+            )  # fmt: skip
             rules.append(Rule(products, roles=("attention",)))
         mixed = None if self.average_bits is None else MixedPrecision(self.average_bits)
         if mixed is not None and self.training() is not None:
@@ -203,4 +219,6 @@ class Method:
         return Recipe(
             self.recipe_name, tuple(rules), transform, self.training(), self.rounding(), self.reconstruction(), mixed,
             grids, self.range_search() if static else None, self.channel_statistics(), split_inputs=self.split_inputs,
+            switch=self.switched_bits(),
+            channel_bits=self.channel_bits(), calibrates_on_all=self.calibrates_on_all,
         )  # fmt: skip

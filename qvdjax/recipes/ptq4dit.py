@@ -4,7 +4,6 @@ import dataclasses
 
 from qvdjax.numerics import Quantizer
 from qvdjax.ptq.range_search import RangeSearch
-from qvdjax.ptq.reconstruction import Reconstruction
 from qvdjax.ptq.transforms import FitChannelScale
 from qvdjax.recipes.adaround import AdaRound
 
@@ -35,20 +34,18 @@ class PTQ4DiT(AdaRound):
         salience: "spearman" as published, or "largest" for the largest magnitude at any timestep.
         absorb: Put scales into weights where that is exact; false divides by all of them online.
         static: One fixed range a layer for its input, the mean over calls of smallest and largest value.
-        learn: Learn the rounding; false for the nearest codes.
     """
 
     salience: str = "spearman"
     absorb: bool = True
     static: bool = False
-    learn: bool = True
 
     name = "ptq4dit"
     transformed = ("query", "key", "value", "attention_output", "feed_forward_in")
+    calibrates_on_all = False
 
     def __post_init__(self):
-        if self.learn:
-            super().__post_init__()
+        super().__post_init__()
         if self.salience not in ("spearman", "largest"):
             raise ValueError(f"unknown salience {self.salience!r}: use spearman or largest")
         if self.static and (self.codebook is not None or self.activation_group_size is not None):
@@ -72,7 +69,3 @@ class PTQ4DiT(AdaRound):
     def channel_statistics(self) -> str:
         """What s(X) is."""
         return "salience" if self.salience == "spearman" else "all"
-
-    def reconstruction(self) -> Reconstruction | None:
-        """The training of roundings."""
-        return super().reconstruction() if self.learn else None

@@ -6,12 +6,13 @@ from qvdjax.nn import LayerScheme
 from qvdjax.numerics import Quantizer
 from qvdjax.ptq.range_search import RangeSearch
 from qvdjax.ptq.transforms import FitChannelScale, FitShift, SearchScale
+from qvdjax.recipes.learned_rounding import LearnedRounding
 from qvdjax.recipes.minmax import MinMax
 from qvdjax.recipes.rules import Recipe, Rule
 
 
 @dataclasses.dataclass(frozen=True)
-class QVD(MinMax):
+class QVD(LearnedRounding, MinMax):
     """Static ranges by search, behind a shift of each channel; temporal features on a grid that keeps them apart.
 
     Source: arXiv 2407.11585 (ACM MM 2024): HTDQ for temporal features, SCRI for the ranges of channels. The paper's
@@ -30,7 +31,9 @@ class QVD(MinMax):
 
     Left open by the sources: the score by which HTDQ chooses; which layers are shifted. The first and the last
     convolution stay float as in every recipe here, and so do the layers that make the time embedding; `qvd-paper` has
-    the release's choice.
+    the release's choice. Weights are rounded to the nearest code, as the release does unless told otherwise;
+    `learn=true` learns their rounding block by block as `adaround` does (the release: QDrop, with a share of inputs
+    left float, 100 steps).
 
     Attributes:
         statistics: "first" takes the ranges of channels from the first sampling step, as released; "all" from all.
@@ -50,8 +53,11 @@ class QVD(MinMax):
             the last input stays float. None keeps them float; the release has 8 whatever the other layers have.
         quantize_time: Quantize the layers that make the time embedding as any other, as the release does.
         temporal_features: See `Method`; "auto" is HTDQ.
+        learn: Learn the rounding of weights (see `adaround`).
     """
 
+    weight_range: str = "minmax"
+    learn: bool = False
     activation_symmetric: bool = False
     temporal_features: str = "auto"
     statistics: str = "first"
@@ -68,6 +74,7 @@ class QVD(MinMax):
     transforms_convolutions = True
 
     def __post_init__(self):
+        super().__post_init__()
         if self.statistics not in ("first", "all"):
             raise ValueError(f"unknown statistics {self.statistics!r}: use first or all")
         if (self.scale_alpha is not None or self.scale_search) and not self.shift:

@@ -16,6 +16,7 @@ from qvdjax.recipes.gptq import GPTQ
 from qvdjax.recipes.lsq import LearnedStepSize
 from qvdjax.recipes.method import FLOAT_ACTIVATION_BITS, Method
 from qvdjax.recipes.minmax import MinMax
+from qvdjax.recipes.mpq_dm import MPQDM
 from qvdjax.recipes.mse import MSE
 from qvdjax.recipes.orbitquant import OrbitQuant
 from qvdjax.recipes.ptq4dit import PTQ4DiT
@@ -32,12 +33,15 @@ from qvdjax.recipes.rules import Recipe
 from qvdjax.recipes.s2q_vdit import S2QVDiT
 from qvdjax.recipes.smoothquant import SmoothQuant
 from qvdjax.recipes.svdquant import SVDQuant
+from qvdjax.recipes.tcaq_dm import TCAQDM
+from qvdjax.recipes.tdq import TDQ
 from qvdjax.recipes.tfmq_dm import TFMQDM
 from qvdjax.recipes.vidit_q import ViDiTQ
 
 POST_TRAINING = (
     RoundToNearest, MinMax, MSE, SmoothQuant, QuaRot, GPTQ, AdaRound, SVDQuant, PTQ4DiT, ViDiTQ, QDiT, DVDQuant,
-    OrbitQuant, FlatQuant, S2QVDiT, QVDiT, PTQ4DM, QDiffusion, TFMQDM, QVD, QVDPaper,
+    OrbitQuant, FlatQuant, S2QVDiT, QVDiT, PTQ4DM, QDiffusion, TFMQDM, TDQ, TCAQDM, MPQDM, QVD,
+    QVDPaper,
 )  # fmt: skip
 TRAINED = (LearnedStepSize, QDM, EfficientDM, QVGen, QVGenPaper, QVGenCode, DSAQuant)
 METHODS = {method.name: method for method in (*POST_TRAINING, *TRAINED)}

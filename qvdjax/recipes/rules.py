@@ -48,12 +48,19 @@ class Recipe:
             not at all.
         mixed_precision: How bits of weights are shared out (see `qvdjax.ptq.mixed_precision`), None for as rules say.
         feature_grids: Among which grids temporal features are rounded (see `qvdjax.ptq.feature_grids`), None for float.
-        range_search: How static ranges are searched for (see `qvdjax.ptq.range_search`), None for the widest seen.
+        range_search: How static ranges are searched for (see `qvdjax.ptq.range_search`) or learned
+            (`qvdjax.ptq.timestep_scales`), None for the widest seen.
         channel_statistics: Whether the ranges of channels, which transforms are fitted to, are those of "all" sampling
-            steps, of the "first", where latents are noise, or a mean over steps by "salience"
-            (`qvdjax.calibration.salience`), which no static range follows from.
+            steps, of the "first", where latents are noise, or means over steps, of which no static range follows: by
+            "salience" (`qvdjax.calibration.salience`), or of each step's "magnitude"
+            (`qvdjax.calibration.magnitudes`).
         draw: Which inputs are drawn from a calibration set, None for all of it.
         split_inputs: Whether the arrays that a convolution's input is made of have ranges of their own.
+        switch: At which sampling steps inputs get more bits (see `qvdjax.ptq.bit_switch`), None for none.
+        channel_bits: How bits are shared out among a weight's output channels (see `qvdjax.ptq.channel_bits`), None for
+            all alike.
+        calibrates_on_all: Whether ranges, transforms and grids are found on all of a calibration set although
+            reconstruction selects examples from it.
     """
 
     name: str
@@ -65,14 +72,20 @@ class Recipe:
     mixed_precision: Any = None
     feature_grids: Any = None
     range_search: Any = None
-    channel_statistics: Literal["all", "first", "salience"] = "all"
+    channel_statistics: Literal["all", "first", "salience", "magnitude"] = "all"
     draw: TimestepDraw | None = None
     split_inputs: bool = False
+    switch: Any = None
+    channel_bits: Any = None
+    calibrates_on_all: bool = False
 
     @property
     def needs_calibration(self) -> bool:
         """Whether quantizing needs to see the inputs of layers, or which timesteps there are."""
-        inputs = (self.rounding, self.reconstruction, self.mixed_precision, self.feature_grids, self.range_search)
+        inputs = (
+            self.rounding, self.reconstruction, self.mixed_precision, self.feature_grids, self.range_search,
+            self.switch, self.channel_bits,
+        )  # fmt: skip
         return self.needs_ranges or any(part is not None for part in inputs)
 
     @property

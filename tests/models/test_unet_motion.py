@@ -364,3 +364,17 @@ def test_a_config_survives_the_round_trip(fields):
     assert models.parse_config(json.loads(json.dumps(config.to_dict()))) == config
     # diffusers' own fields alone, unless something else than diffusers is computed.
     assert ("motion_group_norm" in config.to_dict()) == ("motion_group_norm" in fields)
+
+
+def test_a_block_under_other_names_is_the_same_block():
+    """What blocks of equal shape are renamed to, so that they share a program, and the way back to their names."""
+    model = unet(layers_per_block=2)
+    stack = next(s for s in model.stacks if s.prefix == "up_blocks.1" and ("resnets", "1") in s.block.order)
+    block, moved = stack.block.unplaced()
+    assert ("resnets", "0") in block.order
+    assert moved["resnets", "0"] == ("resnets", "1")
+    assert moved["motion_modules", "0"] == ("motion_modules", "1")
+    assert stack.block.order[0] == ("resnets", "1")  # left as it is
+    shapes = lambda one: [array.shape for array in jax.tree.leaves(one)]  # noqa: E731
+    assert sorted(shapes(block)) == sorted(shapes(stack.block))
+    assert block.resnets["0"].conv1.weight[...] is stack.block.resnets["1"].conv1.weight[...]

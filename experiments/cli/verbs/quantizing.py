@@ -77,6 +77,7 @@ def quantize(arguments: Quantize, progress: Progress | None) -> Outcome:
             calibration=arguments.calibration,
             mesh=values.mesh(arguments.mesh),
             overwrite=arguments.overwrite,
+            other_sampler=arguments.other_sampler,
             progress=progress if first else None,
         )
     return Outcome(report, _facts(report, arguments.out) if first else [])

@@ -8,7 +8,7 @@ from statistics import mean
 import numpy as np
 
 from experiments.comparison.command import make_pages
-from experiments.comparison.quantized.rows import ROWS
+from experiments.comparison.quantized.tables import Table, table_of
 from experiments.comparison.results import load, missing
 from qvdjax.metrics import paired_difference
 
@@ -25,40 +25,72 @@ bits, and see the same calibration set; a seed is of that set and of the method.
   relative to their size, over all steps of {clips} videos; mean and range over the seeds. Lower is better.
 - **PSNR** and **SSIM** are of these videos against the full-precision model's from the same noise; colour, shape and
   direction are the oracle's scores of them ({reference} in full precision).
-- **quantized in** is wall clock, in brackets the time that all cores spent on it: several rows may have shared them.
+- **quantized in** is wall clock, in brackets the time that all cores spent on it: several rows may have shared
+  them.{more}
 
 Calibrated on {prompts} prompts; seeds {seeds}, {device}, jax {jax}.
 """
-# Row, what it is expected to be ahead of (the paper's tables).
-EXPECTED = (("S2Q-VDiT", ("RTN", "SmoothQuant", "QuaRot", "ViDiT-Q")),)
-ABLATIONS = tuple(f"S2Q-VDiT, {change}" for change in (
-    "random samples", "tokens alike", "percentiles", "codebook", "propagated",
-))  # fmt: skip
+MORE = {  # what columns mean that not every table has
+    "frechet_random_features": """
+- **Fréchet, random features** is the Fréchet distance of these videos from the full-precision model's on the features
+  of fixed random convolutions. No network was trained for it: it is not FVD.""",
+    "temporal_features": """
+- **identity** and **collapse** are about the vector that tells blocks the timestep, as layers get it: the share of
+  timesteps whose rounded vector is nearest to its own, and the share of numbers that differ between neighbouring
+  timesteps and no longer do. **after the layer** is the signal-to-noise ratio of what the layers make of it, of that
+  alone which changes with the timestep.""",
+}
+
+
+def model_and_bits(folder: Path) -> tuple[str, str]:
+    """Of a folder of results, by its name."""
+    model, _, bits = folder.name.removeprefix("ptq-").rpartition("-")
+    return model, bits
 
 
 def page(folder: Path, results: dict[str, list[dict]]) -> str:
     """The page as Markdown."""
-    model, _, bits = folder.name.removeprefix("ptq-").rpartition("-")
+    (model, bits), table = model_and_bits(folder), table_of(model_and_bits(folder)[0])
     first = next(iter(results.values()))[0]
     seeds = sorted({one["seed"] for many in results.values() for one in many})
     reference = ", ".join(f"{first['oracle']['reference'][score]['mean']:.2f}" for score in SCORES)
     facts = {**first["protocol"], "device": first["device"], "jax": first["jax"], "reference": reference}
+    told = [text for key, text in MORE.items() if first.get(key) is not None]
+    further = tuple(_more(first))
+    columns = (*COLUMNS, *further)
     return "\n".join([
-        INTRODUCTION.format(model=model, bits=bits.upper(), seeds=", ".join(map(str, seeds)), **facts),
-        f"| {' | '.join(COLUMNS)} |", f"| {' | '.join('---' for _ in COLUMNS)} |",
-        *(_row(name, many) for name, many in results.items()), "", *missing(results, list(ROWS)),
-        "## What was expected, and what was found", "", *_findings(results), "",
+        INTRODUCTION.format(
+            model=model, bits=bits.upper(), seeds=", ".join(map(str, seeds)), more="".join(told), **facts
+        ),
+        f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |",
+        *(_row(name, many, table, further) for name, many in results.items()), "", *missing(results, list(table.rows)),
+        "## What was expected, and what was found", "", *_findings(results, table), "",
     ])  # fmt: skip
 
 
-def _row(name: str, many: list[dict]) -> str:
+def _more(result: dict) -> dict[str, float | None]:
+    """Further columns that a result has, and their numbers."""
+    found = {}
+    if result.get("frechet_random_features") is not None:
+        found["Fréchet, random features"] = result["frechet_random_features"]
+    if result.get("temporal_features") is not None:
+        sides = result["temporal_features"]
+        found |= {
+            "identity": sides["input"]["identity_rate"], "collapse": sides["input"]["collapse"],
+            "after the layer dB": sides["output"]["centred_sqnr_db"],
+        }  # fmt: skip
+    return found
+
+
+def _row(name: str, many: list[dict], table: Table, further: tuple[str, ...]) -> str:
     errors = [one["teacher_forced_error"]["mean"] for one in many]
-    note = f" ({ROWS[name].note})" if ROWS[name].note else ""
+    note = f" ({table.rows[name].note})" if table.rows[name].note else ""
+    more = [_more(one) for one in many]
     cells = (
         f"{name}{note}", f"`{many[0]['recipe']}`", f"{mean(errors):.4g} ({min(errors):.4g} to {max(errors):.4g})",
         f"{mean(one['psnr']['mean'] for one in many):.2f}", f"{mean(one['ssim']['mean'] for one in many):.3f}",
         *(f"{mean(one['oracle']['candidate'][score]['mean'] for one in many):.2f}" for score in SCORES),
-        _spent(many),
+        _spent(many), *(_average([one.get(key) for one in more]) for key in further),
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -69,15 +101,20 @@ def _spent(many: list[dict]) -> str:
     return f"{mean(one['seconds'] for one in many):.0f} s" + (f" ({mean(processor):.0f} s)" if processor else "")
 
 
+def _average(values: list[float | None]) -> str:
+    """Mean, or a dash where one is not finite or missing."""
+    return "-" if None in values else f"{mean(values):.3g}"
+
+
 def _errors(many: list[dict], seeds: list[int]) -> np.ndarray:
     """Mean over seeds of the error of each prompt, (prompts,)."""
     return np.mean([one["teacher_forced_error"]["per_prompt"] for one in many if one["seed"] in seeds], axis=0)
 
 
-def _findings(results: dict[str, list[dict]]) -> list[str]:
+def _findings(results: dict[str, list[dict]], table: Table) -> list[str]:
     """A line for each expectation and each ablation whose rows are there, over the seeds that they share."""
-    pairs = [(ahead, behind, True) for ahead, others in EXPECTED for behind in others]
-    pairs += [(name, "S2Q-VDiT", False) for name in ABLATIONS]
+    pairs = [(ahead, behind, True) for ahead, others in table.expected for behind in others]
+    pairs += [(name, table.ablated, False) for name in table.ablations]
     lines = []
     for one, other, expected in pairs:
         if one not in results or other not in results:
@@ -97,7 +134,9 @@ def _findings(results: dict[str, list[dict]]) -> list[str]:
 
 def write(folder: Path) -> list[Path]:
     """Write the page into a folder of results; returns the file."""
-    results = load(folder, list(ROWS), "python -m experiments.comparison.quantized.run")
+    results = load(
+        folder, list(table_of(model_and_bits(folder)[0]).rows), "python -m experiments.comparison.quantized.run"
+    )
     (folder / "README.md").write_text(page(folder, results))
     return [folder / "README.md"]
 

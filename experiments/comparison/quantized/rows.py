@@ -1,4 +1,6 @@
-"""What is compared: recipes by the name of their row in the table."""
+"""What is compared on transformers: recipes by the name of their row in the table, and what is expected of them."""
+
+from typing import Final
 
 from experiments.comparison.row import Row
 
@@ -17,6 +19,9 @@ ROWS = {
     "SVDQuant": Row("svdquant", {"rank": 8}, "rank 8: the bench's layers are 128 wide"),
     "Q-DiT": Row("q-dit", {"group_size": 64, "activation_group_size": 64}, "groups of 64 channels"),
     "DVD-Quant": Row("dvd-quant", {"activation_group_size": 64}, "groups of 64 channels, the same bits at all steps"),
+    "DVD-Quant, switching": Row(
+        "dvd-quant", {"activation_group_size": 64, "switch": 0.1}, "inputs of 8 bits where predictions change"
+    ),
     "OrbitQuant": Row("orbitquant"),
     "FlatQuant": Row("flatquant"),
     "Q-VDiT": Row("q-vdit"),
@@ -29,3 +34,7 @@ ROWS = {
     "S2Q-VDiT, codebook": Row("s2q-vdit", {"codebook": "gaussian"}, "OrbitQuant's levels behind learned transforms"),
     "S2Q-VDiT, propagated": Row("s2q-vdit", {"inputs": "propagated"}, "blocks meet the errors of those before"),
 }
+
+# Row, what it is expected to be ahead of (the paper's tables).
+EXPECTED: Final = (("S2Q-VDiT", ("RTN", "SmoothQuant", "QuaRot", "ViDiT-Q")),)
+ABLATED: Final = "S2Q-VDiT"  # what the rows of its name with a comma leave out, or do otherwise

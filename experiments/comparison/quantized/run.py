@@ -4,7 +4,8 @@
 
 One JSON file a row and seed, in docs/results/ptq-<model>-<bits>; what is there is kept, so that an interrupted
 comparison goes on. `python -m experiments.comparison.quantized.page` makes tables of them. A seed chooses the prompts
-and noise of the calibration set, and the method's own random numbers; what is measured is the same for all.
+and noise of the calibration set, and the method's own random numbers; what is measured is the same for all. Models
+whose names begin with "animatediff" have rows of their own (`experiments.comparison.quantized.tables`).
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ import models
 import qvdjax
 from experiments.calibrating import CAPTION_ORDER, FIRST_SEED, calibrate_folder, open_calibration
 from experiments.comparison.command import asked, run
-from experiments.comparison.quantized.rows import ROWS
+from experiments.comparison.quantized.feature_measures import feature_measures
+from experiments.comparison.quantized.tables import table_of
 from experiments.comparison.row import Row
 from experiments.evaluation import evaluate_many
 from experiments.moving_shapes.captions import prompts
@@ -26,7 +28,7 @@ from experiments.quantizing import save_quantized
 from qvdjax.calibration import CalibrationSet
 
 TOGETHER: Final = 4  # rows that the full-precision model is sampled once for
-MEASURED: Final = ("teacher_forced_error", "psnr", "ssim", "oracle", "weight_bytes")
+MEASURED: Final = ("teacher_forced_error", "psnr", "ssim", "frechet_random_features", "oracle", "weight_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +52,21 @@ def calibration(folder: Path, protocol: Protocol, seed: int, target: Path) -> Ca
 
 
 def quantized(folder: Path, row: Row, bits: str, seed: int, batches: CalibrationSet, target: Path) -> dict[str, Any]:
-    """Quantize a folder by a row; returns `recipe`, `seconds`, and `processor_seconds` of all cores meanwhile."""
-    recipe, began, began_processor = row.recipe(bits, seed), time.perf_counter(), time.process_time()
-    model = qvdjax.quantize(models.load(folder), recipe, batches if recipe.needs_calibration else None)
+    """Quantize a folder by a row; returns `recipe`, `seconds`, `processor_seconds` of all cores meanwhile, and
+    `temporal_features` (see `feature_measures`)."""
+    recipe, whole = row.recipe(bits, seed), models.load(folder)
+    began, began_processor = time.perf_counter(), time.process_time()
+    model = qvdjax.quantize(whole, recipe, batches if recipe.needs_calibration else None)
     spent = {"seconds": time.perf_counter() - began, "processor_seconds": time.process_time() - began_processor}
     save_quantized(model, folder, target)
-    return {"recipe": recipe.name, **spent}
+    return {"recipe": recipe.name, **spent, "temporal_features": feature_measures(whole, model, batches)}
 
 
 def compare(folder: Path, rows: dict[str, Row], bits: str, seed: int, protocol: Protocol) -> dict[str, dict[str, Any]]:
     """Quantize and measure rows with one seed.
 
     Returns:
-        By row: what `quantized` returned, and what `evaluate` measured (`MEASURED`).
+        By row: what `quantized` returns, and what `evaluate` measured (`MEASURED`).
     """
     with tempfile.TemporaryDirectory() as made:
         batches = calibration(folder, protocol, seed, Path(made) / "calibration")
@@ -79,12 +83,13 @@ def compare(folder: Path, rows: dict[str, Row], bits: str, seed: int, protocol: 
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, `TOGETHER` rows of a seed at a time."""
     wanted = asked(
-        argv, program="experiments.comparison.quantized.run", purpose=__doc__.split("\n\n")[0], rows=ROWS,
-        protocol=Protocol, kind="ptq",
+        argv, program="experiments.comparison.quantized.run", purpose=__doc__.split("\n\n")[0],
+        rows=lambda model: table_of(model).rows, protocol=Protocol, kind="ptq",
     )  # fmt: skip
+    known = table_of(wanted.model).rows
     for seed in wanted.seeds:
         while names := wanted.missing(seed)[:TOGETHER]:
-            rows = {name: ROWS[name] for name in names}
+            rows = {name: known[name] for name in names}
             for name, found in compare(CHECKPOINTS / wanted.model, rows, wanted.bits, seed, wanted.protocol).items():
                 wanted.keep(name, seed, found)
                 print(f"{name}, seed {seed}: error {found['teacher_forced_error']['mean']:.4g}", flush=True)

@@ -159,8 +159,8 @@ _call = jax.jit(lambda model, *inputs: model(*inputs))
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, all rows of a seed before the next seed."""
     wanted = asked(
-        argv, program="experiments.comparison.trained.run", purpose=__doc__.split("\n\n")[0], rows=ROWS,
-        protocol=Protocol, kind="qat",
+        argv, program="experiments.comparison.trained.run", purpose=__doc__.split("\n\n")[0],
+        rows=lambda _: ROWS, protocol=Protocol, kind="qat",
     )  # fmt: skip
     reference = Reference(CHECKPOINTS / wanted.model, wanted.protocol)
     for seed in wanted.seeds:

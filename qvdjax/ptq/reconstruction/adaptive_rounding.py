@@ -1,16 +1,19 @@
 """AdaRound: whether a weight becomes the code below or the one above it is trained."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import repeat
 from flax import nnx
 
 from qvdjax.nn import InputTransform, LayerScheme
 from qvdjax.nn.variables import iterate
 from qvdjax.numerics import QTensor, Quantizer, storage_dtype
+from qvdjax.ptq.layers import transformed_weight
 from qvdjax.ptq.reconstruction.learned_transform import Learned
 
 LOW, HIGH = -0.1, 1.1  # gamma and zeta of arXiv 2004.10568: the ends of the sigmoid before it is clipped
@@ -84,17 +87,26 @@ class AdaptivelyRoundedWeight(nnx.Module):
     Everything but the logits is made once: a floor that two programs find differently in its last bit would be off by
     a whole step.
 
+    Of a convolution `in` is (channels positions), with that many positions in its kernel.
+
     Attributes:
         transform: Of the input, or None.
         below: [out, in] int16, the code below each weight; for a weight beyond the range the nearest to it of those on
             the grid and the one just off it.
-        scale, zero_point: [out or 1, groups]; no zero point if symmetric.
+        scale, zero_point: [out or 1, groups]; no zero point if symmetric. Of a weight in parts with ranges of their own
+            [out or 1, parts].
+        parts: How many columns each part has, None for groups of equal width.
         logits: [out, in].
     """
 
-    def __init__(self, weight: jax.Array, scheme: LayerScheme, transform: InputTransform | None, axes: tuple):
+    def __init__(
+        self, weight: jax.Array, scheme: LayerScheme, transform: InputTransform | None, axes: tuple, positions: int = 1
+    ):
         """`weight` [out, in] before the transform, of logical axes `axes`; `scheme` quantizes it."""
-        below, scale, zero_point, logits = _start(weight, transform, quantizer=scheme.weight)
+        self.parts = None if scheme.split is None else tuple(positions * channels for channels in scheme.split)
+        below, scale, zero_point, logits = _start(
+            weight, transform, quantizer=scheme.weight, positions=positions, parts=self.parts
+        )
         self.transform, self.quantizer = transform, scheme.weight
         self.below = nnx.Variable(below, axes=axes)
         rows = (None if scheme.weight.granularity == "tensor" else axes[0], None)
@@ -107,12 +119,12 @@ class AdaptivelyRoundedWeight(nnx.Module):
         return rectified_sigmoid(self.logits[...])
 
     def __call__(self, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x [..., in] and the weight [out, in] that this started from -> both transformed, the weight as rounded as it
-        is by now."""
-        grid, scale = self.quantizer.grid, self.scale[...]
-        zero_point = None if self.zero_point is None else _spread(self.zero_point[...], weight.shape[-1])
+        """x [..., in or channels] and the weight [out, in] that this started from -> both transformed, the weight as
+        rounded as it is by now."""
+        grid, spread = self.quantizer.grid, functools.partial(_spread, width=weight.shape[-1], parts=self.parts)
+        zero_point = None if self.zero_point is None else spread(self.zero_point[...])
         codes = jnp.clip(self.below[...] + self.share(), grid.low, grid.high)
-        rounded = grid.decode(codes, _spread(scale, weight.shape[-1]), zero_point)
+        rounded = grid.decode(codes, spread(self.scale[...]), zero_point)
         return x if self.transform is None else self.transform(x), rounded
 
     def learned(self) -> dict[str, Any]:
@@ -124,22 +136,28 @@ class AdaptivelyRoundedWeight(nnx.Module):
         return found if self.transform is None else {**found, "transform": self.transform.arrays()}
 
 
-@jax.jit(static_argnames="quantizer")
-def _start(weight: jax.Array, transform: InputTransform | None, *, quantizer: Quantizer):
+@jax.jit(static_argnames=("quantizer", "positions", "parts"))
+def _start(weight: jax.Array, transform: InputTransform | None, *, quantizer: Quantizer, positions: int, parts):
     """Codes below, scale, zero point, and the logits at which the weight is what it was."""
-    weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
-    weight = weight if transform is None else transform.on_weight(weight)
-    scale, zero_point = quantizer.scale_of(weight)
-    place = weight / _spread(scale, weight.shape[-1])
+    weight = transformed_weight(weight, transform, positions)
+    pieces = [weight] if parts is None else jnp.split(weight, np.cumsum(parts)[:-1], axis=-1)
+    scale, zero_point = (
+        None if found[0] is None else jnp.concatenate(found, axis=-1)
+        for found in zip(*map(quantizer.scale_of, pieces), strict=True)
+    )
+    spread = functools.partial(_spread, width=weight.shape[-1], parts=parts)
+    place = weight / spread(scale)
     if zero_point is not None:
-        place = place + _spread(zero_point, weight.shape[-1])
+        place = place + spread(zero_point)
     # One below the grid: its code above is the lowest, and any share of it is clipped to that.
     below = jnp.clip(jnp.floor(place), quantizer.grid.low - 1, quantizer.grid.high)
     return below.astype(jnp.int16), scale, zero_point, logits_of(jnp.clip(place - below, 0, 1))
 
 
-def _spread(parameter: jax.Array, width: int) -> jax.Array:
-    """[rows, groups] -> [rows, width]."""
+def _spread(parameter: jax.Array, width: int, parts: tuple[int, ...] | None) -> jax.Array:
+    """[rows, groups] -> [rows, width]: groups of equal width, or parts of widths of their own."""
+    if parts is not None:
+        return parameter[:, np.repeat(np.arange(len(parts)), parts)]  # rows parts -> rows (parts columns)
     return repeat(parameter, "rows groups -> rows (groups size)", size=width // parameter.shape[-1])
 
 

@@ -1,7 +1,8 @@
 """Examples of what a block gets and should give, in chunks that fit on the devices."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ from flax import nnx
 from qvdjax.calibration.attention_received import block_attention
 from qvdjax.calibration.token_weights import TokenWeights
 from qvdjax.errors import UserError
-from qvdjax.nn import VideoModel
+from qvdjax.nn import PartialBlock, VideoModel
+from qvdjax.nn.partial_block import Arrays, make
+from qvdjax.nn.protocol import block_at_timestep
 from qvdjax.nn.variables import shallow_copy
 
 Inputs = Mapping[str, jax.Array]
@@ -25,15 +28,16 @@ class Examples:
 
     Attributes:
         inputs: Keyword arguments of the model's call, from which a block's conditioning follows.
-        stream: What the block gets, (examples, batch, tokens, width).
-        target: What it should give, likewise.
-        weights: Of tokens, (examples, batch, tokens) float32.
+        part: What the block reads of the stream, arrays (examples, batch, tokens, width) or of a UNet (examples, batch,
+            frames, height, width, channels); see `qvdjax.nn.partial_block`.
+        target: What it should make, likewise.
+        weights: Of tokens or places, like the targets without their last axis, float32.
     """
 
     inputs: dict
-    stream: jax.Array
-    target: jax.Array
-    weights: jax.Array
+    part: Arrays
+    target: Arrays
+    weights: Arrays
 
 
 def without_blocks(model: VideoModel) -> VideoModel:
@@ -54,7 +58,7 @@ def in_chunks(batches: Iterable[Inputs], batch: int, outer: VideoModel, memory: 
 
     Raises:
         UserError: There are none, they are of different shapes, hold values that are not finite, or `batch` does not
-            divide them; a model whose stream is more than tokens.
+            divide them.
     """
     rows = [{name: np.asarray(a)[i] for name, a in one.items()} for one in batches for i in range(len(one["latents"]))]
     if not rows:
@@ -71,12 +75,9 @@ def in_chunks(batches: Iterable[Inputs], batch: int, outer: VideoModel, memory: 
     whole = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     example = {name: a[:batch] for name, a in whole.items()}
     stream, _ = jax.eval_shape(lambda outer, inputs: outer.embed(**inputs), outer, example)
-    if not isinstance(stream, jax.ShapeDtypeStruct):
-        raise UserError(
-            "the blocks of this model hand on more than one array, and are not reconstructed yet",
-            remedy="choose a recipe without reconstruction",
-        )
-    size = 3 * stream.size * stream.dtype.itemsize + sum(a.nbytes for a in example.values())
+    # A UNet's first stream is the sample and the same as a skip connection: about as much as any of its blocks reads.
+    streams = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(stream))
+    size = 3 * streams + sum(a.nbytes for a in example.values())
     examples = len(rows) // batch
     limit = max(1, min(examples, int(memory * 2**30 / size)))
     count = next(n for n in range(limit, 0, -1) if examples % n == 0)
@@ -84,38 +85,71 @@ def in_chunks(batches: Iterable[Inputs], batch: int, outer: VideoModel, memory: 
     return [{name: a[i] for name, a in chunks.items()} for i in range(examples // count)]
 
 
+def embedded(outer: VideoModel, inputs: dict) -> Any:
+    """The first stream of every example; arrays that are one in the model are one here."""
+    stream = _embedded(outer, inputs)
+    traced = jax.make_jaxpr(lambda: _first_stream(outer, inputs))().jaxpr.outvars
+    leaves, structure = jax.tree.flatten(stream)
+    return jax.tree.unflatten(structure, [leaves[traced.index(variable)] for variable in traced])
+
+
+def _first_stream(outer: VideoModel, inputs: dict) -> Any:
+    return outer.embed(**jax.tree.map(lambda a: a[0], inputs))[0]
+
+
 @jax.jit
-def embedded(outer: VideoModel, inputs: dict) -> jax.Array:
-    """The first stream of every example."""
+def _embedded(outer: VideoModel, inputs: dict) -> Any:
     return jax.lax.map(lambda one: outer.embed(**one)[0], inputs)
+
+
+def made(block: nnx.Module, outer: VideoModel, inputs: dict, part: Arrays, **how: Any) -> tuple[Arrays, Any]:
+    """What a block makes at one example, and its conditioning; `how` are keyword arguments of its call."""
+    _, conditioning = outer.embed(**inputs)
+    return make(block_at_timestep(block, inputs.get("timestep")), part, conditioning, **how), conditioning
 
 
 @jax.jit(static_argnames="token_weights")
 def targets(
-    block: nnx.Module, outer: VideoModel, inputs: dict, stream: jax.Array, token_weights: TokenWeights | None
-) -> tuple[jax.Array, jax.Array]:
-    """What a full-precision block gives for every example, and how its tokens are weighed."""
+    block: nnx.Module, outer: VideoModel, inputs: dict, part: Arrays, token_weights: TokenWeights | None
+) -> tuple[Arrays, Arrays]:
+    """What a full-precision block makes for every example, and how its tokens are weighed.
+
+    Weights follow from attention over the stream, which UNets have none of: there all places weigh alike.
+    """
 
     def one(arrays):
-        inputs, stream = arrays
+        inputs, part = arrays
         _, conditioning = outer.embed(**inputs)
-        if token_weights is None:
-            return block(stream, conditioning), jnp.ones(stream.shape[:2], jnp.float32)
-        out, received = block_attention(block, stream, conditioning)
-        return out, token_weights.of(received, outer.video_tokens(stream.shape[1], conditioning))
+        if token_weights is None or isinstance(block, PartialBlock):
+            found = make(block, part, conditioning)
+            return found, jax.tree.map(lambda a: jnp.ones(a.shape[:-1], jnp.float32), found)
+        out, received = block_attention(block, *part, conditioning)
+        return (out,), (token_weights.of(received, outer.video_tokens(out.shape[1], conditioning)),)
 
-    return jax.lax.map(one, (inputs, stream))
+    return jax.lax.map(one, (inputs, part))
 
 
 @jax.jit
-def outputs(block: nnx.Module, outer: VideoModel, inputs: dict, stream: jax.Array) -> jax.Array:
-    """What a block gives for every example."""
-    return jax.lax.map(lambda one: block(one[1], outer.embed(**one[0])[1]), (inputs, stream))
+def outputs(block: nnx.Module, outer: VideoModel, inputs: dict, part: Arrays) -> Arrays:
+    """What a block makes for every example."""
+    return jax.lax.map(lambda one: made(block, outer, *one)[0], (inputs, part))
 
 
-def kept(chunks: list[jax.Array]) -> list[jax.Array]:
-    """The stream of every chunk between two blocks, in the memory of the hosts where there are several."""
-    return chunks if len(chunks) == 1 else [_to_host(chunk) for chunk in chunks]
+def kept(chunks: list) -> list:
+    """What blocks made, or the first stream, of every chunk between two blocks: in the memory of the hosts where there
+    are several chunks, what is there already once."""
+    return chunks if len(chunks) == 1 else [_each_once(_to_host, chunk) for chunk in chunks]
+
+
+def on_device(tree: Any) -> Any:
+    """Arrays where they are computed with."""
+    return jax.tree.map(_to_device, tree)
+
+
+def _each_once(change: Callable, tree: Any) -> Any:
+    """`change` of every array of a tree, of one that stands in several places once."""
+    changed = {id(a): change(a) for a in {id(a): a for a in jax.tree.leaves(tree)}.values()}
+    return jax.tree.map(lambda a: changed[id(a)], tree)
 
 
 def _to_host(array: jax.Array) -> jax.Array:
@@ -126,8 +160,8 @@ def _to_host(array: jax.Array) -> jax.Array:
     return jax.device_put(array, array.sharding.with_memory_kind("pinned_host"))
 
 
-def on_device(array: jax.Array) -> jax.Array:
-    """The array where it is computed with: the inverse of `_to_host`."""
+def _to_device(array: jax.Array) -> jax.Array:
+    """The inverse of `_to_host`."""
     if array.sharding.memory_kind != "pinned_host" or next(iter(array.sharding.device_set)).platform == "cpu":
         return array
     return jax.device_put(array, array.sharding.with_memory_kind("device"))

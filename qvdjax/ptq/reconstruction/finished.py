@@ -25,10 +25,11 @@ class BlockReport:
     """What reconstruction did for a block.
 
     Attributes:
-        name: In diffusers.
-        before, after: Squared error of its output relative to the square of what it changes of the stream, tokens
-            weighed, with what is trained as it started and as it is now; weights rounded to nearest codes, or as
-            training decided.
+        name: In diffusers; of several blocks that have one there, with a number behind it. "temporal_features" for the
+            layers that are trained on the timestep alone.
+        before, after: Squared error of its output relative to the square of what it changes of the stream (of a UNet,
+            where the output is of another shape, relative to its own square), tokens weighed, with what is trained as
+            it started and as it is now; weights rounded to nearest codes, or as training decided.
         seconds: It took.
     """
 

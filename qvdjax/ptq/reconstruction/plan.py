@@ -11,6 +11,7 @@ from qvdjax.ptq.reconstruction.token_estimation import TokenEstimation
 Inputs = Literal["full_precision", "propagated"]
 Unit = Literal["error", "change"]
 Scope = Literal["block", "model"]
+Features = Literal["block", "timestep"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +37,13 @@ class Reconstruction:
             that a penalty beside it weighs alike in all blocks.
         scope: What is trained at a time: each "block", or all blocks of the "model" together, towards the stream that
             the last one gives. A step then holds all blocks, each compiled by itself.
+        features: Where the rounding of a UNet's layers of role "temporal_feature" is trained: as part of their "block",
+            or before all blocks on the "timestep" alone, towards what each of them gives at every timestep of the
+            calibration set (TFMQ-DM's temporal block, arXiv 2311.16503).
         power: Of the differences that the loss takes the mean of (2 nearly everywhere; 2.4 in Q-Diffusion).
-        rounding: How the rounding of weights is trained, of every linear layer whose weight is quantized; transforms
-            then stay as they start. None to train transforms and clips instead, with weights rounded to nearest codes.
+        rounding: How the rounding of weights is trained, of every linear layer and convolution whose weight is
+            quantized; transforms then stay as they start. None to train transforms and clips instead, with weights
+            rounded to nearest codes.
         estimation: How estimates of what rounding takes off products are trained, of every layer that has one, with the
             steps of its weight; transforms then stay as they start. None to train something else.
         temporal: What the loss gives to differences between frames beside those of the stream: gamma of Q-VDiT's
@@ -58,6 +63,7 @@ class Reconstruction:
     inputs: Inputs = "full_precision"
     unit: Unit = "error"
     scope: Scope = "block"
+    features: Features = "block"
     power: float = 2.0
     rounding: AdaptiveRounding | None = None
     estimation: TokenEstimation | None = None
@@ -65,7 +71,10 @@ class Reconstruction:
     memory: float = 1.0
 
     def __post_init__(self):
-        for name, kind, verb in (("inputs", Inputs, "are"), ("unit", Unit, "is"), ("scope", Scope, "is")):
+        kinds = (
+            ("inputs", Inputs, "are"), ("unit", Unit, "is"), ("scope", Scope, "is"), ("features", Features, "are"),
+        )  # fmt: skip
+        for name, kind, verb in kinds:
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} {verb} {' or '.join(get_args(kind))}, not {getattr(self, name)!r}")
         if self.scope == "model" and self.token_weights is not None:

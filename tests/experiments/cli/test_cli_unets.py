@@ -6,10 +6,12 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 from safetensors.numpy import load_file, save_file
 from small_models import unet_3d, unet_spatio_temporal
 
 import models
+from experiments.moving_shapes import captions
 from qvdjax.diffusion import EulerEDM, initial_noise, sample
 
 ONE_LEVEL = {"block_out_channels": [16], "down_block_types": ["DownBlock3D"], "up_block_types": ["CrossAttnUpBlock3D"]}
@@ -105,6 +107,34 @@ def test_stable_video_diffusion(qvdjax, tmp_path):
     quantized = load_file(tmp_path / "quantized.safetensors")["latents"]
     # Eight bits, two steps: some percent.
     assert 1e-4 < np.linalg.norm(quantized - want.latents[0]) / np.linalg.norm(want.latents[0]) < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["tfmq-dm-w4a8", "q-diffusion-w4a8"])
+def test_rounding_of_a_unet_is_learned_by_one_command(qvdjax, tmp_path, recipe):
+    one_level = {
+        "block_out_channels": [16], "down_block_types": ["DownBlockMotion"], "up_block_types": ["UpBlockMotion"],
+    }  # fmt: skip
+    model = small_models.unet(in_channels=12, out_channels=12, **one_level)
+    models.save(model, tmp_path / "model")
+    small_models.pipeline(captions.WORDS, 24, steps=3, solver="ddim", shift=None).save(tmp_path / "model")
+    command = ["quantize", tmp_path / "model", tmp_path / "out", "-r", recipe, "--set", "samples=2"]
+    done = qvdjax(*command, "--set", "iterations=4", "--json")
+    assert done.code == 0, done.err
+    blocks = [block["name"] for block in done.report["reconstruction"]["blocks"]]
+    alone = ["temporal_features"] if recipe.startswith("tfmq") else []
+    assert blocks == [*alone, "down_blocks.0", "mid_block", "up_blocks.0.0", "up_blocks.0.1"]
+    reasons = {row["path"]: row["reason"] for row in done.report["layers"]}
+    wanted = "each of 3 timesteps has a range" if alone else "2 arrays, each with ranges of its own"
+    assert wanted in reasons["up_blocks.0.resnets.1.conv1"]
+    executions = [models.load(tmp_path / "out", execution=how) for how in ("simulate", "integer")]
+    inputs = {
+        "latents": jnp.asarray(drawn(1, 3, 4, 4, 12)), "timestep": jnp.array([700.0]),
+        "context": jnp.asarray(drawn(1, 8, 24)),
+    }  # fmt: skip
+    ours, theirs = (one(**inputs) for one in executions)
+    # The same integers, added up in another order: float32 rounding, which flips a code here and there further on.
+    assert float(jnp.square(ours - theirs).sum() / jnp.square(ours).sum()) < 1e-4
 
 
 @pytest.mark.parametrize(("missing", "change", "message"), [

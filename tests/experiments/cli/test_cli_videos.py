@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -160,6 +161,29 @@ def test_a_calibration_of_another_model_is_refused(qvdjax, model_folder, calibra
     (other / "manifest.json").write_text("{}")
     assert refused(qvdjax(*command), other)
     assert os.listdir(tmp_path) == ["set"]
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"solver": "euler"}, "solver euler for unipc"),
+    ({"shift": 5.0}, "shift 5.0 for 3.0"),
+    ({"latents": [5, 4, 4, 12]}, "frames 5 for 3"),
+])  # fmt: skip
+def test_a_calibration_that_was_sampled_otherwise_is_refused(
+    qvdjax, model_folder, calibration, tmp_path, change, named
+):
+    other = tmp_path / "set"
+    shutil.copytree(calibration, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    assert set(change) <= set(manifest)
+    (other / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    command = ["quantize", model_folder, tmp_path / "q", "-r", "minmax-w8a8", "--calibration", other]
+    assert refused(qvdjax(*command), other, named, "--other-sampler")
+    assert os.listdir(tmp_path) == ["set"]
+    if "shift" in change:  # another number of steps, or guidance, is no other sampler
+        (other / "manifest.json").write_text(json.dumps({**manifest, "steps": 7, "guidance_scale": 1.0}))
+        assert qvdjax(*command).code == 0
+        (other / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        assert qvdjax(*command, "--overwrite", "--other-sampler").code == 0
 
 
 def test_evaluate_a_model_against_itself_and_thresholds(qvdjax, model_folder, tmp_path):

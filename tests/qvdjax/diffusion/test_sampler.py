@@ -14,6 +14,7 @@ from qvdjax.diffusion import (
     DDIM,
     DPMSolverSDE,
     FlowMatchEuler,
+    Precise,
     UniPCFlow,
     compile_sampler,
     guidance_scales,
@@ -314,3 +315,46 @@ def test_unusable_seeds(seeds):
 
 def test_solvers_are_static_arguments():
     assert hash(UniPCFlow(3.0)) == hash(dataclasses.replace(UniPCFlow(5.0), shift=3.0))
+
+
+def test_precise_steps_are_another_models(case):
+    other = Field(jax.random.key(5))
+
+    def run(model, precise=None, **more):
+        shared = {**case, "solver": UniPCFlow(3.0), "steps": 5, "guidance_scale": 3.0, **more}
+        return sample(**{**shared, "model": model}, precise=precise).latents
+
+    plain = run(case["model"])
+    # No step of the other, and all of them: the scan is cut elsewhere, the arithmetic is the same.
+    np.testing.assert_allclose(run(case["model"], Precise(other)), plain, atol=1e-6)
+    np.testing.assert_allclose(run(case["model"], Precise(other, first=2, last=3)), run(other), atol=1e-6)
+    mixed = run(case["model"], Precise(other, first=1, last=2))
+    assert np.abs(mixed - plain).max() > 1e-2
+    stepped = run(case["model"], Precise(other, first=1, last=2), on_step=lambda step, latents: None)
+    np.testing.assert_allclose(stepped, mixed, atol=1e-5)
+    halves = run(case["model"], Precise(other, first=1, last=2), guidance_until=700.0)
+    assert np.abs(halves - mixed).max() > 1e-2  # both kinds of stretches at once
+
+
+def test_precise_steps_meet_the_state_that_the_others_left(case):
+    other = Field(jax.random.key(5))
+    shared = {**case, "solver": FlowMatchEuler(3.0), "steps": 4, "guidance_scale": 2.0, "trajectory": True}
+    mixed = sample(**shared, precise=Precise(other, last=1))
+    plain = sample(**shared)
+    # Up to the last step both went the same way; that one is the other model's from there.
+    np.testing.assert_allclose(mixed.trajectory, plain.trajectory, atol=1e-6)
+    assert np.abs(mixed.latents - plain.latents).max() > 1e-3
+
+
+@pytest.mark.parametrize("step_loop", [False, True])
+def test_compiling_ahead_knows_precise_steps(case, step_loop):
+    options = {**case, "solver": FlowMatchEuler(3.0), "steps": 3, "precise": Precise(Field(jax.random.key(5)), first=1)}
+    compile_sampler(**options, step_loop=step_loop)
+    before = Field.calls
+    sample(**options, on_step=(lambda step, latents: None) if step_loop else None)
+    assert Field.calls == before
+
+
+def test_negative_numbers_of_precise_steps_are_refused():
+    with pytest.raises(UserError, match="precise last steps"):
+        Precise(None, last=-1)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from qvdjax.errors import UserError
 from qvdjax.kernels import quantized_matmul
 from qvdjax.kernels.quantized_matmul import MAXIMUM_WIDTH
 from qvdjax.numerics import BITS, QTensor, Quantizer, quantize
@@ -86,7 +87,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="int32"):
         quantized_matmul(wide, wide)
     narrow = QTensor(jnp.zeros((1, 8), jnp.int8), one, None, 8)
-    with pytest.raises(ValueError, match="unknown implementation"):
+    with pytest.raises(UserError, match="unknown implementation"):
         quantized_matmul(narrow, narrow, implementation="magic")
 
 

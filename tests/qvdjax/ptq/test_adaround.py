@@ -25,6 +25,7 @@ from qvdjax.ptq.reconstruction.adaptive_rounding import (
     rectified_sigmoid,
 )
 from qvdjax.ptq.reconstruction.examples import Examples
+from qvdjax.ptq.reconstruction.known import Known
 from qvdjax.ptq.reconstruction.training import prepared, relative_error, start, train
 from qvdjax.recipes import decide, get
 
@@ -129,7 +130,7 @@ def test_correlated_inputs_are_rounded_for_a_smaller_error(transform):
     x = jnp.matmul(jax.random.normal(keys[1], (4, 1, 64, width)), mix.T)
     block, outer = OneLayer(width, width), Source()
     target = jax.jit(jax.vmap(lambda one: block(one, None)))(x)
-    examples = Examples({"latents": x}, x, target, jnp.ones(x.shape[:3]))
+    examples = Examples({"latents": x}, (x,), (target,), (jnp.ones(x.shape[:3]),))
     # With three bits and sixteen channels a weight has some hundred times the share of the error that it has in a real
     # layer: it takes more to make it decide.
     rounding = AdaptiveRounding(penalty=0.5, rate=0.03)
@@ -141,8 +142,8 @@ def test_correlated_inputs_are_rounded_for_a_smaller_error(transform):
         def fit(self, weight, low, high):
             return scale
 
-    edges = {"layer": (jnp.zeros(width), jnp.zeros(width))}
-    student = prepared(block, {"layer": scheme}, Fit(), edges, {}, plan)
+    known = {"layer": Known(ranges=(jnp.zeros(width), jnp.zeros(width)))}
+    student = prepared(block, {"layer": scheme}, Fit(), known, plan)
     weight = scale.on_weight(block.layer.weight[...])
     nearest = encode(weight, scheme.weight.grid, *scheme.weight.scale_of(weight)).dequantize()
     miss = jnp.matmul(scale(x), nearest.T) - (target - x)

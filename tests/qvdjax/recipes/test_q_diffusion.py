@@ -109,7 +109,7 @@ def test_ranges_are_searched_for_part_by_part():
     batches = [
         {"latents": inputs(seed)[None], "timestep": jnp.ones(1), "context": jnp.zeros((1, 1, 1))} for seed in (1, 2)
     ]
-    quantized = qvdjax.quantize(Model(), "q-diffusion-w8a6", batches)
+    quantized = qvdjax.quantize(Model(), get("q-diffusion-w8a6", learn=False), batches)
     [(_, _, layer)] = layers_of(quantized, (QuantizedConv,))
     assert layer.scheme.split == PARTS
     search, grid = RangeSearch("shrink"), Grid(6, symmetric=False)

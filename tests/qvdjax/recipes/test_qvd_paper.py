@@ -5,13 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_models
-from flax import nnx
-from small_models import unet_inputs
+from small_models import ConvThenLinear, OneBlock, unet_inputs
 
 import models
 import qvdjax
 from qvdjax.errors import UserError
-from qvdjax.nn import QUANTIZED_LAYERS, Conv, Linear, Stack, VideoModel, layers_of
+from qvdjax.nn import QUANTIZED_LAYERS, layers_of
 from qvdjax.ptq import SearchScale
 from qvdjax.recipes import decide, get
 
@@ -71,35 +70,6 @@ def test_models_without_frames_in_their_layers_have_one_range():
     assert schemes["patch_embedding"].weight.bits == schemes["proj_out"].weight.bits == 8
 
 
-class Block(nnx.Module):
-    """A convolution of every frame, and a layer of positions whose frames lie one after the other."""
-
-    def __init__(self):
-        keys = jax.random.split(jax.random.key(0))
-        shared = {"axes": (None, None)}
-        self.conv = Conv(
-            5, 6, (3, 3), padding=((1, 1), (1, 1)), role="convolution", frame_axis=0, key=keys[0], **shared
-        )
-        self.linear = Linear(6, 5, role="feed_forward_in", frame_axis=1, key=keys[1], **shared)
-
-    def __call__(self, x, conditioning):
-        inner = self.conv(x.reshape(-1, *x.shape[2:]))  # b f h w c -> (b f) h w c
-        return self.linear(inner.reshape(len(x), -1, 6)).reshape(x.shape)  # (b f) h w c -> b (f h w) c -> b f h w c
-
-
-class Model(VideoModel):
-    """Latents to outputs, by one block."""
-
-    def __init__(self):
-        self.stacks = nnx.List([Stack(Block(), prefix="block")])
-
-    def embed(self, latents, timestep, context):
-        return latents, None
-
-    def head(self, stream, conditioning):
-        return stream
-
-
 def batch(seed: int = 0, samples: int = 1, frames: int = FRAMES, timestep: float = 900.0) -> dict:
     """Latents that grow from frame to frame, whose channels lie apart and differ in width."""
     latents = jax.random.normal(jax.random.key(seed), (samples, frames, 3, 4, 5)) * jnp.array([1.0, 1, 1, 2, 9])
@@ -110,7 +80,9 @@ def batch(seed: int = 0, samples: int = 1, frames: int = FRAMES, timestep: float
 def test_frames_have_their_ranges_from_the_search_to_the_product():
     recipe = get("qvd-w8a6", frame_ranges=True, temporal_features="float")
     batches = [batch(0), batch(1)]
-    simulated, integer = (qvdjax.quantize(Model(), recipe, batches, execution=e) for e in ("simulate", "integer"))
+    simulated, integer = (
+        qvdjax.quantize(OneBlock(ConvThenLinear()), recipe, batches, execution=e) for e in ("simulate", "integer")
+    )
     for _, _, layer in layers_of(simulated, QUANTIZED_LAYERS):
         scales = np.asarray(layer.input_scale[...])
         assert scales.shape == (FRAMES, 1)
@@ -118,9 +90,11 @@ def test_frames_have_their_ranges_from_the_search_to_the_product():
     rows = qvdjax.describe(simulated)
     assert all(f"each of {FRAMES} frames has a range of its own" in row["reason"] for row in rows)
     given = batch(2, samples=2)
-    exact, found = Model()(**given), simulated(**given)
+    exact, found = OneBlock(ConvThenLinear())(**given), simulated(**given)
     np.testing.assert_allclose(integer(**given), found, rtol=1e-5, atol=1e-3)  # the same integers, float32 sums
-    whole = qvdjax.quantize(Model(), get("qvd-w8a6", temporal_features="float"), batches, execution="simulate")
+    whole = qvdjax.quantize(
+        OneBlock(ConvThenLinear()), get("qvd-w8a6", temporal_features="float"), batches, execution="simulate"
+    )
     # The first frame is a third of the last.
     first = [relative_error(model(**given)[:, 0], exact[:, 0]) for model in (simulated, whole)]
     assert first[0] < 0.5 * first[1]
@@ -129,15 +103,15 @@ def test_frames_have_their_ranges_from_the_search_to_the_product():
 def test_another_number_of_frames_is_refused():
     recipe = get("qvd-w8a8", frame_ranges=True, temporal_features="float")
     with pytest.raises(UserError, match="of 3 frames and of 4"):
-        qvdjax.quantize(Model(), recipe, [batch(), batch(frames=4)])
-    model = qvdjax.quantize(Model(), recipe, [batch()])
+        qvdjax.quantize(OneBlock(ConvThenLinear()), recipe, [batch(), batch(frames=4)])
+    model = qvdjax.quantize(OneBlock(ConvThenLinear()), recipe, [batch()])
     with pytest.raises(UserError, match="latents of 6 frames"):
         model(**batch(frames=6))
 
 
 def test_a_searched_scale_loses_least_among_its_thresholds():
     """The linear layer, in float64."""
-    model, given = Model(), batch()
+    model, given = OneBlock(ConvThenLinear()), batch()
     recipe = get("qvd-w8a4", scale_search=True, thresholds=7, skip=r"block\.conv", temporal_features="float")
     # Latents of a later step have no say.
     quantized = qvdjax.quantize(model, recipe, [given, batch(1, timestep=100.0)], execution="simulate")

@@ -3,13 +3,15 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
-from small_models import WAN, wan, wan_inputs
+from small_models import WAN, ConvThenLinear, OneBlock, growing_latents, wan, wan_inputs
 
 import models
 import qvdjax
+from qvdjax.calibration.ranges import input_ranges
 from qvdjax.errors import UserError
-from qvdjax.nn import AttentionScheme, LayerScheme
+from qvdjax.nn import QUANTIZED_LAYERS, AttentionScheme, LayerScheme, layers_of
 from qvdjax.numerics import Quantizer
 from qvdjax.recipes import METHODS, PRESET_BITS, Recipe, Rule, decide, get, names
 
@@ -48,7 +50,8 @@ def test_the_exceptions_of_every_preset():
             "dvd-quant": {"symmetric": False, "range_method": "refine"},
             "q-vdit": {"symmetric": False, "range_method": "search"},
             **dict.fromkeys(
-                ("adaround", "mse", "ptq4dit", "ptq4dm", "q-diffusion", "tfmq-dm"), {"range_method": "search"}
+                ("adaround", "mse", "ptq4dit", "ptq4dm", "q-diffusion", "tfmq-dm", "tdq", "tcaq-dm", "mpq-dm"),
+                {"range_method": "search"},
             ),
         }
         weight = Quantizer(int(name.split("-w")[1].split("a")[0]), **others.get(name.rpartition("-")[0], {}))
@@ -149,3 +152,19 @@ def test_only_calibrated_recipes_ask_for_calibration():
 def test_sixteen_bit_activations_are_float():
     scheme = decide(models.abstract(WAN), get("rtn-w4a16")).schemes["blocks.0.attn1.to_q"]
     assert (scheme.weight.bits, scheme.activation) == (4, None)
+
+
+def test_smoothquant_with_one_range_a_layer():
+    """Which covers what calibration saw of the scaled channels; convolutions are not scaled."""
+    model, batches = OneBlock(ConvThenLinear()), [growing_latents([900.0, 100.0])]
+    quantized = qvdjax.quantize(model, get("smoothquant-w8a8", static=True), batches)
+    ranges = input_ranges(model, batches)
+    layers = {names[0]: layer for names, _, layer in layers_of(quantized, QUANTIZED_LAYERS)}
+    scale = layers["block.linear"].transform.smooth_scale[...]
+    for name, divided in (("block.conv", 1.0), ("block.linear", np.asarray(scale))):
+        low, high = ranges[name]
+        widest = np.maximum(-low, high) / divided
+        np.testing.assert_allclose(layers[name].input_scale[...], [[widest.max() / 127]], rtol=1e-6)
+    assert layers["block.conv"].transform is None
+    with pytest.raises(UserError, match="one a layer"):
+        get("smoothquant-w4a4", static=True, activation_group_size=8)

@@ -4,59 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from small_models import wan, wan_inputs
+from small_models import ConvThenLinear, OneBlock, growing_latents, wan, wan_inputs
 
 import models
 import qvdjax
 from qvdjax.errors import UserError
-from qvdjax.nn import QUANTIZED_LAYERS, Conv, Linear, Stack, VideoModel, layers_of
+from qvdjax.nn import QUANTIZED_LAYERS, layers_of
 from qvdjax.numerics import Grid, Quantizer
 from qvdjax.ptq import RangeSearch
 from qvdjax.recipes import get
-
-FRAMES = 2
-
-
-class Block(nnx.Module):
-    """A convolution of every frame, and a layer of all positions of a video."""
-
-    def __init__(self):
-        keys = jax.random.split(jax.random.key(0))
-        shared = {"axes": (None, None)}
-        self.conv = Conv(5, 5, (3, 3), padding=((1, 1), (1, 1)), role="convolution", key=keys[0], **shared)
-        self.linear = Linear(5, 5, role="query", key=keys[1], **shared)
-
-    def __call__(self, x, conditioning):
-        inner = self.conv(x.reshape(-1, *x.shape[2:]))  # b f h w c -> (b f) h w c
-        return self.linear(inner.reshape(len(x), -1, 5)).reshape(x.shape)  # (b f) h w c -> b (f h w) c -> b f h w c
-
-
-class Model(VideoModel):
-    """Latents to outputs, by one block."""
-
-    def __init__(self):
-        self.stacks = nnx.List([Stack(Block(), prefix="block")])
-
-    def embed(self, latents, timestep, context):
-        return latents, None
-
-    def head(self, stream, conditioning):
-        return stream
-
-
-def batch(timesteps: list[float], seed: int = 0) -> dict:
-    """Latents that are as much larger as their timestep is later."""
-    noise = jax.random.normal(jax.random.key(seed), (len(timesteps), FRAMES, 3, 4, 5))
-    sizes = jnp.asarray(timesteps)[:, None, None, None, None] / 100
-    return {"latents": sizes * noise, "timestep": jnp.asarray(timesteps), "context": jnp.zeros((len(timesteps), 1, 1))}
 
 
 @pytest.fixture(scope="module")
 def quantized():
     # Steps stand mixed in batches, as a calibration set has them.
-    batches = [batch([900.0, 500.0]), batch([100.0]), batch([900.0, 500.0], seed=1)]
-    return qvdjax.quantize(Model(), "tfmq-dm-w8a5", batches, execution="integer")
+    batches = [growing_latents([900.0, 500.0]), growing_latents([100.0]), growing_latents([900.0, 500.0], seed=1)]
+    return qvdjax.quantize(OneBlock(ConvThenLinear()), get("tfmq-dm-w8a5", learn=False), batches, execution="integer")
 
 
 def layer(model, name):
@@ -68,8 +31,8 @@ def test_each_timestep_has_the_range_that_its_samples_ask_for(quantized):
     assert conv.scheme.activation.timesteps == (100.0, 500.0, 900.0)
     search, grid = RangeSearch("shrink"), Grid(5, symmetric=False)
     samples = {
-        100.0: [batch([100.0])["latents"]],
-        900.0: [batch([900.0, 500.0], seed)["latents"][:1] for seed in (0, 1)],
+        100.0: [growing_latents([100.0])["latents"]],
+        900.0: [growing_latents([900.0, 500.0], seed)["latents"][:1] for seed in (0, 1)],
     }
     for timestep, latents in samples.items():
         edges = zip(*(search.edges(one, grid) for one in latents), strict=True)
@@ -81,7 +44,7 @@ def test_each_timestep_has_the_range_that_its_samples_ask_for(quantized):
 
 
 def test_samples_of_a_batch_have_ranges_of_their_own(quantized):
-    both = batch([500.0, 100.0], seed=2)
+    both = growing_latents([500.0, 100.0], seed=2)
     found = quantized(**both)
     for number in range(2):
         one = {name: array[number : number + 1] for name, array in both.items()}
@@ -89,15 +52,19 @@ def test_samples_of_a_batch_have_ranges_of_their_own(quantized):
 
 
 def test_a_timestep_between_takes_the_nearest(quantized):
-    given = batch([120.0], seed=3)
+    given = growing_latents([120.0], seed=3)
     np.testing.assert_array_equal(quantized(**given), quantized(**{**given, "timestep": jnp.array([100.0])}))
     assert bool((quantized(**given) != quantized(**{**given, "timestep": jnp.array([880.0])})).any())
 
 
 def test_small_inputs_lose_less_than_with_one_range(quantized):
-    one = qvdjax.quantize(Model(), get("mse-w8a5", activation_symmetric=False), [batch([900.0, 500.0]), batch([100.0])])
-    given = batch([100.0])  # which both were calibrated with, so that nothing lies outside
-    exact = Model()(**given)
+    one = qvdjax.quantize(
+        OneBlock(ConvThenLinear()),
+        get("mse-w8a5", activation_symmetric=False),
+        [growing_latents([900.0, 500.0]), growing_latents([100.0])],
+    )
+    given = growing_latents([100.0])  # which both were calibrated with, so that nothing lies outside
+    exact = OneBlock(ConvThenLinear())(**given)
     errors = [float(jnp.square(model(**given) - exact).mean()) for model in (quantized, one)]
     # Both calls' ranges on average are five times as wide, so a step's square is 25 times as large; a quarter leaves
     # room for where the search cuts.
@@ -109,7 +76,7 @@ def test_a_scanned_model_in_a_folder(tmp_path):
     others = r"blocks\..*(attn2.*|ffn.*)|condition_embedder\.time_proj"
     batches = [{**wan_inputs(batch=1, seed=s), "timestep": jnp.full((1,), 900.0 - 500 * s)} for s in (0, 1)]
     model = wan(num_layers=2)
-    made = qvdjax.quantize(model, get("tfmq-dm-w8a8", skip=others), batches, execution="simulate")
+    made = qvdjax.quantize(model, get("tfmq-dm-w8a8", skip=others, learn=False), batches, execution="simulate")
     models.save(made, tmp_path / "out")
     predict = jax.jit(lambda model, inputs: model(**inputs))
     inputs = wan_inputs(batch=2)

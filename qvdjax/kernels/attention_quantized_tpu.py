@@ -1,0 +1,270 @@
+"""Flash attention on TPU whose products are of int8 codes: scores and probabilities never leave the chip.
+
+One pass over the keys (Dao et al. 2022, arXiv 2205.14135), with the numerics of `qvdjax.kernels.quantized_attention`:
+
+- Queries are quantized inside, once a block of them: one range a token, so no pass over memory makes their codes.
+- Keys and values are quantized before, in XLA, which reads each twice and writes codes of one byte.
+- A block of scores is int32; a row's range, the keys' and 1 / sqrt(head_dim) make floats of it in one or two products.
+- Probabilities of a query and a block of keys are quantized by their largest, which a pass over the keys knows; blocks
+  are then weighed by how far their largest is below the largest of all.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from qvdjax.kernels import tuning
+from qvdjax.kernels.attention_preparation import prepared, quantize_keys
+from qvdjax.kernels.dispatch import Device, target
+from qvdjax.kernels.head_split import over_heads
+from qvdjax.numerics import Quantizer, quantize
+
+LANES = 128
+# Settings where no table has any: rows and columns of scores that are held at a time, and keys that are read at once.
+QUERY_BLOCK, SCORE_BLOCK, KEY_BLOCK = 512, 512, 1024
+_LOG2_E = math.log2(math.e)
+_NO_SCORE = -1e30  # of a key that does not count: a power of two of it is 0, and differences stay finite
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How the work is cut.
+
+    Attributes:
+        queries: Rows of scores that are held at a time.
+        scores: Columns of them; a block of keys that share a range of probabilities.
+        keys: Keys that are read at once, a multiple of `scores`.
+    """
+
+    queries: int
+    scores: int
+    keys: int
+
+
+def flash_refusal(
+    query_shape: tuple[int, ...], dtype, keys: int, device: Device, *, qk_bits: int | None, pv_bits: int | None,
+    key_block: int | None, pv_block: int | None,
+) -> str | None:  # fmt: skip
+    """Why the kernel cannot take queries of a shape [batch, queries, heads, head_dim] and so many keys; else None."""
+    if qk_bits is None and pv_bits is None:
+        return "nothing is quantized"
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"it takes bfloat16 and float32, not {jnp.dtype(dtype).name}"
+    if query_shape[-1] > 256:
+        return f"heads of {query_shape[-1]} features are more than 256"
+    row = tuning.settings("quantized_attention", device)
+    if row is not None and not row.get("integer_products", True):
+        return f"{device.kind} has no products of integers"
+    if pv_bits is not None and (pv_block is None or pv_block % LANES) and keys > (pv_block or 0):
+        return f"probabilities share a range over {pv_block or 'all'} keys; it needs a multiple of {LANES}"
+    block = _blocks(device, keys, pv_bits, pv_block, key_block).scores
+    if key_block is not None and key_block % block and keys > key_block:
+        return f"{key_block} keys share a range, which is no multiple of {block if pv_bits is not None else LANES}"
+    return None
+
+
+def flash_quantized(
+    query: jax.Array, key: jax.Array, value: jax.Array, key_lengths: jax.Array | None = None, *, qk_bits: int | None,
+    pv_bits: int | None, smooth_key: bool = True, key_block: int | None = None, pv_block: int | None = None,
+    interpret: bool = False, query_block: int | None = None,
+) -> jax.Array:  # fmt: skip
+    """Attention of quantized arrays; see `quantized_attention` for everything but these.
+
+    Under a mesh heads are split (`qvdjax.kernels.head_split`).
+
+    Args:
+        interpret: Run the kernel's arithmetic on any device, slowly (for tests).
+        query_block: In the place of the table's.
+    """
+    blocks = _blocks(target(), key.shape[1], pv_bits, pv_block, key_block)
+    if query_block is not None:
+        blocks = dataclasses.replace(blocks, queries=query_block)
+    attend = functools.partial(
+        _on_one_device, qk_bits=qk_bits, pv_bits=pv_bits, smooth_key=smooth_key, key_block=key_block, blocks=blocks,
+        interpret=interpret,
+    )  # fmt: skip
+    return over_heads(attend, query, key, value, key_lengths)
+
+
+def _blocks(device: Device, keys: int, pv_bits: int | None, pv_block: int | None, key_block: int | None) -> Blocks:
+    row = tuning.settings("quantized_attention", device) or {}
+    scores = row.get("score_block", SCORE_BLOCK)
+    if pv_bits is None and key_block is not None:  # scores that are held have keys of one range
+        scores = max(LANES, math.gcd(scores, key_block) // LANES * LANES)
+    if pv_bits is not None:
+        scores = pv_block if pv_block is not None and not pv_block % LANES else -(-keys // LANES) * LANES
+    scores = min(scores, -(-keys // LANES) * LANES)
+    read = min(max(1, row.get("key_block", KEY_BLOCK) // scores), -(-keys // scores)) * scores
+    return Blocks(row.get("query_block", QUERY_BLOCK), scores, read)
+
+
+def _on_one_device(
+    query, key, value, key_lengths=None, *, qk_bits, pv_bits, smooth_key, key_block, blocks: Blocks, interpret
+):
+    """All [batch, tokens, heads, head_dim], but for `key_lengths` [batch]."""
+    dtype, heads, head_dim, keys = query.dtype, query.shape[2], query.shape[3], key.shape[1]
+    padding = -keys % blocks.keys
+    k, v = (rearrange(a.astype(jnp.float32), "b t h d -> b h t d") for a in (key, value))
+    k, v = prepared(k, v, key_lengths, smooth_key=smooth_key)
+    key_scale = jnp.ones((*k.shape[:2], 1, keys), jnp.float32)
+    if qk_bits is not None:
+        codes = quantize_keys(k, qk_bits, key_block)
+        k, key_scale = codes.codes, rearrange(codes.scale, "b h t 1 -> b h 1 t")
+    else:
+        k = k.astype(dtype)
+    value_scale = jnp.ones((*v.shape[:2], 1, head_dim), jnp.float32)
+    sums = jnp.zeros((*v.shape[:2], 1, 1, head_dim), jnp.float32)
+    if pv_bits is not None:
+        codes = quantize(rearrange(v, "b h t d -> b h d t"), Quantizer(pv_bits), jnp.int8)
+        v, value_scale = rearrange(codes.codes, "b h d t -> b h t d"), rearrange(codes.scale, "b h d 1 -> b h 1 d")
+        v = jnp.pad(v, ((0, 0), (0, 0), (0, padding), (0, 0)))
+        inner = blocks.keys // blocks.scores
+        parts = rearrange(v.astype(jnp.int32), "b h (m n c) d -> b h m n c d", c=blocks.scores, n=inner)
+        # Probability 0 is the code -2^(bits - 1): what that adds to a product is taken off again, block by block.
+        sums = 2 ** (pv_bits - 1) * parts.sum(axis=-2).astype(jnp.float32)
+    else:
+        v = jnp.pad(v.astype(dtype), ((0, 0), (0, 0), (0, padding), (0, 0)))
+    k = jnp.pad(k, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    key_scale = jnp.pad(key_scale, ((0, 0), (0, 0), (0, 0), (0, padding)))
+    wide = -head_dim % LANES
+    q, k, v, value_scale, sums = (
+        jnp.pad(a, (*((0, 0),) * (a.ndim - 1), (0, wide)))
+        for a in (query, rearrange(k, "b h t d -> b t h d"), rearrange(v, "b h t d -> b t h d"), value_scale, sums)
+    )
+    # Tokens by features of all heads: a block takes the columns of one head, and no array is transposed.
+    q, k, v = (rearrange(a, "b t h d -> b t (h d)") for a in (q, k, v))
+    lengths = jnp.full(query.shape[:1], keys, jnp.int32) if key_lengths is None else key_lengths.astype(jnp.int32)
+    out = _call(
+        lengths, q, k, key_scale, v, value_scale, sums, heads=heads, qk_bits=qk_bits, pv_bits=pv_bits,
+        by_key=key_block is None, factor=_LOG2_E / math.sqrt(head_dim), blocks=blocks, interpret=interpret,
+    )  # fmt: skip
+    return rearrange(out, "b t (h d) -> b t h d", h=heads)[..., :head_dim]
+
+
+def _call(
+    lengths, q, k, key_scale, v, value_scale, sums, *, heads, qk_bits, pv_bits, by_key, factor, blocks, interpret
+):
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    batch, queries, width = q.shape
+    head_dim, keys = width // heads, k.shape[1]
+    rows = queries if queries <= blocks.queries else blocks.queries
+    inner = blocks.keys // blocks.scores
+    kernel = functools.partial(
+        _kernel, qk_bits=qk_bits, pv_bits=pv_bits, by_key=by_key, factor=factor, size=blocks.scores, inner=inner
+    )
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(batch, heads, pl.cdiv(queries, rows), keys // blocks.keys),
+        in_specs=[
+            pl.BlockSpec((None, rows, head_dim), lambda b, h, i, j, _: (b, i, h)),
+            pl.BlockSpec((None, blocks.keys, head_dim), lambda b, h, i, j, _: (b, j, h)),
+            pl.BlockSpec((None, None, 1, blocks.keys), lambda b, h, i, j, _: (b, h, 0, j)),
+            pl.BlockSpec((None, blocks.keys, head_dim), lambda b, h, i, j, _: (b, j, h)),
+            pl.BlockSpec((None, None, 1, head_dim), lambda b, h, i, j, _: (b, h, 0, 0)),
+            # [batch, heads, blocks of keys, blocks of scores in it, head_dim]; 1 of both where it is not read
+            pl.BlockSpec((None, None, None, sums.shape[3], head_dim),
+                         lambda b, h, i, j, _: (b, h, 0 if pv_bits is None else j, 0, 0)),
+        ],
+        out_specs=pl.BlockSpec((None, rows, head_dim), lambda b, h, i, j, _: (b, i, h)),
+        scratch_shapes=[
+            pltpu.VMEM((rows, head_dim), q.dtype if qk_bits is None else jnp.int8),
+            pltpu.VMEM((rows, 1), jnp.float32),  # the factor that makes scores of a row's products
+            pltpu.VMEM((rows, 1), jnp.float32),  # the largest score so far
+            pltpu.VMEM((rows, 1), jnp.float32),  # the sum of probabilities over it
+            pltpu.VMEM((rows, head_dim), jnp.float32),  # the sum of values over it
+        ],
+    )  # fmt: skip
+    products = 2 * batch * heads * queries * keys * head_dim
+    return pl.pallas_call(
+        kernel,
+        grid_spec=grid_spec,
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products, transcendentals=batch * heads * queries * keys,
+            bytes_accessed=2 * q.size * q.dtype.itemsize + pl.cdiv(queries, rows) * (k.nbytes + v.nbytes),
+        ),
+        interpret=interpret,
+        name="quantized_attention",
+    )(lengths, q, k, key_scale, v, value_scale, sums)  # fmt: skip
+
+
+def _kernel(
+    lengths, q_ref, k_ref, key_scale_ref, v_ref, value_scale_ref, sums_ref, out_ref, codes_ref, factor_ref, most_ref,
+    total_ref, sum_ref, *, qk_bits, pv_bits, by_key, factor, size, inner,
+):  # fmt: skip
+    """One block of queries [rows, head_dim] and of keys [inner x size, head_dim] of a head."""
+    from jax.experimental import pallas as pl
+
+    place, length = pl.program_id(3), lengths[pl.program_id(0)]
+
+    @pl.when(place == 0)
+    def _():
+        q = q_ref[...]
+        if qk_bits is None:
+            codes_ref[...] = q
+            factor_ref[...] = jnp.full_like(factor_ref, factor)
+        else:
+            high = 2 ** (qk_bits - 1) - 1
+            q = q.astype(jnp.float32)
+            scale = jnp.max(jnp.abs(q), axis=-1, keepdims=True) / high
+            # Zero, or NaN where the row has one, whatever its largest is said to be: the row becomes NaN.
+            scale = jnp.where(scale > 0, scale, 1) + jnp.sum(0 * q, axis=-1, keepdims=True)
+            codes = jnp.clip(jnp.round(q / scale), -high - 1, high)
+            codes_ref[...] = codes.astype(jnp.int32).astype(jnp.int8)
+            factor_ref[...] = scale * factor
+        most_ref[...] = jnp.full_like(most_ref, -jnp.inf)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    def weigh(part: int, ragged: bool):
+        here = pl.ds(part * size, size)
+        kind = jnp.float32 if qk_bits is None else jnp.int32
+        product = jax.lax.dot_general(
+            codes_ref[...], k_ref[here, :], (((1,), (1,)), ((), ())), preferred_element_type=kind
+        )  # [rows, size]
+        row = factor_ref[...]
+        if qk_bits is None:
+            scores = product * row
+        elif by_key:
+            scores = product.astype(jnp.float32) * key_scale_ref[:, here] * row
+        else:  # one range for all keys of the block
+            scores = product.astype(jnp.float32) * (row * key_scale_ref[:, pl.ds(part * size, 1)])
+        if ragged:
+            token = place * inner * size + part * size + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+            scores = jnp.where(token < length, scores, _NO_SCORE)
+        block_most, before = jnp.max(scores, axis=-1, keepdims=True), most_ref[...]  # [rows, 1]
+        most = jnp.maximum(before, block_most)
+        kept = jnp.exp2(before - most)
+        if pv_bits is None:
+            probabilities = jnp.exp2(scores - most)
+            total = jnp.sum(probabilities, axis=-1, keepdims=True)
+            out = jnp.dot(probabilities.astype(v_ref.dtype), v_ref[here, :], preferred_element_type=jnp.float32)
+        else:
+            # exp2 of a score plus this is a probability in codes, 0 to 2^bits - 1.
+            levels = jnp.round(jnp.exp2(scores - (block_most - math.log2(2**pv_bits - 1))))
+            codes = (levels - 2 ** (pv_bits - 1)).astype(jnp.int32).astype(jnp.int8)
+            out = jnp.dot(codes, v_ref[here, :], preferred_element_type=jnp.int32).astype(jnp.float32)
+            share = jnp.exp2(block_most - most)
+            total = jnp.sum(levels, axis=-1, keepdims=True) * share
+            out = (out + sums_ref[part : part + 1, :]) * share
+        most_ref[...] = most
+        total_ref[...] = total_ref[...] * kept + total
+        sum_ref[...] = sum_ref[...] * kept + out
+
+    for part in range(inner):
+        end = place * inner * size + (part + 1) * size
+        pl.when(end <= length)(functools.partial(weigh, part, False))
+        pl.when((end > length) & (end - size < length))(functools.partial(weigh, part, True))
+
+    @pl.when(place == pl.num_programs(3) - 1)
+    def _():
+        out_ref[...] = (sum_ref[...] / total_ref[...] * value_scale_ref[...]).astype(out_ref.dtype)
