@@ -4,6 +4,7 @@ As diffusers 0.42 `pipelines/wan/pipeline_wan_i2v.py` does it.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.encoders import EncoderFolder, load_encoder, parse_encoder_config
+from models.encoders import EncoderFolder, build_encoder, load_encoder, parse_encoder_config
 from models.images import PROCESSOR, for_clip, for_vae
 from models.pipeline_folder import PipelineFolder
-from models.vae_folders import load_vae, parse_vae_config
+from models.vae_folders import build_vae, load_vae, open_vae_folder, parse_vae_config
+from models.vae_tiling import Tiling
 from models.wan import WanConfig
-from qvdjax.checkpoint import Progress
+from qvdjax.checkpoint import Progress, loaded_shapes
 from qvdjax.checkpoint.folder import CONFIG, read_json
 from qvdjax.errors import UserError
+from qvdjax.parallel import bytes_held
 
 TOKENS, LATENTS = "encoder_hidden_states_image", "image_latents"
 
@@ -79,15 +82,37 @@ class ImageConditions:
         shown = {LATENTS: (*size, self.compression[0] + channels)}
         return shown if self.tokens is None else {TOKENS: self.tokens, **shown}
 
+    def peak_bytes(
+        self, size: tuple[int, int, int], tiling: Tiling | None = None, dtype: Any = None
+    ) -> dict[str, int | None]:
+        """What each encoder needs of a device, weights too, by the compiler's account; arguments as for `encode`."""
+        found = {}
+        if self.encoder is not None:
+            folder = EncoderFolder.open(self.encoder)
+            shapes = loaded_shapes(jax.eval_shape(lambda: build_encoder(folder.config)), folder, dtype=dtype)
+            pixels = (1, *[shapes.config.image_size] * 2, shapes.config.num_channels)
+            found["image_encoder"] = bytes_held(_tokens.lower(shapes, _float32(pixels)).compile())
+        folder = open_vae_folder(self.vae)
+        shapes = loaded_shapes(jax.eval_shape(lambda: build_vae(folder.config)), folder)
+        found["vae_encoder"] = _encoding_bytes(shapes, self._video(size), tiling)
+        return found
+
+    def _video(self, size: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        """(frames, height, width, rgb) of the video behind latents of a size."""
+        (time, down, across), (frames, height, width) = self.compression, size
+        return (frames - 1) * time + 1, height * down, width * across, 3
+
     def encode(
-        self, image: np.ndarray, size: tuple[int, int, int], *, dtype: Any = None, progress: Progress | None = None
-    ) -> dict[str, np.ndarray]:
+        self, image: np.ndarray, size: tuple[int, int, int], *, dtype: Any = None, tiling: Tiling | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, np.ndarray]:  # fmt: skip
         """Encode a picture that becomes the first frame, one encoder after the other.
 
         Args:
             image: uint8 (height, width, rgb), resized to the video's size whatever its proportions are.
             size: Frames, height and width of the latents that are sampled.
             dtype: Floating type of CLIP's weights; the file's by default.
+            tiling: How the VAE encodes; None for whole frames.
             progress: See `models.load`.
 
         Returns:
@@ -100,13 +125,16 @@ class ImageConditions:
             model = load_encoder(self.encoder, dtype=dtype, progress=progress)
             found[TOKENS] = np.asarray(_tokens(model, pixels[None])[0], np.float32)  # h w c -> 1 h w c -> tokens dim
             _free(model)
-        (time, down, across), (frames, height, width) = self.compression, size
-        video = np.zeros(((frames - 1) * time + 1, height * down, width * across, 3), np.float32)
+        video = np.zeros(self._video(size), np.float32)
         video[0] = for_vae(image, *video.shape[1:3])
         vae = load_vae(self.vae, progress=progress)
-        latents = np.asarray(_latents(vae, video[None])[0], np.float32)  # f h w rgb -> 1 f h w rgb -> f' h' w' c
+        if tiling is None:
+            latents = _latents(vae, video[None])  # f h w rgb -> 1 f h w rgb -> 1 f' h' w' c
+        else:
+            latents = vae.normalize(vae.encode(jnp.asarray(video)[None], tiling=tiling).mode().astype(jnp.float32))
+        latents = np.asarray(latents[0], np.float32)
         _free(vae)
-        given = np.zeros((*latents.shape[:3], time), np.float32)
+        given = np.zeros((*latents.shape[:3], self.compression[0]), np.float32)
         given[0] = 1
         found[LATENTS] = np.concatenate([given, latents], axis=-1)
         return found
@@ -121,6 +149,21 @@ def _tokens(model, images: jax.Array) -> jax.Array:
 def _latents(vae, video: jax.Array) -> jax.Array:
     """(batch, frames, height, width, rgb) in -1 to 1 -> float32 (batch, frames', height', width', channels)."""
     return vae.normalize(vae.encode(video).mode().astype(jnp.float32))
+
+
+def _float32(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _encoding_bytes(vae, video: tuple[int, int, int, int], tiling: Tiling | None) -> int | None:
+    """Of a VAE's shapes and types. Of tiles it is the program of one, and beside it the video."""
+    if tiling is None:
+        return bytes_held(_latents.lower(vae, _float32((1, *video))).compile())
+    frames, height, width, channels = video
+    tile = tiling.larger(vae.config.compression[1:]).tile
+    size = (1, frames, min(height, tile[0]), min(width, tile[1]), channels)
+    held = bytes_held(_latents.lower(vae, _float32(size)).compile())
+    return None if held is None else held + 4 * math.prod(video)
 
 
 def _free(model) -> None:

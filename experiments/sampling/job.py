@@ -1,7 +1,6 @@
 """Sampling a model folder: load, compile, sample, write."""
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,27 +11,22 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 import models
-from experiments.sampling.conditions import IMAGE
 from experiments.sampling.decoding import VAE, check_vae, of_pipeline, of_vae
 from experiments.sampling.memory_plan import HOST, plan_memory
 from experiments.sampling.output import VIDEO, check_output, output_paths, write_video
+from experiments.sampling.published import beside_picture, check_prompts, find_picture, settings_of_video, stand_ins
 from experiments.sampling.record import device_record, memory_record, quantization_record, settings_record
 from experiments.sampling.request import (
     Request,
     Settings,
-    refuse_repeats,
     request_from_context,
     request_from_embeddings,
     request_from_pipeline,
-    sampler_of,
 )  # fmt: skip
-from experiments.sampling.video_size import latents_of
 from models.folders import abstract_model, used_tensors
-from models.image_prompts import ImageConditions
-from models.images import read_image
 from models.pipeline import FILE
 from models.pipeline_folder import PipelineFolder, is_pipeline_folder
-from models.prompts import AT_ONCE, EncodedPrompts, PromptEncoder
+from models.prompts import AT_ONCE, PromptEncoder
 from models.scheduler import sampling_defaults
 from qvdjax.checkpoint import CheckpointFolder, loaded_shapes
 from qvdjax.description import weight_bytes
@@ -150,16 +144,17 @@ def sample_folder(
     if output.suffix == VIDEO and not own:
         vae = check_vae(whole, skeleton.config)
     if video is not None:
-        settings = _of_video(settings, whole, skeleton.config, video)
+        settings = settings_of_video(settings, whole, skeleton.config, video)
     device_mesh = None if mesh is None else make_mesh(mesh)
     about_texts, plan = {}, None
-    pictures, picture = _picture(whole if encoder is not None else None, skeleton.config, image)
+    pictures, picture = find_picture(whole if encoder is not None else None, skeleton.config, image)
     if encoder is None:
         request = _request(folder, skeleton, prompts, seeds, context_file, settings)
     else:
-        _check_prompts(folder, skeleton, prompts, seeds, settings)
-        stand_ins = _stand_ins(folder, encoder, pictures, prompts, settings, skeleton.config)
-        request = _of_texts(folder, skeleton, stand_ins, seeds, settings)
+        check_prompts(folder, skeleton, prompts, seeds, settings)
+        texts = stand_ins(folder, encoder, pictures, prompts, settings, skeleton.config)
+        request = request_from_embeddings(folder, texts, skeleton.config, seeds, settings)
+    paths = output_paths(output, request, names)
     if memory_limit is not None:
         if mesh is not None:
             raise UserError("a limit of memory is planned for one device", remedy="leave out --mesh or --memory-limit")
@@ -176,27 +171,27 @@ def sample_folder(
             encoder=encoder,
             texts=1 + len(prompts or ()),
             vae=vae,
-            dtype=dtype,
+            pictures=pictures,
+            dtype=dtype and jax.numpy.dtype(dtype),
         )
         report("planning", 1, 1)
         batch = plan.batch
     if encoder is not None:
-        where = (
-            make_mesh({"data": 1}, jax.devices("cpu")[:1]) if plan is not None and plan.texts == HOST else device_mesh
-        )
+        on_host = plan is not None and plan.texts == HOST
+        where = make_mesh({"data": 1}, jax.devices("cpu")[:1]) if on_host else device_mesh
         with contextlib.nullcontext() if where is None else jax.set_mesh(where):
             at_once = AT_ONCE if plan is None else plan.texts_at_once
             texts = encoder.encode(
                 prompts, settings.negative_prompt or "", dtype=dtype, mesh=where, batch=at_once, progress=progress
             )
         if pictures is not None:
-            shown = pictures.encode(picture, request.latents_shape[:3], dtype=dtype, progress=progress)
-            texts = _shown(texts, shown)
-        request = _of_texts(folder, skeleton, texts, seeds, settings)
+            tiling = None if plan is None else plan.tiling
+            shown = pictures.encode(picture, request.latents_shape[:3], dtype=dtype, tiling=tiling, progress=progress)
+            texts = beside_picture(texts, shown)
+        request = request_from_embeddings(folder, texts, skeleton.config, seeds, settings)
         about_texts = {"text_encoder": texts.encoder, "cut": texts.cut}
         about_texts |= {} if image is None else {"image": str(image)}
     check_timesteps(skeleton, request.solver.schedule(request.steps).timesteps)  # before a weight is read
-    paths = output_paths(output, request, names)
 
     model = models.load(folder, dtype=dtype, mesh=device_mesh, execution=execution, progress=progress)
     with contextlib.nullcontext() if device_mesh is None else jax.set_mesh(device_mesh):
@@ -239,82 +234,6 @@ def sample_folder(
 
 def _memory_of(record: Mapping) -> dict[str, int | None]:
     return {name: record[name] for name in ("weight_bytes", "peak_bytes")}
-
-
-def _of_video(settings: Settings, whole: PipelineFolder | None, config, video: tuple[int, int, int]) -> Settings:
-    """The settings with the latents' sizes of a video."""
-    if (settings.frames, settings.height, settings.width) != (None, None, None):
-        raise UserError("sizes of the latents are given beside the video's", remedy="give one of them")
-    if whole is None:
-        raise UserError(
-            "only a whole pipeline with its VAE says how large the latents of a video are",
-            remedy="give --frames, --height and --width of the latents",
-        )
-    frames, height, width = latents_of(check_vae(whole, config), video, config)
-    return dataclasses.replace(settings, frames=frames, height=height, width=width)
-
-
-def _check_prompts(folder: Path, skeleton, prompts, seeds, settings: Settings) -> None:
-    """Refuse what can be refused before a large encoder is read."""
-    if not seeds:
-        raise UserError("no seed given", remedy="give one seed per video")
-    if not prompts:
-        raise UserError("no prompt given", remedy="give one with --prompt, or several with --prompts")
-    refuse_repeats("prompts", prompts)
-    solver, steps = sampler_of(folder, settings)
-    check_timesteps(skeleton, solver.schedule(steps).timesteps)
-    _check_sizes(skeleton, settings.sizes(sampling_defaults(folder, solver_named=True).latents))
-
-
-def _of_texts(folder: Path, skeleton, texts: EncodedPrompts, seeds, settings: Settings) -> Request:
-    return request_from_embeddings(folder, texts, skeleton.config, seeds, settings)
-
-
-def _stand_ins(
-    folder: Path, encoder: PromptEncoder, pictures: ImageConditions | None, prompts, settings: Settings, config
-) -> EncodedPrompts:
-    """Zeros of the shapes of what prompts and a picture become."""
-    shape = (config.text_tokens, config.text_dim)
-    tensors = {"context": np.zeros((len(prompts), *shape), np.float32), "negative_context": np.zeros(shape, np.float32)}
-    texts = EncodedPrompts(encoder.pipeline.path, tuple(prompts), settings.negative_prompt or "", tensors, {}, {})
-    if pictures is None:
-        return texts
-    sizes = settings.sizes(sampling_defaults(folder, solver_named=True).latents)
-    shapes = pictures.shapes((*sizes, config.latent_channels))
-    return _shown(texts, {name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
-
-
-def _picture(whole: PipelineFolder | None, config, file: Path | None):
-    """What encodes a picture, and the picture; None twice where the model follows none."""
-    if whole is None or IMAGE not in config.conditions:
-        if file is not None:
-            raise UserError(
-                f"{file} was given to a model that follows no image, or to one without its pipeline",
-                remedy="leave out --image, or name the pipeline of an image-to-video model",
-            )
-        return None, None
-    if file is None:
-        raise UserError("this model follows an image, and there is none", remedy="give its first frame with --image")
-    return ImageConditions.open(whole, config), read_image(file)
-
-
-def _shown(texts: EncodedPrompts, shown: Mapping[str, np.ndarray]) -> EncodedPrompts:
-    """Every text beside the same picture."""
-    many = {name: np.broadcast_to(array, (len(texts.prompts), *array.shape)) for name, array in shown.items()}
-    return dataclasses.replace(texts, tensors={**texts.tensors, **many})
-
-
-def _check_sizes(skeleton, sizes: tuple[int, int, int]) -> None:
-    """What the model itself says of latents of a size, found by tracing it: no weight is needed."""
-    config = skeleton.config
-    shapes = {
-        "latents": (*sizes, config.latent_channels), "timestep": (), "context": (config.text_tokens, config.text_dim),
-        **config.conditions,
-    }  # fmt: skip
-    if IMAGE in shapes:
-        shapes[IMAGE] = (*sizes, shapes[IMAGE][-1])
-    inputs = {name: jax.ShapeDtypeStruct((1, *shape), jax.numpy.float32) for name, shape in shapes.items()}
-    jax.eval_shape(lambda model, inputs: model(**inputs), skeleton, inputs)
 
 
 def _request(folder, skeleton, prompts, seeds, context_file, settings: Settings) -> Request:

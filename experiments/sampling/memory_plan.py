@@ -15,6 +15,7 @@ import jax
 
 import models
 from experiments.sampling.decoding import peak_bytes
+from models.image_prompts import ImageConditions
 from models.prompts import AT_ONCE, PromptEncoder
 from models.vae_folders import build_vae, open_vae_folder
 from qvdjax.checkpoint import loaded_shapes
@@ -74,6 +75,7 @@ def plan_memory(
     encoder: PromptEncoder | None,
     texts: int,
     vae: Path | None,
+    pictures: ImageConditions | None,
     dtype: Any,
 ) -> MemoryPlan:
     """Choose, component by component, the first of the ways that stays below the limit.
@@ -87,6 +89,7 @@ def plan_memory(
         latents: (frames, height, width, channels) of one video.
         encoder: What encodes `texts` texts; None where they are encoded already.
         vae: Folder of what decodes; None where nothing does.
+        pictures: What encodes a picture; None where none is followed.
         dtype: Floating type asked for.
 
     Raises:
@@ -100,8 +103,13 @@ def plan_memory(
         peaks["text_encoder"] = least["text_encoder"] = needed if where == DEVICE else 0
     size, needed = _fewer(batch, limit, lambda count: _sampler_bytes(model, inputs(count), sampling, step_loop))
     peaks["denoiser"] = least["denoiser"] = needed
-    if vae is not None:
-        tiling, peaks["vae"], least["vae"] = _decoding(vae, latents, limit)
+    folder = vae if pictures is None else pictures.vae
+    if folder is not None:
+        tiling, around = _around_latents(
+            folder, latents, limit, decodes=vae is not None, pictures=pictures, dtype=dtype
+        )
+        peaks |= around
+        least |= around
     if too_much := {name: bytes_ for name, bytes_ in least.items() if bytes_ > limit}:
         raise UserError(
             f"nothing keeps this below {_said(limit)}; {_said(max(least.values()))} would do",
@@ -124,12 +132,19 @@ def _fewer(most: int, limit: int, bytes_of: Callable[[int], int | None]) -> tupl
 _HOW = {
     "text_encoder": " for one text at a time",
     "denoiser": " for one video at a time",
+    "image_encoder": "",
     "vae": " in its smallest tiles",
+    "vae_encoder": " in its smallest tiles",
 }
 
 
-def _decoding(folder: Path, latents: tuple[int, ...], limit: int) -> tuple[models.Tiling | None, int, int]:
-    """How to decode, what that needs, and the least that any way needs."""
+def _around_latents(
+    folder: Path, latents: tuple[int, ...], limit: int, *, decodes: bool, pictures: ImageConditions | None, dtype: Any
+) -> tuple[models.Tiling | None, dict[str, float]]:
+    """How the VAE decodes and encodes, the first way below the limit or the one that needs least, and what that needs.
+
+    A way is one for both, because a picture's latents should have the seams that the video's will have.
+    """
     opened = open_vae_folder(folder)
     vae = loaded_shapes(jax.eval_shape(lambda: build_vae(opened.config)), opened)
     ways = [None]
@@ -137,11 +152,24 @@ def _decoding(folder: Path, latents: tuple[int, ...], limit: int) -> tuple[model
         ways += [tiling for tiling in (usual, _halved(usual), _halved(_halved(usual))) if _cuts(tiling, latents)]
     found = []
     for tiling in ways:
-        found.append(_needed(lambda tiling=tiling: peak_bytes(vae, latents, tiling)))
-        if found[-1] <= limit:
-            return tiling, found[-1], found[-1]
-    best = found.index(min(found))
-    return ways[best], found[best], found[best]
+        needed = {} if pictures is None else _encoding(pictures, latents[:3], tiling, dtype)
+        if decodes:
+            needed["vae"] = _needed(lambda tiling=tiling: peak_bytes(vae, latents, tiling))
+        found.append(needed)
+        if max(needed.values()) <= limit:
+            return tiling, needed
+    best = min(range(len(ways)), key=lambda way: max(found[way].values()))
+    return ways[best], found[best]
+
+
+def _encoding(pictures: ImageConditions, size: tuple[int, ...], tiling, dtype: Any) -> dict[str, float]:
+    try:
+        needed = pictures.peak_bytes(size, tiling, dtype)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"vae_encoder": float("inf")}
+    return {name: _needed(lambda bytes_=bytes_: bytes_) for name, bytes_ in needed.items()}
 
 
 def _halved(tiling: models.Tiling) -> models.Tiling:

@@ -85,11 +85,14 @@ def test_a_vae_in_tiles(pipeline, tmp_path, monkeypatch):
     whole, tiled = peak_bytes(vae, latents), peak_bytes(vae, latents, tiles)
     assert tiled < whole / 4  # a 64th of the frame, and the video twice
     monkeypatch.setattr(type(vae.config), "default_tiling", tiles)
-    found = memory_plan._decoding(pipeline / "vae", latents, whole)
-    assert found == (None, whole, whole)
-    assert memory_plan._decoding(pipeline / "vae", latents, whole - 1) == (tiles, tiled, tiled)
-    tiling, least, _ = memory_plan._decoding(pipeline / "vae", latents, 1000)
-    assert least <= tiled
+
+    def chosen(limit):
+        return memory_plan._around_latents(pipeline / "vae", latents, limit, decodes=True, pictures=None, dtype=None)
+
+    assert chosen(whole) == (None, {"vae": whole})
+    assert chosen(whole - 1) == (tiles, {"vae": tiled})
+    tiling, least = chosen(1000)
+    assert least["vae"] <= tiled
     assert tiling is not None
 
 

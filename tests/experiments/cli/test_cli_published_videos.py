@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 from small_models import CLIP_VISION, WAN, encoder_folder, randomised
 
 import models
-from experiments.sampling import output
+from experiments.sampling import memory_plan, output
 from experiments.sampling.request import Settings, request_from_context
+from models.vae_wan import WanVAEConfig
 
 SIZES = ["--steps", "2", "--frames", "2", "--height", "4", "--width", "6"]
 SHOWN = (3, 8, 12, 3)  # 2 n + 1 frames of n + 1 latent ones; twice the height and width
@@ -162,6 +163,24 @@ def test_a_video_follows_its_image(qvdjax, image_pipeline, tmp_path, shown):
         assert done.report["videos"][0]["image"] == str(tmp_path / f"{name}.png")
     assert [video.shape for video in shown] == [SHOWN] * 4
     assert np.abs(shown[0] - shown[2]).max() > 0.01
+
+
+def test_what_encodes_an_image_is_planned_too(qvdjax, image_pipeline, tmp_path, monkeypatch):
+    Image.fromarray(np.full((16, 24, 3), 90, np.uint8)).save(tmp_path / "a.png")
+    common = ("sample", image_pipeline, "-p", "a cat", "--image", tmp_path / "a.png", "--steps", "1", "--json")
+    sizes = ("--frames", "2", "--height", "16", "--width", "16")
+    done = qvdjax(*common, *sizes, "-o", tmp_path / "x.mp4", "--memory-limit", "1GiB")
+    assert done.code == 0, done.err
+    peaks = done.report["memory_plan"]["peak_bytes"]
+    assert peaks.keys() == {"text_encoder", "denoiser", "image_encoder", "vae_encoder", "vae"}
+    assert done.report["memory_plan"]["tiling"] is None
+    # In tiles of 8 x 8 latents, where the whole frame would be too much; what decodes is not needed for latents.
+    monkeypatch.setattr(WanVAEConfig, "default_tiling", models.Tiling((8, 8), (6, 6)))
+    monkeypatch.setattr(memory_plan, "_encoding", lambda pictures, size, tiling, dtype: {
+        "vae_encoder": 10**9 if tiling is None else 10**6})  # fmt: skip
+    done = qvdjax(*common, *sizes, "-o", tmp_path / "x.safetensors", "--memory-limit", "500MB")
+    assert done.code == 0, done.err
+    assert done.report["memory_plan"]["tiling"] == {"tile": [8, 8], "stride": [6, 6]}
 
 
 def test_an_image_is_encoded_beside_the_prompts(qvdjax, image_pipeline, tmp_path):

@@ -1,0 +1,97 @@
+"""What a published pipeline is asked for: sizes, prompts and a picture, looked at before an encoder is read."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.sampling.conditions import IMAGE
+from experiments.sampling.decoding import check_vae
+from experiments.sampling.request import Settings, refuse_repeats, sampler_of
+from experiments.sampling.video_size import latents_of
+from models.image_prompts import ImageConditions
+from models.images import read_image
+from models.pipeline_folder import PipelineFolder
+from models.prompts import EncodedPrompts, PromptEncoder
+from models.scheduler import sampling_defaults
+from qvdjax.errors import UserError
+from qvdjax.nn import check_timesteps
+
+
+def settings_of_video(
+    settings: Settings, whole: PipelineFolder | None, config, video: tuple[int, int, int]
+) -> Settings:
+    """The settings with the latents' sizes of a video."""
+    if (settings.frames, settings.height, settings.width) != (None, None, None):
+        raise UserError("sizes of the latents are given beside the video's", remedy="give one of them")
+    if whole is None:
+        raise UserError(
+            "only a whole pipeline with its VAE says how large the latents of a video are",
+            remedy="give --frames, --height and --width of the latents",
+        )
+    frames, height, width = latents_of(check_vae(whole, config), video, config)
+    return dataclasses.replace(settings, frames=frames, height=height, width=width)
+
+
+def check_prompts(
+    folder: Path, skeleton, prompts: Sequence[str] | None, seeds: Sequence[int], settings: Settings
+) -> None:
+    """Refuse what can be refused before a large encoder is read."""
+    if not seeds:
+        raise UserError("no seed given", remedy="give one seed per video")
+    if not prompts:
+        raise UserError("no prompt given", remedy="give one with --prompt, or several with --prompts")
+    refuse_repeats("prompts", prompts)
+    solver, steps = sampler_of(folder, settings)
+    check_timesteps(skeleton, solver.schedule(steps).timesteps)
+    _check_sizes(skeleton, settings.sizes(sampling_defaults(folder, solver_named=True).latents))
+
+
+def stand_ins(
+    folder: Path, encoder: PromptEncoder, pictures: ImageConditions | None, prompts, settings: Settings, config
+) -> EncodedPrompts:
+    """Zeros of the shapes of what prompts and a picture become."""
+    shape = (config.text_tokens, config.text_dim)
+    tensors = {"context": np.zeros((len(prompts), *shape), np.float32), "negative_context": np.zeros(shape, np.float32)}
+    texts = EncodedPrompts(encoder.pipeline.path, tuple(prompts), settings.negative_prompt or "", tensors, {}, {})
+    if pictures is None:
+        return texts
+    sizes = settings.sizes(sampling_defaults(folder, solver_named=True).latents)
+    shapes = pictures.shapes((*sizes, config.latent_channels))
+    return beside_picture(texts, {name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+
+
+def find_picture(whole: PipelineFolder | None, config, file: Path | None):
+    """What encodes a picture, and the picture; None twice where the model follows none."""
+    if whole is None or IMAGE not in config.conditions:
+        if file is not None:
+            raise UserError(
+                f"{file} was given to a model that follows no image, or to one without its pipeline",
+                remedy="leave out --image, or name the pipeline of an image-to-video model",
+            )
+        return None, None
+    if file is None:
+        raise UserError("this model follows an image, and there is none", remedy="give its first frame with --image")
+    return ImageConditions.open(whole, config), read_image(file)
+
+
+def beside_picture(texts: EncodedPrompts, shown: Mapping[str, np.ndarray]) -> EncodedPrompts:
+    """Every text beside the same picture."""
+    many = {name: np.broadcast_to(array, (len(texts.prompts), *array.shape)) for name, array in shown.items()}
+    return dataclasses.replace(texts, tensors={**texts.tensors, **many})
+
+
+def _check_sizes(skeleton, sizes: tuple[int, int, int]) -> None:
+    """What the model itself says of latents of a size, found by tracing it: no weight is needed."""
+    config = skeleton.config
+    shapes = {
+        "latents": (*sizes, config.latent_channels), "timestep": (), "context": (config.text_tokens, config.text_dim),
+        **config.conditions,
+    }  # fmt: skip
+    if IMAGE in shapes:
+        shapes[IMAGE] = (*sizes, shapes[IMAGE][-1])
+    inputs = {name: jax.ShapeDtypeStruct((1, *shape), jnp.float32) for name, shape in shapes.items()}
+    jax.eval_shape(lambda model, inputs: model(**inputs), skeleton, inputs)
