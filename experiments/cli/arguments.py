@@ -358,7 +358,9 @@ class Bench(Common):
     """
 
     suite: Annotated[str, arg(metavar="NAME")] = "default"
-    """Shapes to time: tiny, wan2.1-1.3b-480p, wan2.1-14b-480p, or default for what suits this device."""
+    """Shapes to time: full for all, from kernels to videos, beside other programs; default for what suits this device;
+    or one of tiny, wan2.1-1.3b-480p, wan2.1-14b-480p, wan2.1-1.3b-720p, wan2.1-14b-720p, cogvideox-2b-480p,
+    cogvideox-5b-480p, hunyuanvideo-720p, animatediff-512 and the tiny ones of other families."""
     recipe: Annotated[Names, arg(metavar="NAME", help_behavior_hint="(default: rtn-w8a8 and rtn-w4a8)")] = ()
     """Quantization to time; may be repeated."""
     repeats: Whole = 7
