@@ -220,6 +220,12 @@ class Sample(Sampler, Prompts, Common):
     """Videos computed at once, at most; fewer need less memory."""
     step_loop: bool = False
     """Loop over the steps in Python, with a live bar, instead of one compiled scan."""
+    one_batch: bool = False
+    """Compute both branches of the guidance as one batch: fewer, larger products, and twice the activation memory."""
+    float_attention_first: int = 0
+    """So many first steps in which attention is not quantized, of a model whose attention is."""
+    float_attention_last: int = 0
+    """The same for the last steps."""
     fps: hinted(float, "X", FOLDERS) = None
     """Frames a second of the video."""
     scale: hinted(int, "N", "small videos to about 288 pixels") = None

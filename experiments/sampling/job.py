@@ -26,9 +26,9 @@ from models.pipeline import FILE
 from models.pipeline_folder import PipelineFolder, is_pipeline_folder
 from models.prompts import PromptEncoder
 from models.scheduler import sampling_defaults
-from qvdjax.diffusion import compile_sampler, initial_noise, sample
+from qvdjax.diffusion import Precise, compile_sampler, initial_noise, sample
 from qvdjax.errors import UserError
-from qvdjax.nn import check_timesteps
+from qvdjax.nn import Attention, check_timesteps, layers_of, with_float_attention
 from qvdjax.parallel import make_mesh, partition_spec
 
 Progress = Callable[[str, int, int], None]
@@ -62,6 +62,8 @@ def sample_folder(
     mesh: Mapping[str, int] | None = None,
     batch: int = 8,
     step_loop: bool = False,
+    one_batch: bool = False,
+    float_attention: tuple[int, int] = (0, 0),
     progress: Progress | None = None,
 ) -> dict:
     """Sample every prompt at every seed and write each video, with a JSON file beside it.
@@ -95,6 +97,9 @@ def sample_folder(
             do not divide is computed whole by each.
         batch: Videos computed at once, at most.
         step_loop: Run the steps one by one from Python and report each, instead of one compiled scan.
+        one_batch: Compute both branches of the guidance as one batch, see `qvdjax.diffusion.guided`.
+        float_attention: How many first and last steps leave attention in full precision, of a model whose attention is
+            quantized; no further weights are read.
         progress: Called with (stage, done, total).
 
     Returns:
@@ -140,7 +145,8 @@ def sample_folder(
 
     model = models.load(folder, dtype=dtype, mesh=device_mesh, execution=execution, progress=progress)
     with contextlib.nullcontext() if device_mesh is None else jax.set_mesh(device_mesh):
-        latents, timing = _sample(model, request, device_mesh, min(batch, len(paths)), step_loop, report)
+        how = {"doubled_batch": one_batch, "precise": _precise(model, float_attention)}
+        latents, timing = _sample(model, request, how, device_mesh, min(batch, len(paths)), step_loop, report)
     if not np.isfinite(latents).all():
         raise UserError(
             f"{folder} sampled latents that are not finite",
@@ -150,6 +156,8 @@ def sample_folder(
         "model": str(folder),
         **settings_record(request),
         "loop": "steps" if step_loop else "scan",
+        "one_batch": one_batch,
+        "float_attention": list(float_attention),
         **timing,
         **device_record(device_mesh),
         **memory_record(device_mesh),
@@ -206,10 +214,23 @@ def _request(folder, skeleton, prompts, seeds, context_file, settings: Settings)
     return request_from_context(folder, Path(context_file), skeleton.config, prompts, seeds, settings)
 
 
+def _precise(model, steps: tuple[int, int]) -> Precise | None:
+    """The same model with attention in full precision, for so many first and last steps."""
+    if steps == (0, 0):
+        return None
+    if not any(layer.scheme.qk_bits or layer.scheme.pv_bits for _, _, layer in layers_of(model, (Attention,))):
+        raise UserError(
+            "steps with attention in full precision were asked for, and this model's attention is not quantized",
+            remedy="leave them out, or quantize it: --set attention_qk_bits=8 --set attention_pv_bits=8",
+        )
+    return Precise(with_float_attention(model), *steps)
+
+
 def _sample(
-    model, request: Request, mesh: Mesh | None, batch: int, step_loop: bool, progress: Progress
+    model, request: Request, how: dict, mesh: Mesh | None, batch: int, step_loop: bool, progress: Progress
 ) -> tuple[np.ndarray, dict]:
-    """All videos' latents, float32 (videos, frames, height, width, channels), and how long it took."""
+    """All videos' latents, float32 (videos, frames, height, width, channels), and how long it took; `how` are further
+    arguments of the sampler."""
     count = len(request.seeds)
     batch = min(batch, count)
     chunks = [np.arange(start, start + batch).clip(max=count - 1) for start in range(0, count, batch)]
@@ -223,10 +244,10 @@ def _sample(
         inputs = _inputs(request, rows, mesh)
         if compilation is None:
             progress("compiling", 0, 1)
-            compilation = compile_sampler(model, **inputs, **request.sampling, step_loop=step_loop)
+            compilation = compile_sampler(model, **inputs, **request.sampling, **how, step_loop=step_loop)
             progress("compiling", 1, 1)
         start = time.perf_counter()
-        result = sample(model, **inputs, **request.sampling, on_step=on_step if step_loop else None)
+        result = sample(model, **inputs, **request.sampling, **how, on_step=on_step if step_loop else None)
         jax.block_until_ready(result.latents)
         seconds += time.perf_counter() - start
         latents.append(_gathered(result.latents))

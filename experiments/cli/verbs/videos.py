@@ -59,6 +59,8 @@ def sample(arguments: Sample, progress: Progress | None) -> Outcome:
         mesh=values.mesh(arguments.mesh),
         batch=arguments.batch,
         step_loop=arguments.step_loop,
+        one_batch=arguments.one_batch,
+        float_attention=(arguments.float_attention_first, arguments.float_attention_last),
         progress=progress,
     )
     frames, height, width = report["latents"][:3]
