@@ -16,7 +16,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "estimates"
 FILE = "wan-14b-feed-forward.json"
-TOPOLOGIES = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1")
+TOPOLOGIES = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1")
 RECIPES = ("rtn-w8a8", "rtn-w4a8")
 TOKENS, WIDTH, HIDDEN = 32760, 5120, 13824
 PROGRAMS = ("first layer", "feed-forward")

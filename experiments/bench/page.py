@@ -34,8 +34,9 @@ one run of `qvdjax bench` (or `python -m experiments.bench`) on one machine, wit
 - **by** is the implementation that the dispatcher chose ([why](../speed.md)).
 - Rows in *italics* are other programs in the same run, against our full precision. Those that were not installed are
   listed below the table.
-- `step` is one forward pass of the whole model, without guidance. `block` and `step` with a recipe quantize
-  the linear layers; `+int8-qk` also the product of queries and keys.
+- `step` is one forward pass of the whole model, without guidance; `sample` two guided steps from noise to latents,
+  `+one-batch` with both branches of the guidance in one batch. A recipe quantizes the linear layers; `+int8-attention`
+  also both products of attention.
 """
 
 PENDING = """\

@@ -267,6 +267,12 @@ class Sample(Sampler, Prompts, Common):
     memory_limit: hinted(str, "SIZE", "none") = None
     """Memory of one device that is not to be exceeded, such as 12GiB: fewer videos at once and a VAE in tiles are
     chosen for it, by the compiler's account and before a weight is read."""
+    one_batch: bool = False
+    """Compute both branches of the guidance as one batch: fewer, larger products, and twice the activation memory."""
+    float_attention_first: int = 0
+    """So many first steps in which attention is not quantized, of a model whose attention is."""
+    float_attention_last: int = 0
+    """The same for the last steps."""
     fps: hinted(float, "X", FOLDERS) = None
     """Frames a second of the video."""
     scale: hinted(int, "N", "small videos to about 288 pixels") = None
