@@ -2,7 +2,11 @@
 
 from importlib import import_module
 
-SUITES = ("default", "tiny", "wan2.1-1.3b-480p", "wan2.1-14b-480p")
+SUITES = (
+    "default", "full", "tiny", "tiny-cogvideox", "tiny-hunyuanvideo", "tiny-animatediff", "wan2.1-1.3b-480p",
+    "wan2.1-14b-480p", "wan2.1-1.3b-720p", "wan2.1-14b-720p", "cogvideox-2b-480p", "cogvideox-5b-480p",
+    "hunyuanvideo-720p", "animatediff-512",
+)  # fmt: skip
 
 __all__ = ["SUITES", "run", "run_bench"]
 

@@ -1,7 +1,7 @@
-"""What is timed: one linear layer, one attention, one block and one step, in full precision and quantized."""
+"""What is timed: a linear layer, an attention, a block, a step and a video, in full precision and quantized."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,14 +11,22 @@ from flax import nnx
 import models
 import qvdjax
 from experiments.bench.ceilings import Work, attention_work, block_work, linear_work, step_work
+from experiments.bench.rivals import Rival, attention_rivals, linear_rivals, step_rivals
 from experiments.bench.shapes import Shape
-from qvdjax import recipes
-from qvdjax.nn import AttentionScheme, Codes, VideoModel, dot_product_attention, quantized_attention
+from models.scheduler import PUBLISHED
+from qvdjax import kernels, recipes
+from qvdjax.diffusion import initial_noise, sample
+from qvdjax.nn import AttentionScheme, Codes, Linear, VideoModel, dot_product_attention, quantized_attention
+from qvdjax.ptq.layers import quantize_layer
+from qvdjax.recipes import Recipe
 
 # What jax raises when a device lacks the memory or an operation.
 DEVICE_ERRORS = (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError, ValueError)
 Failed = Callable[[str, Exception], None]
 COMPARED_QUERIES = 256  # of an attention: float32 scores of all queries would not fit
+ATTENTION = "+int8-attention"
+"""Behind a recipe's name: the same, its attention's products quantized too."""
+SAMPLE_STEPS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Variant:
         function: What is jitted, and `arguments` what it is called with.
         quantized: Kinds of product that are quantized, for the ceiling: of "linear", "qk", "pv".
         weight_bytes: Its weights by their logical bits.
+        choice: What computes it, and why, where that is one kernel's choice.
     """
 
     label: str
@@ -37,6 +46,7 @@ class Variant:
     arguments: tuple[Any, ...]
     quantized: tuple[str, ...] = ()
     weight_bytes: int = 0
+    choice: kernels.Choice | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +54,12 @@ class Case:
     """A computation in several variants, of which the first is the full-precision reference.
 
     Attributes:
-        kind: linear, attention, block or step.
+        kind: linear, attention, block, step or sample.
         work: Operations of its matrix products.
         truth: Makes what outputs are compared with before anything is timed; None takes the reference's
             own output.
         compared: The part of an output that is compared.
+        rivals: Other programs' ways to compute it, timed in the same turns.
     """
 
     kind: str
@@ -57,101 +68,44 @@ class Case:
     variants: list[Variant]
     truth: Callable[[], jax.Array] | None = None
     compared: Callable[[jax.Array], jax.Array] = lambda output: output
+    rivals: tuple[Rival, ...] = ()
 
 
-def cases(
-    shape: Shape, recipe_names: Sequence[str], dtype, *, attention_in_block: bool, failed: Failed
-) -> Iterator[Case]:
-    """The layer, attention and block of a shape, with random weights and inputs.
-
-    Args:
-        recipe_names: Quantizations.
-        dtype: Of the full-precision reference.
-        attention_in_block: Also a block whose QK products are int8, beside the first recipe's linear layers.
-        failed: Called with a recipe and the reason where the device cannot make its arrays.
-    """
-    float_model = _model(shape, dtype, layers=1)
-    stream, conditioning = jax.jit(lambda m, *inputs: m.embed(*inputs))(float_model, *_inputs(shape, dtype))
-    # The stream of freshly made embedders is small and alike; blocks in a trained model see values of order
-    # one.
-    stream = jax.random.normal(jax.random.key(1), stream.shape, jnp.float32).astype(dtype)
-    wanted = {name: (recipes.get(name), ("linear",)) for name in recipe_names}
-    if attention_in_block and recipe_names:
-        with_attention = recipes.get(recipe_names[0], attention_qk_bits=8)
-        wanted[f"{recipe_names[0]}+int8-qk"] = with_attention, ("linear", "qk")
-    blocks = {}
-    for name, (recipe, _) in wanted.items():
-        try:
-            blocks[name] = _first_block(_quantized(float_model, recipe))
-        except DEVICE_ERRORS as error:
-            failed(name, error)
-    float_block = _first_block(float_model)
-
-    yield _linear(shape, float_block, {n: b for n, b in blocks.items() if n in recipe_names}, stream)
-    yield _attention(shape, dtype)
-    call = lambda block, stream, conditioning: block(stream, conditioning)  # noqa: E731
-    variants = [Variant(_name(dtype), call, (float_block, stream, conditioning), (), logical_bytes(float_block))]
-    for name, block in blocks.items():
-        variants.append(Variant(name, call, (block, stream, conditioning), wanted[name][1], logical_bytes(block)))
-    yield Case("block", shape, block_work(shape), variants)
-
-
-def step_case(shape: Shape, recipe_names: Sequence[str], dtype, failed: Failed) -> Case:
-    """One forward pass of the whole model: a denoising step without guidance. `failed` as in `cases`."""
-    float_model, inputs = _model(shape, dtype), _inputs(shape, dtype)
-    call = lambda model, *inputs: model(*inputs)  # noqa: E731
-    variants = [Variant(_name(dtype), call, (float_model, *inputs), (), logical_bytes(float_model))]
+def linear_case(shape: Shape, recipe_names: Sequence[str], dtype, failed: Failed) -> Case:
+    """The first layer of a feed-forward, on all tokens, with its bias. `failed` is called with a recipe and the reason
+    where the device cannot make its arrays."""
+    rows, inputs, outputs = shape.linear_size
+    x = jax.random.normal(jax.random.key(1), (1, rows, inputs), jnp.float32).astype(dtype)
+    reference = jax.jit(lambda: _linear(inputs, outputs, dtype))()
+    call = lambda layer, x: layer(x)  # noqa: E731
+    variants = [Variant(_name(dtype), call, (reference, x), (), logical_bytes(reference))]
     for name in recipe_names:
+        scheme = scheme_of(recipes.get(name))
         try:
-            model = _quantized(float_model, recipes.get(name))
+            layer = jax.jit(lambda layer, s=scheme: quantize_layer(layer, s, execution="integer"))(reference)
         except DEVICE_ERRORS as error:
             failed(name, error)
             continue
-        variants.append(Variant(name, call, (model, *inputs), ("linear",), logical_bytes(model)))
-    return Case("step", shape, step_work(shape), variants)
-
-
-def step_bytes(shape: Shape, recipe_names: Sequence[str], dtype) -> int:
-    """Bytes that the weights of a step's variants take together, by logical bits."""
-    float_model = jax.eval_shape(lambda: _built(shape, dtype, shape.layers))
-    quantized = [jax.eval_shape(lambda m, n=n: _quantize(m, recipes.get(n)), float_model) for n in recipe_names]
-    return sum(logical_bytes(model) for model in (float_model, *quantized))
-
-
-def logical_bytes(module: nnx.Module) -> int:
-    """Bytes of all Variables: codes by their logical bits, everything else by its type."""
-    bits = 0
-    for variable in jax.tree.leaves(module, is_leaf=lambda node: isinstance(node, nnx.Variable)):
-        array = variable.get_value()
-        width = variable.get_metadata("bits") if isinstance(variable, Codes) else array.dtype.itemsize * 8
-        bits += array.size * width
-    return -(-bits // 8)
-
-
-def _linear(shape: Shape, float_block, blocks: dict, stream) -> Case:
-    """The first layer of the feed-forward, on all video tokens."""
-    layer_of = lambda block: block.ffn.net["0"]["proj"]  # noqa: E731
-    call = lambda layer, x: layer(x)  # noqa: E731
-    reference = layer_of(float_block)
-    variants = [Variant(_name(stream.dtype), call, (reference, stream), (), logical_bytes(reference))]
-    for name, block in blocks.items():
-        layer = layer_of(block)
-        variants.append(Variant(name, call, (layer, stream), ("linear",), logical_bytes(layer)))
+        choice = None
+        if scheme.weight is not None and scheme.activation is not None and scheme.activation.dynamic:
+            choice = kernels.quantized_linear_choice(x, layer.qweight, scheme.activation)
+        variants.append(Variant(name, call, (layer, x), ("linear",), logical_bytes(layer), choice))
 
     def truth():
-        weight, x = (a.astype(jnp.float32) for a in (reference.weight[...], stream))
-        product = jnp.matmul(x, weight.T, precision=jax.lax.Precision.HIGHEST)
-        return product + reference.bias[...].astype(jnp.float32)
+        weight, wide = (a.astype(jnp.float32) for a in (reference.weight[...], x))
+        return jnp.matmul(wide, weight.T, precision=jax.lax.Precision.HIGHEST)
 
-    return Case("linear", shape, linear_work(shape.tokens, shape.width, shape.hidden), variants, truth)
+    rivals = linear_rivals(rows, inputs, outputs, dtype)
+    return Case("linear", shape, linear_work(rows, inputs, outputs), variants, truth, rivals=rivals)
 
 
-def _attention(shape: Shape, dtype) -> Case:
-    """Self-attention over all video tokens, without its projections."""
-    size = (1, shape.tokens, shape.heads, shape.head_dim)
+def attention_case(shape: Shape, dtype) -> Case:
+    """Self-attention, without its projections."""
+    size = shape.attention_size
     query, key, value = (jax.random.normal(jax.random.key(k), size, jnp.float32).astype(dtype) for k in range(3))
-    variants = [Variant(_name(dtype), dot_product_attention, (query, key, value))]
-    if jax.default_backend() != "cpu":  # what the quantized products, which have no kernel yet, compare with
+    best = kernels.attention_choice(query, key)
+    variants = [Variant(_name(dtype), dot_product_attention, (query, key, value), choice=best)]
+    if jax.default_backend() != "cpu":  # what quantized products without a kernel compare with
         plain = lambda q, k, v: dot_product_attention(q, k, v, implementation="xla")  # noqa: E731
         variants.append(Variant(f"{_name(dtype)}-without-kernel", plain, (query, key, value)))
     for label, scheme, kinds in (
@@ -159,7 +113,10 @@ def _attention(shape: Shape, dtype) -> Case:
         ("int8-qk-pv", AttentionScheme(qk_bits=8, pv_bits=8), ("qk", "pv")),
     ):
         call = lambda q, k, v, s=scheme: quantized_attention(q, k, v, scheme=s, execution="integer")  # noqa: E731
-        variants.append(Variant(label, call, (query, key, value), kinds))
+        choice = kernels.quantized_attention_choice(
+            query, key, qk_bits=scheme.qk_bits, pv_bits=scheme.pv_bits, pv_block=scheme.pv_block
+        )
+        variants.append(Variant(label, call, (query, key, value), kinds, choice=choice))
 
     def compared(output):
         return output[:, :COMPARED_QUERIES]
@@ -169,22 +126,137 @@ def _attention(shape: Shape, dtype) -> Case:
         with jax.default_matmul_precision("highest"):
             return jax.jit(lambda *a: dot_product_attention(*a, implementation="xla"))(q, k, v)
 
-    return Case("attention", shape, attention_work(shape.tokens, shape.tokens, shape.width), variants, truth, compared)
+    batch, tokens, heads, head_dim = size
+    work = attention_work(tokens, tokens, heads * head_dim) * batch
+    return Case("attention", shape, work, variants, truth, compared, attention_rivals(size, dtype))
 
 
-def _built(shape: Shape, dtype, layers: int) -> VideoModel:
-    return models.build({**shape.config, "num_layers": layers}, dtype=dtype)
+def block_case(shape: Shape, recipe_names: Sequence[str], dtype, failed: Failed) -> Case:
+    """The first block of a transformer, on a stream of numbers of order one. `failed` as in `linear_case`."""
+    float_model, inputs = _model(shape, dtype, layers=1), _inputs(shape, dtype)
+    stream, conditioning = jax.jit(lambda m, inputs: m.embed(**inputs))(float_model, inputs)
+    # The stream of freshly made embedders is small and alike; blocks in a trained model see values of order one.
+    leaves, tree = jax.tree.flatten(stream)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    random = [jax.random.normal(k, a.shape, jnp.float32).astype(a.dtype) for k, a in zip(keys, leaves, strict=True)]
+    stream = jax.tree.unflatten(tree, random)
+    call = lambda block, stream, conditioning: jax.tree.leaves(block(stream, conditioning))[0]  # noqa: E731
+    block = _first_block(float_model)
+    variants = [Variant(_name(dtype), call, (block, stream, conditioning), (), logical_bytes(block))]
+    for name, recipe, kinds in _recipes(recipe_names):
+        try:
+            block = _first_block(_quantized(float_model, recipe))
+        except DEVICE_ERRORS as error:
+            failed(name, error)
+            continue
+        variants.append(Variant(name, call, (block, stream, conditioning), kinds, logical_bytes(block)))
+    return Case("block", shape, block_work(shape), variants)
+
+
+def step_case(shape: Shape, recipe_names: Sequence[str], dtype, failed: Failed) -> Case:
+    """One forward pass of the whole model: a denoising step without guidance. `failed` as in `linear_case`."""
+    call = lambda model, inputs: model(**inputs)  # noqa: E731
+    inputs = _inputs(shape, dtype)
+    variants = [
+        Variant(name, call, (model, inputs), kinds, logical_bytes(model))
+        for name, model, kinds in _models(shape, recipe_names, dtype, failed)
+    ]
+    return Case("step", shape, step_work(shape), variants, rivals=step_rivals(shape, dtype))
+
+
+def sample_case(shape: Shape, recipe_names: Sequence[str], dtype, failed: Failed) -> Case:
+    """Latents from noise: `SAMPLE_STEPS` guided steps with the family's own solver, both branches one after the other,
+    and, beside them, in one batch. `failed` as in `linear_case`."""
+    defaults = PUBLISHED[models.family_of(shape.config).name]
+    inputs = _inputs(shape, dtype)
+    context = inputs.pop("context")
+    del inputs["timestep"]
+    noise = initial_noise([0], inputs.pop("latents").shape[1:])
+    guidance = defaults.guidance_scale if "guidance" not in inputs else 1.0  # a distilled model makes one pass
+
+    def call(doubled):
+        return lambda model, noise, context, conditions: sample(
+            model, context, jnp.zeros_like(context), noise=noise, solver=defaults.solver, steps=SAMPLE_STEPS,
+            guidance_scale=guidance, doubled_batch=doubled, **conditions,
+        ).latents  # fmt: skip
+
+    variants = []
+    for name, model, kinds in _models(shape, recipe_names, dtype, failed):
+        for label, doubled in ((name, False), (f"{name}+one-batch", True))[: 1 if guidance == 1 else 2]:
+            arguments = (model, noise, context, inputs)
+            variants.append(Variant(label, call(doubled), arguments, kinds, logical_bytes(model)))
+    passes = SAMPLE_STEPS * (1 if guidance == 1 else 2)
+    return Case("sample", shape, step_work(shape) * passes, variants)
+
+
+def step_bytes(shape: Shape, recipe_names: Sequence[str], dtype) -> int:
+    """Bytes that the weights of a step's variants take together, by logical bits."""
+    float_model = jax.eval_shape(lambda: _built(shape, dtype, None))
+    chosen = [recipe for _, recipe, _ in _recipes(recipe_names)]
+    quantized = [jax.eval_shape(lambda m, r=r: _quantize(m, r), float_model) for r in chosen]
+    return sum(logical_bytes(model) for model in (float_model, *quantized))
+
+
+def logical_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree: codes by their logical bits, everything else by its type."""
+    bits = 0
+    for leaf in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Variable)):
+        array = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        width = leaf.get_metadata("bits") if isinstance(leaf, Codes) else array.dtype.itemsize * 8
+        bits += array.size * width
+    return -(-bits // 8)
+
+
+def _recipes(names: Sequence[str]) -> list[tuple[str, Recipe, tuple[str, ...]]]:
+    """Every recipe, and the first with attention quantized too where a kernel may pay: (label, recipe, what it
+    quantizes)."""
+    chosen = [(name, recipes.get(name), ("linear",)) for name in names]
+    if names and jax.default_backend() != "cpu":
+        both = recipes.get(names[0], attention_qk_bits=8, attention_pv_bits=8)
+        chosen.append((names[0] + ATTENTION, both, ("linear", "qk", "pv")))
+    return chosen
+
+
+def _models(shape: Shape, names: Sequence[str], dtype, failed: Failed):
+    """(label, model, what it quantizes), the full-precision one first."""
+    float_model = _model(shape, dtype)
+    yield _name(dtype), float_model, ()
+    for name, recipe, kinds in _recipes(names):
+        try:
+            model = _quantized(float_model, recipe)
+        except DEVICE_ERRORS as error:
+            failed(name, error)
+            continue
+        yield name, model, kinds
+
+
+def scheme_of(recipe: Recipe):
+    """What a recipe makes of the first layer of a feed-forward."""
+    return next(rule.scheme for rule in recipe.rules if "feed_forward_in" in (rule.roles or ()))
+
+
+def _linear(inputs: int, outputs: int, dtype) -> Linear:
+    return Linear(
+        inputs, outputs, role="feed_forward_in", axes=("mlp", "embed"), key=jax.random.key(0), dtype=dtype, bias=True
+    )
+
+
+def _built(shape: Shape, dtype, layers: int | None) -> VideoModel:
+    if layers is None or shape.is_unet:
+        return models.build(shape.config, dtype=dtype)
+    kinds = [name for name in ("num_layers", "num_single_layers") if hasattr(shape.parsed, name)]
+    return models.build({**shape.config, **dict.fromkeys(kinds, layers)}, dtype=dtype)
 
 
 def _model(shape: Shape, dtype, layers: int | None = None) -> VideoModel:
-    return jax.jit(lambda: _built(shape, dtype, layers or shape.layers))()
+    return jax.jit(lambda: _built(shape, dtype, layers))()
 
 
-def _quantize(model: VideoModel, recipe) -> VideoModel:
+def _quantize(model: VideoModel, recipe: Recipe) -> VideoModel:
     return qvdjax.quantize(model, recipe, execution="integer")
 
 
-def _quantized(model: VideoModel, recipe) -> VideoModel:
+def _quantized(model: VideoModel, recipe: Recipe) -> VideoModel:
     """Quantized in one program, so that no float32 copy of the weights is made on the way."""
     return jax.jit(lambda m: _quantize(m, recipe))(model)
 
@@ -194,15 +266,18 @@ def _first_block(model: VideoModel) -> nnx.Module:
     return model.stacks[0].layer(0)
 
 
-def _inputs(shape: Shape, dtype) -> tuple[jax.Array, ...]:
-    """Latents (1, frames, height, width, channels), timestep (1,), context (1, tokens, dim)."""
-    latents, context = jax.random.split(jax.random.key(2))
-    size = (1, shape.text_tokens, shape.config["text_dim"])
-    return (
-        jax.random.normal(latents, (1, *shape.latents), jnp.float32),
-        jnp.full((1,), 500.0),
-        jax.random.normal(context, size, jnp.float32).astype(dtype),
-    )
+def _inputs(shape: Shape, dtype) -> dict[str, jax.Array]:
+    """Latents (1, frames, height, width, channels), timestep (1,), context (1, tokens, dim) and the family's further
+    inputs by name."""
+    latents, context, rest = jax.random.split(jax.random.key(2), 3)
+    parsed = shape.parsed
+    random = lambda key, *size: jax.random.normal(key, (1, *size), jnp.float32)  # noqa: E731
+    # Texts without padding: a mask would say so and nothing else.
+    conditions = {name: random(rest, *size) for name, size in parsed.conditions.items() if name.count("mask") == 0}
+    return {
+        "latents": random(latents, *shape.latents), "timestep": jnp.full((1,), 500.0),
+        "context": random(context, shape.text_tokens, parsed.text_dim).astype(dtype), **conditions,
+    }  # fmt: skip
 
 
 def _name(dtype) -> str:

@@ -27,6 +27,7 @@ at its best.
 """
 
 import dataclasses
+from collections.abc import Collection, Mapping
 
 from experiments.bench.shapes import Shape
 from experiments.bench.unet_work import unet_operations
@@ -95,3 +96,13 @@ def ceiling(work: Work, *, linear_factor: float = 1.0, qk_factor: float = 1.0, p
     """Largest ratio of reference time to quantized time, each kind of product `factor` times as fast."""
     quantized = work.linear / linear_factor + work.qk / qk_factor + work.pv / pv_factor
     return work.total / quantized
+
+
+def least_seconds(work: Work, rates: Mapping[str, float], quantized: Collection[str] = ()) -> float:
+    """What the products take at the measured rates, `float_tera_ops` or, of the kinds that are quantized,
+    `int8_tera_ops`."""
+    seconds = 0.0
+    for kind in ("linear", "qk", "pv"):
+        rate = rates["int8_tera_ops" if kind in quantized else "float_tera_ops"]
+        seconds += getattr(work, kind) / (1e12 * rate)
+    return seconds

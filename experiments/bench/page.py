@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.bench import training
+from experiments.bench import estimates, training
 from qvdjax.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
@@ -28,8 +28,28 @@ one run of `qvdjax bench` (or `python -m experiments.bench`) on one machine, wit
   attention, against the full-precision output for block and step. Random weights and inputs: it shows that
   the right thing was computed, not the quality of a trained model.
 - **weights** are logical bits: a four-bit code counts half a byte.
-- `step` is one forward pass of the whole model, without guidance. `block` and `step` with a recipe quantize
-  the linear layers; `+int8-qk` also the product of queries and keys.
+- **of peak** is the time that the matrix products alone would take at the rates measured in the same run, over the
+  measured time.
+- **moved** is the least that can be read and written: weights by their logical bits, inputs and outputs.
+- **by** is the implementation that the dispatcher chose ([why](../speed.md)).
+- Rows in *italics* are other programs in the same run, against our full precision. Those that were not installed are
+  listed below the table.
+- `step` is one forward pass of the whole model, without guidance; `sample` two guided steps from noise to latents,
+  `+one-batch` with both branches of the guidance in one batch. A recipe quantizes the linear layers; `+int8-attention`
+  also both products of attention.
+"""
+
+PENDING = """\
+**Pending**: no accelerator was at hand yet. On one GPU of 80 GiB and more, in under ten minutes:
+
+```bash
+export XLA_PYTHON_CLIENT_PREALLOCATE=false # PyTorch needs memory too
+qvdjax bench --suite full --repeats 5 --budget 540 --output docs/benchmarks/h200.json
+python -m experiments.bench.page
+```
+
+It times kernels, blocks, steps and videos of Wan 1.3B and 14B at 480p and 720p, CogVideoX 2B and 5B, HunyuanVideo at
+720p and AnimateDiff, beside PyTorch, torch.compile, torchao, diffusers and qwix where they are installed.
 """
 
 
@@ -50,25 +70,30 @@ def load(folder: Path) -> dict[str, dict]:
     return reports
 
 
-def page(reports: dict[str, dict], trained: dict[str, dict] | None = None) -> str:
-    """The page as Markdown; `trained` are reports of `experiments.bench.training`."""
+def page(reports: dict[str, dict], trained: dict[str, dict] | None = None, estimated: dict | None = None) -> str:
+    """The page as Markdown; `trained` are reports of `experiments.bench.training`, `estimated` is one of
+    `experiments.bench.estimates`."""
     sections = (_section(name, report) for name, report in reports.items())
-    return "\n".join([INTRODUCTION, *sections, *training.section(trained or {})])
+    pending = [PENDING] if all(report.get("platform", "cpu") == "cpu" for report in reports.values()) else []
+    further = (*estimates.section(estimated), *training.section(trained or {}))
+    return "\n".join([INTRODUCTION, *pending, *sections, *further])
 
 
 def _section(name: str, report: dict) -> str:
     rates, versions = report["rates"], report["versions"]
+    memory = f", memory {rates['memory_giga_bytes']:.3g} GB/s" if "memory_giga_bytes" in rates else ""
     lines = [
         f"## {report['device']} ({name}.json)",
         "",
         f"jax {versions['jax']}, {versions['backend']}. Measured matrix rates at {rates['size']} x"
         f" {rates['size']}: {rates['float_dtype']} {rates['float_tera_ops']:.3g} TFLOP/s, int8"
-        f" {rates['int8_tera_ops']:.3g} TOP/s ({rates['factor']:.2f} times). Command: `{report['command']}`.",
+        f" {rates['int8_tera_ops']:.3g} TOP/s ({rates['factor']:.2f} times){memory}. Command: `{report['command']}`.",
         "",
         f"![measured ratio and ceiling]({name}.png)",
         "",
-        "| shape | what | ms | spread | full precision ms | ratio | ceiling | error | weights MiB |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| shape | what | ms | spread | full precision ms | ratio | ceiling | error | weights MiB | of peak |"
+        " moved MiB | by |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
         *map(_row, report["results"]),
         "",
     ]
@@ -80,11 +105,13 @@ def _section(name: str, report: dict) -> str:
 
 
 def _row(row: dict) -> str:
-    weights = "" if not row["weight_bytes"] else _weights(row)
+    rival, error, peak, moved = (row.get(key) for key in ("rival", "relative_error", "fraction_of_peak", "least_bytes"))
     cells = (
-        row["shape"], row["name"], f"{row['median_ms']:.3g}", f"{row['spread_ms']:.2g}",
-        f"{row['reference_median_ms']:.3g}", f"**{row['ratio']:.2f}**", f"{row['ceiling']:.2f}",
-        f"{row['relative_error']:.1e}", weights,
+        row["shape"], f"*{row['name']}*" if rival else row["name"], f"{row['median_ms']:.3g}",
+        f"{row['spread_ms']:.2g}", f"{row['reference_median_ms']:.3g}", f"**{row['ratio']:.2f}**",
+        "" if rival else f"{row['ceiling']:.2f}", "" if error is None else f"{error:.1e}",
+        _weights(row) if row["weight_bytes"] else "", "" if peak is None else f"{peak:.2f}",
+        "" if moved is None else f"{moved / 2**20:.3g}", row.get("implementation") or "",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -129,7 +156,8 @@ def write(folder: Path = FOLDER) -> list[Path]:
     reports = load(folder)
     files = [folder / "README.md"]
     trained = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "training").glob("*.json"))}
-    files[0].write_text(page(reports, trained))
+    estimated = folder / "estimates" / estimates.FILE
+    files[0].write_text(page(reports, trained, json.loads(estimated.read_text()) if estimated.exists() else None))
     for name, report in reports.items():
         files.append(folder / f"{name}.png")
         plot(report, files[-1])

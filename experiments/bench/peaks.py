@@ -35,6 +35,15 @@ def matrix_rates(float_dtype, rounds: int) -> dict:
     }  # fmt: skip
 
 
+def memory_rate(dtype, rounds: int) -> dict:
+    """Rate of reading and writing an array much larger than any cache, `memory_giga_bytes` (10^9 bytes) a second."""
+    size = 2**24 if jax.default_backend() == "cpu" else 2**30
+    timed = Timed(lambda a: a + 1, jnp.zeros((size,), dtype))
+    timed.output = None
+    (measured,) = measure([timed], rounds)
+    return {"memory_giga_bytes": 2 * size * jnp.dtype(dtype).itemsize / (measured.median_ms * 1e-3) / 1e9}
+
+
 def machine() -> dict:
     """Device, memory and versions."""
     device = jax.devices()[0]

@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 import models
+from models.unet_config import UNetConfig
 from qvdjax.errors import UserError
 
 _WAN = {"_class_name": "WanTransformer3DModel", "attention_head_dim": 128, "text_dim": 4096}
@@ -27,6 +28,22 @@ CONFIGS = {
     "wan-tiny": {
         "_class_name": "WanTransformer3DModel", "num_attention_heads": 4, "attention_head_dim": 32,
         "ffn_dim": 512, "num_layers": 6, "text_dim": 64, "freq_dim": 64,
+    },
+    "cogvideox-tiny": {
+        "_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": 4, "attention_head_dim": 32,
+        "num_layers": 2, "text_embed_dim": 64, "time_embed_dim": 64, "use_rotary_positional_embeddings": True,
+        "sample_height": 16, "sample_width": 16, "sample_frames": 33,
+    },
+    "hunyuanvideo-tiny": {
+        "_class_name": "HunyuanVideoTransformer3DModel", "num_attention_heads": 4, "attention_head_dim": 32,
+        "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": 64,
+        "pooled_projection_dim": 32, "rope_axes_dim": [8, 12, 12],
+    },
+    "animatediff-tiny": {
+        "_class_name": "UNetMotionModel", "block_out_channels": [32, 64], "layers_per_block": 1, "norm_num_groups": 8,
+        "down_block_types": ["CrossAttnDownBlockMotion", "DownBlockMotion"], "num_attention_heads": 4,
+        "up_block_types": ["UpBlockMotion", "CrossAttnUpBlockMotion"], "cross_attention_dim": 64,
+        "use_motion_mid_block": False, "motion_num_attention_heads": 4,
     },
 }  # fmt: skip
 LATENT_SIZES = {
@@ -59,6 +76,34 @@ class Shape:
     def parsed(self):
         """The configuration as its family's class, with that family's defaults."""
         return models.parse_config(self.config)
+
+    @property
+    def is_unet(self) -> bool:
+        """Whether it is a UNet, whose layers differ in size: those of its first level are timed."""
+        return isinstance(self.parsed, UNetConfig)
+
+    @property
+    def linear_size(self) -> tuple[int, int, int]:
+        """(rows, inputs, outputs) of the first layer of a feed-forward."""
+        if self.is_unet:  # gated: twice four times as wide
+            width = self.parsed.block_out_channels[0]
+            return math.prod(self.latents[:3]), width, 8 * width
+        return self.stream_tokens, self.width, self.hidden
+
+    @property
+    def attention_size(self) -> tuple[int, int, int, int]:
+        """(batch, tokens, heads, head_dim) of a self-attention; a UNet's frames are its batch."""
+        if self.is_unet:
+            frames, height, width, _ = self.latents
+            heads = self.parsed.num_attention_heads
+            heads = heads[0] if isinstance(heads, tuple) else heads
+            return frames, height * width, heads, self.parsed.block_out_channels[0] // heads
+        return 1, self.stream_tokens, self.heads, self.head_dim
+
+    @property
+    def stream_tokens(self) -> int:
+        """Tokens that attend to each other: the video's, and the text's where they are one stream."""
+        return self.tokens + (self.text_tokens if self.joint else 0)
 
     @property
     def joint(self) -> bool:
@@ -104,15 +149,28 @@ def shape(name: str) -> Shape:
 
 
 def _named(name: str, model: str, size: str, text_tokens: int) -> Shape:
-    config = CONFIGS[model]
-    return Shape(name, config, (*LATENT_SIZES["wan"][size], config.get("in_channels", 16)), text_tokens)
+    config, family = CONFIGS[model], models.family_of(CONFIGS[model]).name
+    return Shape(name, config, (*LATENT_SIZES[family][size], models.parse_config(config).in_channels), text_tokens)
 
+
+TINY = ("tiny", "tiny-cogvideox", "tiny-hunyuanvideo", "tiny-animatediff")
+"""Of all families, for machines without an accelerator."""
+DEFAULT = ("wan2.1-1.3b-480p", "wan2.1-14b-480p")
 
 SHAPES = {
     s.name: s
     for s in (
         _named("tiny", "wan-tiny", "tiny", 16),
+        _named("tiny-cogvideox", "cogvideox-tiny", "tiny", 16),
+        _named("tiny-hunyuanvideo", "hunyuanvideo-tiny", "tiny", 16),
+        _named("tiny-animatediff", "animatediff-tiny", "tiny", 16),
         _named("wan2.1-1.3b-480p", "wan2.1-t2v-1.3b", "480p", 512),
         _named("wan2.1-14b-480p", "wan2.1-t2v-14b", "480p", 512),
+        _named("wan2.1-1.3b-720p", "wan2.1-t2v-1.3b", "720p", 512),
+        _named("wan2.1-14b-720p", "wan2.1-t2v-14b", "720p", 512),
+        _named("cogvideox-2b-480p", "cogvideox-2b", "480p", 226),
+        _named("cogvideox-5b-480p", "cogvideox-5b", "480p", 226),
+        _named("hunyuanvideo-720p", "hunyuanvideo", "720p", 256),
+        _named("animatediff-512", "animatediff", "512", 77),
     )
 }

@@ -267,6 +267,12 @@ class Sample(Sampler, Prompts, Common):
     memory_limit: hinted(str, "SIZE", "none") = None
     """Memory of one device that is not to be exceeded, such as 12GiB: fewer videos at once and a VAE in tiles are
     chosen for it, by the compiler's account and before a weight is read."""
+    one_batch: bool = False
+    """Compute both branches of the guidance as one batch: fewer, larger products, and twice the activation memory."""
+    float_attention_first: int = 0
+    """So many first steps in which attention is not quantized, of a model whose attention is."""
+    float_attention_last: int = 0
+    """The same for the last steps."""
     fps: hinted(float, "X", FOLDERS) = None
     """Frames a second of the video."""
     scale: hinted(int, "N", "small videos to about 288 pixels") = None
@@ -358,7 +364,9 @@ class Bench(Common):
     """
 
     suite: Annotated[str, arg(metavar="NAME")] = "default"
-    """Shapes to time: tiny, wan2.1-1.3b-480p, wan2.1-14b-480p, or default for what suits this device."""
+    """Shapes to time: full for all, from kernels to videos, beside other programs; default for what suits this device;
+    or one of tiny, wan2.1-1.3b-480p, wan2.1-14b-480p, wan2.1-1.3b-720p, wan2.1-14b-720p, cogvideox-2b-480p,
+    cogvideox-5b-480p, hunyuanvideo-720p, animatediff-512 and the tiny ones of other families."""
     recipe: Annotated[Names, arg(metavar="NAME", help_behavior_hint="(default: rtn-w8a8 and rtn-w4a8)")] = ()
     """Quantization to time; may be repeated."""
     repeats: Whole = 7

@@ -30,9 +30,9 @@ from models.prompts import AT_ONCE, PromptEncoder
 from models.scheduler import sampling_defaults
 from qvdjax.checkpoint import CheckpointFolder, loaded_shapes
 from qvdjax.description import weight_bytes
-from qvdjax.diffusion import compile_sampler, initial_noise, sample
+from qvdjax.diffusion import Precise, compile_sampler, initial_noise, sample
 from qvdjax.errors import UserError
-from qvdjax.nn import check_timesteps
+from qvdjax.nn import Attention, check_timesteps, layers_of, with_float_attention
 from qvdjax.parallel import make_mesh, partition_spec
 
 DENOISER = "denoiser"
@@ -72,6 +72,8 @@ def sample_folder(
     batch: int = 8,
     step_loop: bool = False,
     memory_limit: int | None = None,
+    one_batch: bool = False,
+    float_attention: tuple[int, int] = (0, 0),
     progress: Progress | None = None,
 ) -> dict:
     """Sample every prompt at every seed and write each video, with a JSON file beside it.
@@ -110,6 +112,9 @@ def sample_folder(
         step_loop: Run the steps one by one from Python and report each, instead of one compiled scan.
         memory_limit: Bytes of one device that are not to be exceeded, by the compiler's account: `batch`, where texts
             are encoded and how the VAE decodes are chosen for it, see `plan_memory`.
+        one_batch: Compute both branches of the guidance as one batch, see `qvdjax.diffusion.guided`.
+        float_attention: How many first and last steps leave attention in full precision, of a model whose attention is
+            quantized; no further weights are read.
         progress: Called with (stage, done, total).
 
     Returns:
@@ -160,11 +165,16 @@ def sample_folder(
             raise UserError("a limit of memory is planned for one device", remedy="leave out --mesh or --memory-limit")
         report("planning", 0, 1)
         opened = used_tensors(CheckpointFolder.open(folder))
+        shapes = loaded_shapes(abstract_model(opened, execution), opened, dtype=dtype and jax.numpy.dtype(dtype))
         plan = plan_memory(
             memory_limit,
-            model=loaded_shapes(abstract_model(opened, execution), opened, dtype=dtype and jax.numpy.dtype(dtype)),
+            model=shapes,
             inputs=lambda count: _inputs(request, np.arange(count), None),
-            sampling=request.sampling,
+            sampling={
+                **request.sampling,
+                "doubled_batch": one_batch,
+                "precise": _precise(shapes, float_attention),
+            },  # fmt: skip
             step_loop=step_loop,
             batch=min(batch, len(request.seeds)),
             latents=request.latents_shape,
@@ -195,7 +205,8 @@ def sample_folder(
 
     model = models.load(folder, dtype=dtype, mesh=device_mesh, execution=execution, progress=progress)
     with contextlib.nullcontext() if device_mesh is None else jax.set_mesh(device_mesh):
-        latents, timing, peak = _sample(model, request, device_mesh, min(batch, len(paths)), step_loop, report)
+        how = {"doubled_batch": one_batch, "precise": _precise(model, float_attention)}
+        latents, timing, peak = _sample(model, request, how, device_mesh, min(batch, len(paths)), step_loop, report)
     if not np.isfinite(latents).all():
         raise UserError(
             f"{folder} sampled latents that are not finite",
@@ -205,6 +216,8 @@ def sample_folder(
         "model": str(folder),
         **settings_record(request),
         "loop": "steps" if step_loop else "scan",
+        "one_batch": one_batch,
+        "float_attention": list(float_attention),
         **timing,
         **device_record(device_mesh),
         **memory_record(device_mesh),
@@ -252,11 +265,23 @@ def _request(folder, skeleton, prompts, seeds, context_file, settings: Settings)
     return request_from_context(folder, Path(context_file), skeleton.config, prompts, seeds, settings)
 
 
+def _precise(model, steps: tuple[int, int]) -> Precise | None:
+    """The same model with attention in full precision, for so many first and last steps."""
+    if steps == (0, 0):
+        return None
+    if not any(layer.scheme.qk_bits or layer.scheme.pv_bits for _, _, layer in layers_of(model, (Attention,))):
+        raise UserError(
+            "steps with attention in full precision were asked for, and this model's attention is not quantized",
+            remedy="leave them out, or quantize it: --set attention_qk_bits=8 --set attention_pv_bits=8",
+        )
+    return Precise(with_float_attention(model), *steps)
+
+
 def _sample(
-    model, request: Request, mesh: Mesh | None, batch: int, step_loop: bool, progress: Progress
+    model, request: Request, how: dict, mesh: Mesh | None, batch: int, step_loop: bool, progress: Progress
 ) -> tuple[np.ndarray, dict, int | None]:
     """All videos' latents, float32 (videos, frames, height, width, channels), how long it took, and what the program
-    needs of one device by the compiler's account."""
+    needs of one device by the compiler's account; `how` are further arguments of the sampler."""
     count = len(request.seeds)
     batch = min(batch, count)
     chunks = [np.arange(start, start + batch).clip(max=count - 1) for start in range(0, count, batch)]
@@ -270,10 +295,10 @@ def _sample(
         inputs = _inputs(request, rows, mesh)
         if compilation is None:
             progress("compiling", 0, 1)
-            compilation = compile_sampler(model, **inputs, **request.sampling, step_loop=step_loop)
+            compilation = compile_sampler(model, **inputs, **request.sampling, **how, step_loop=step_loop)
             progress("compiling", 1, 1)
         start = time.perf_counter()
-        result = sample(model, **inputs, **request.sampling, on_step=on_step if step_loop else None)
+        result = sample(model, **inputs, **request.sampling, **how, on_step=on_step if step_loop else None)
         jax.block_until_ready(result.latents)
         seconds += time.perf_counter() - start
         latents.append(_gathered(result.latents))

@@ -19,6 +19,7 @@ from experiments.training.job import train_folder
 from models.pipeline import side_files
 from qvdjax.diffusion import DDIM, FlowMatchEuler, UniPCFlow, initial_noise, sample
 from qvdjax.errors import UserError
+from qvdjax.recipes import get
 from qvdjax.video import read_mp4
 
 WORDS = ("a", "red", "blue", "disc", "moving", "left")
@@ -131,6 +132,36 @@ def test_every_prompt_at_every_seed(folder, tmp_path):
     np.testing.assert_allclose(latents, by_hand(folder, np.repeat(prompts, 2), [3, 5] * 3), atol=ROUNDING)
     assert not np.allclose(latents[0], latents[1])
     np.testing.assert_allclose(latents[0], latents[2], atol=ROUNDING)  # case does not matter
+
+
+def test_both_branches_in_one_batch_make_the_same_video(folder, tmp_path):
+    report = sample_folder(folder, tmp_path / "out.safetensors", prompts=["a red disc"], seeds=[3], one_batch=True)
+    assert report["one_batch"]
+    latents = load_file(report["files"][0])["latents"]
+    np.testing.assert_allclose(latents, by_hand(folder, ["a red disc"], [3])[0], atol=ROUNDING)
+
+
+@pytest.mark.slow
+def test_steps_with_attention_in_full_precision(folder, tmp_path):
+    settings = {"prompts": ["a red disc"], "seeds": [3]}
+    recipe = get("rtn-w8a8", attention_qk_bits=3, attention_pv_bits=3)
+    quantized, plain = tmp_path / "quantized", tmp_path / "plain"
+    for path, chosen in ((quantized, recipe), (plain, get("rtn-w8a8"))):
+        models.save(qvdjax.quantize(models.load(folder), chosen), path)
+        PIPELINE.save(path)
+
+    def latents(path, name, first=0, last=0):
+        report = sample_folder(path, tmp_path / f"{name}.safetensors", **settings, float_attention=(first, last))
+        assert report["float_attention"] == [first, last]
+        return load_file(report["files"][0])["latents"]
+
+    # Three steps: all of them are the model whose attention is not quantized.
+    without = latents(plain, "without")
+    np.testing.assert_allclose(latents(quantized, "all", 2, 1), without, atol=ROUNDING)
+    errors = [np.abs(latents(quantized, f"{n}", n) - without).mean() for n in (0, 2)]
+    assert errors[0] > errors[1] > 0
+    with pytest.raises(UserError, match="not quantized"):
+        latents(plain, "none", 1)
 
 
 def test_settings_override_the_folder(folder, tmp_path):

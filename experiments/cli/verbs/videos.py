@@ -91,6 +91,8 @@ def sample(arguments: Sample, progress: Progress | None) -> Outcome:
         batch=arguments.batch,
         step_loop=arguments.step_loop,
         memory_limit=None if arguments.memory_limit is None else parse_limit(arguments.memory_limit),
+        one_batch=arguments.one_batch,
+        float_attention=(arguments.float_attention_first, arguments.float_attention_last),
         progress=progress,
     )
     frames, height, width = report["latents"][:3]

@@ -1,4 +1,5 @@
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 from experiments import bench
 from experiments.bench import bench as bench_module
 from experiments.bench import cases as cases_module
+from experiments.bench import rivals
 from experiments.bench.cases import logical_bytes
 from experiments.bench.peaks import _command
 from experiments.bench.shapes import LATENT_SIZES, SHAPES, Shape
@@ -120,8 +122,82 @@ def test_unknown_names_are_refused_before_anything_is_timed(options):
         bench.run_bench(**options)
 
 
+def test_rows_say_what_computed_them_and_how_near_the_peak_they_came(report):
+    rows = {row["name"]: row for row in report["results"]}
+    assert rows["linear/rtn-w8a8"]["implementation"] == "xla"
+    assert "int32" in rows["linear/rtn-w8a8"]["reason"]
+    assert rows["attention/int8-qk"]["implementation"] == "xla"
+    width, hidden, tokens = SMALL.width, SMALL.hidden, SMALL.tokens
+    moved = rows["linear/rtn-w8a8"]["weight_bytes"] + 4 * tokens * (width + hidden)  # the layer, its input and output
+    assert rows["linear/rtn-w8a8"]["least_bytes"] == moved
+    for row in report["results"]:
+        assert row["fraction_of_peak"] > 0
+        assert row["least_bytes"] > 0
+        assert not row["rival"]
+    assert report["rates"]["memory_giga_bytes"] > 0
+    assert [row["name"] for row in report["references"]] == [
+        "linear/float32", "attention/float32", "block/float32", "step/float32",
+    ]  # fmt: skip
+
+
+def test_the_full_suite_goes_from_kernels_to_videos():
+    tasks = [(kind, shape.name) for kind, shape in bench_module._tasks("full", None)]
+    kinds = [kind for kind, _ in tasks]
+    assert list(dict.fromkeys(kinds)) == ["linear", "attention", "block", "step", "sample"]
+    assert ("step", "tiny-animatediff") in tasks
+    assert ("block", "tiny-animatediff") not in tasks  # no block stands for all
+
+
+def test_on_an_accelerator_the_full_suite_holds_the_real_shapes(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    tasks = [(kind, shape.name) for kind, shape in bench_module._tasks("full", None)]
+    named = {name for _, name in tasks}
+    assert named == {
+        "wan2.1-1.3b-480p", "wan2.1-14b-480p", "wan2.1-1.3b-720p", "wan2.1-14b-720p", "cogvideox-2b-480p",
+        "cogvideox-5b-480p", "hunyuanvideo-720p", "animatediff-512",
+    }  # fmt: skip
+    assert ("sample", "wan2.1-1.3b-480p") in tasks
+    assert ("sample", "wan2.1-14b-720p") not in tasks
+
+
+def test_rivals_that_are_not_installed_are_named(monkeypatch):
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
+    report = {"left_out": [], "failed": []}
+    case = cases_module.Case("linear", SMALL, None, [], rivals=rivals.linear_rivals(2, 3, 4, jnp.float32))
+    assert bench_module._rivals(case, report) == {}
+    assert {row["name"]: row["reason"] for row in report["left_out"]} == {
+        "linear/torch": "not installed: torch", "linear/torch-compile": "not installed: torch",
+        "linear/torchao-int8-dynamic": "not installed: torch, torchao", "linear/qwix-int8": "not installed: qwix",
+    }  # fmt: skip
+
+
+def test_a_rival_is_timed_as_ours_are():
+    pytest.importorskip("torch")
+    plain = rivals.linear_rivals(5, 3, 4, jnp.float32)[0]
+    function, arguments = plain.make()
+    timed = rivals.TorchTimed(function, *arguments)
+    assert tuple(function(*arguments).shape) == (1, 5, 4)
+    assert timed.compile_seconds > 0
+    assert 0 < timed.sample(2) < 60
+
+
+@pytest.mark.slow
+def test_the_full_suite_runs_on_a_cpu():
+    report = bench.run_bench("full", recipes=("rtn-w8a8",), repeats=1)
+    # Another program's compiler may lack one of C++ here.
+    assert [row for row in report["failed"] if "compile" not in row["name"]] == []
+    timed = {(row["kind"], row["shape"]) for row in report["results"]}
+    assert timed == {(kind, shape.name) for kind, shape in bench_module._tasks("full", None)}
+    assert all(not math.isnan(row["ratio"]) for row in report["results"])
+    # What is not installed here is named, and what is was timed.
+    for name, version in report["rivals"].items():
+        if version is None:
+            assert any(name in row["reason"] for row in report["left_out"])
+
+
 def test_suites_are_the_shapes_and_the_default():
-    assert set(bench.SUITES) == {"default", *SHAPES}
+    assert set(bench.SUITES) == {"default", "full", *SHAPES}
+    assert bench.SUITES == bench_module.SUITES
     assert set(LATENT_SIZES["wan"]) >= {"480p", "720p"}
 
 

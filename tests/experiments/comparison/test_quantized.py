@@ -1,5 +1,6 @@
 """The comparison of quantized models: rows are recipes, results are kept, the page counts right."""
 
+import dataclasses
 import json
 import re
 
@@ -101,7 +102,8 @@ def test_a_unet_has_rows_and_measures_of_its_own(tmp_path, monkeypatch, capsys):
         "block_out_channels": [16], "down_block_types": ["DownBlockMotion"], "up_block_types": ["UpBlockMotion"],
     }  # fmt: skip
     model = small_models.unet(**{**train.CONFIGS["animatediff"], **one_level})
-    train.save_folder(model, tmp_path / "models" / "animatediff")
+    models.save(model, tmp_path / "models" / "animatediff")
+    dataclasses.replace(train.pipeline("animatediff"), steps=4).save(tmp_path / "models" / "animatediff")
     monkeypatch.setattr(run, "CHECKPOINTS", tmp_path / "models")
     out = tmp_path / "ptq-animatediff-w6a6"
     counts = ["--seeds", "0", "--prompts", "1", "--clips", "2", "--bits", "w6a6", "--out", str(out)]

@@ -144,3 +144,54 @@ def test_a_loop_without_a_bound_counts_once_and_is_reported():
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         Program("nothing here")
+
+
+# A fused product that writes bfloat16, an unfused one that writes int32, and one in a loop that turns three times.
+WRITTEN = """\
+HloModule jit_f, is_scheduled=true
+
+%fused.1 (p0: s8[64,32], p1: s8[16,32]) -> bf16[64,16] {
+  %p0 = s8[64,32]{1,0} parameter(0)
+  %p1 = s8[16,32]{1,0} parameter(1)
+  %sum.1 = s32[64,16]{1,0} convolution(%p0, %p1), dim_labels=bf_oi->bf
+  ROOT %convert.1 = bf16[64,16]{1,0} convert(%sum.1)
+}
+
+%body.1 (t: (s32[], s8[64,32])) -> (s32[], s8[64,32]) {
+  %t = (s32[], s8[64,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = s8[64,32]{1,0} get-tuple-element(%t), index=1
+  %copy.1 = s32[64,32]{1,0} convert(%x), backend_config={"estimated_cycles":"5"}
+  ROOT %r = (s32[], s8[64,32]{1,0}) tuple(%i, %x)
+}
+
+%condition.1 (t: (s32[], s8[64,32])) -> pred[] {
+  %t.2 = (s32[], s8[64,32]{1,0}) parameter(0)
+  ROOT %less = pred[] constant(true)
+}
+
+ENTRY %main.1 (a: s8[64,32], b: s8[16,32]) -> bf16[64,16] {
+  %a = s8[64,32]{1,0} parameter(0)
+  %b = s8[16,32]{1,0} parameter(1)
+  %sum.2 = s32[64,16]{1,0} convolution(%a, %b), dim_labels=bf_oi->bf, backend_config={"estimated_cycles":"100"}
+  %init = (s32[], s8[64,32]{1,0}) tuple(%zero, %a)
+  %loop = (s32[], s8[64,32]{1,0}) while(%init), condition=%condition.1, body=%body.1, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %out = bf16[64,16]{1,0} fusion(%a, %b), kind=kOutput, calls=%fused.1, backend_config={"estimated_cycles":"70"}
+}
+"""  # noqa: E501
+
+
+def test_arrays_that_are_written_are_those_outside_fusions():
+    program = Program(WRITTEN)
+    assert program.written("s32", least=2) == [
+        {"shape": (64, 32), "bytes": 4 * 64 * 32, "count": 3, "operations": ["copy.1"]},
+        {"shape": (64, 16), "bytes": 4 * 64 * 16, "count": 1, "operations": ["sum.2"]},
+    ]
+    assert [row["operations"] for row in program.written("bf16")] == [["out"]]
+    assert program.written("s8") == []  # arguments, and what a loop hands through
+
+
+def test_estimated_cycles_count_loops_as_often_as_they_turn():
+    assert Program(WRITTEN).estimated_cycles() == 100 + 70 + 3 * 5
+    silent = "ENTRY %main (a: f32[2]) -> f32[2] {\n  ROOT %a = f32[2]{0} parameter(0)\n}"
+    assert Program(silent).estimated_cycles() is None
