@@ -12,6 +12,8 @@ from safetensors.numpy import save_file
 import models
 from models.encoders import build_encoder
 from models.pipeline import Pipeline
+from models.unet_blocks import DownBlock, ResnetBlock, UpBlock
+from models.unet_stream import UNetConditioning, UNetStream, per_frame
 from qvdjax.checkpoint.loading import tensor_sources
 from qvdjax.nn import Conv, Linear, Stack, VideoModel
 
@@ -200,6 +202,35 @@ def growing_latents(timesteps, seed: int = 0, frames: int = 2) -> dict:
     noise = jax.random.normal(jax.random.key(seed), (len(timesteps), frames, 3, 4, 5))
     sizes = jnp.asarray(timesteps)[:, None, None, None, None] / 100
     return {"latents": sizes * noise, "timestep": jnp.asarray(timesteps), "context": jnp.zeros((len(timesteps), 1, 1))}
+
+
+class ResnetUNet(VideoModel):
+    """A UNet of ResNets alone: one layer down, two up, which are of one shape."""
+
+    def __init__(self, width: int = 8, time_dim: int = 12):
+        keys = iter(jax.random.split(jax.random.key(0), 8))
+        padded = {"kernel": (3, 3), "padding": ((1, 1), (1, 1)), "frame_axis": 0}
+        self.conv_in = Conv(5, width, **padded, role="embedder", axes=("embed", None), key=next(keys))
+        self.time = Linear(1, time_dim, role="time", axes=("mlp", "embed"), key=next(keys))
+        self.conv_out = Conv(width, 5, **padded, role="head", axes=(None, "embed"), key=next(keys))
+
+        def parts(number, channels, parts=None):
+            options = {"groups": 2, "epsilon": 1e-5, "parts": parts, "key": next(keys), "dtype": jnp.float32}
+            return [("resnets", number, ResnetBlock(channels, width, time_dim, **options))]
+
+        shared = {"resamples": False, "key": next(keys), "dtype": jnp.float32}
+        blocks = {
+            "down_blocks.0": [DownBlock(parts("0", width), width, **shared)],
+            "up_blocks.0": [UpBlock(parts(n, 2 * width, (width, width)), width, **shared) for n in ("0", "1")],
+        }
+        self.stacks = nnx.List([Stack(one, prefix=name) for name, some in blocks.items() for one in some])
+
+    def embed(self, latents, timestep, context):
+        sample = per_frame(self.conv_in, latents)
+        return UNetStream(sample, (sample,)), UNetConditioning(self.time(timestep[:, None] / 500), context)
+
+    def head(self, stream, conditioning):
+        return per_frame(self.conv_out, stream.sample)
 
 
 def pipeline(words: tuple[str, ...], text_dim: int, **fields) -> Pipeline:

@@ -1,6 +1,5 @@
 """The comparison of quantized models: rows are recipes, results are kept, the page counts right."""
 
-import dataclasses
 import json
 import re
 
@@ -10,14 +9,15 @@ import pytest
 import small_models
 
 import models
+import qvdjax
 from experiments.comparison.quantized import page, run
-from experiments.comparison.quantized.feature_measures import NAMES
+from experiments.comparison.quantized.feature_measures import NAMES, feature_measures
 from experiments.comparison.quantized.tables import TRANSFORMERS, UNETS, table_of
 from experiments.comparison.results import file_of
 from experiments.moving_shapes import train
 from qvdjax.errors import UserError
 from qvdjax.nn import layers_of
-from qvdjax.recipes import decide
+from qvdjax.recipes import decide, get
 
 
 @pytest.fixture(scope="module")
@@ -96,32 +96,45 @@ def test_rows_are_measured_once_and_kept(checkpoints, tmp_path, monkeypatch, cap
     assert re.search(r"\d+ s \(\d+ s\)", text)  # wall clock and processor time
 
 
-@pytest.mark.slow
-def test_a_unet_has_rows_and_measures_of_its_own(tmp_path, monkeypatch, capsys):
-    one_level = {
-        "block_out_channels": [16], "down_block_types": ["DownBlockMotion"], "up_block_types": ["UpBlockMotion"],
-    }  # fmt: skip
-    model = small_models.unet(**{**train.CONFIGS["animatediff"], **one_level})
-    models.save(model, tmp_path / "models" / "animatediff")
-    dataclasses.replace(train.pipeline("animatediff"), steps=4).save(tmp_path / "models" / "animatediff")
-    monkeypatch.setattr(run, "CHECKPOINTS", tmp_path / "models")
-    out = tmp_path / "ptq-animatediff-w6a6"
-    counts = ["--seeds", "0", "--prompts", "1", "--clips", "2", "--bits", "w6a6", "--out", str(out)]
-    run.main(["--model", "animatediff", *counts, "--rows", "min-max", "QVD"])
-    found = {name: json.loads(file_of(out, name, 0).read_text()) for name in ("min-max", "QVD")}
-    for name, one in found.items():
-        assert one["recipe"] == f"{UNETS.rows[name].method}-w6a6"
-        assert 0 < one["frechet_random_features"] < float("inf")
-        for side in ("input", "output"):
-            assert set(one["temporal_features"][side]) == set(NAMES)
-    identity = {name: one["temporal_features"]["input"]["identity_rate"] for name, one in found.items()}
-    assert 0 <= identity["min-max"] <= identity["QVD"] <= 1  # which chooses its grid by it
-    capsys.readouterr()
-    assert page.main([str(out)]) == 0
-    text = (out / "README.md").read_text()
+def test_temporal_features_are_measured_before_and_behind_their_layers():
+    model = small_models.randomised(small_models.ResnetUNet())
+    batches = [
+        {**small_models.unet_inputs(batch=1, seed=s), "timestep": jnp.full((1,), 999.0 - 100 * s)} for s in range(4)
+    ]
+    found = {}
+    for bits in (3, 8):
+        grid = {"temporal_features": "asymmetric", "activation_symmetric": False}
+        quantized = qvdjax.quantize(model, get(f"minmax-w{bits}a{bits}", **grid), batches)
+        found[bits] = feature_measures(model, quantized, batches)
+        assert {side: set(measures) for side, measures in found[bits].items()} == dict.fromkeys(
+            ("input", "output"), set(NAMES)
+        )
+    for side in ("input", "output"):
+        assert found[3][side]["centred_sqnr_db"] < found[8][side]["centred_sqnr_db"] - 10  # five bits: some 30 dB
+    assert found[3]["input"]["collapse"] > found[8]["input"]["collapse"]
+    assert found[8]["input"]["identity_rate"] == 1
+    plain = qvdjax.quantize(model, "minmax-w8a8", batches)
+    exact = feature_measures(model, plain, batches)
+    assert exact["input"]["centred_sqnr_db"] is None  # nothing is rounded
+    assert exact["output"]["centred_sqnr_db"] > 20  # but weights
+    assert feature_measures(model, plain, batches[:1]) is None
+
+
+def test_the_page_of_unets_has_columns_of_its_own(tmp_path):
+    folder = tmp_path / "ptq-animatediff-w6a6"
+    folder.mkdir()
+    measures = dict.fromkeys(NAMES, 0.5)
+    for name, errors in (("QVD", [0.1, 0.2]), ("min-max", [0.2, 0.4])):
+        found = {
+            **result(name, 0, errors, UNETS), "frechet_random_features": 0.25,
+            "temporal_features": {"input": measures, "output": {**measures, "centred_sqnr_db": None}},
+        }  # fmt: skip
+        file_of(folder, name, 0).write_text(json.dumps(found))
+    text = page.write(folder)[0].read_text()
     assert "it is not FVD" in text
-    assert "| identity | collapse | after the layer dB |" in text
-    assert "QVD before min-max" in text
+    assert "| quantized in | Fréchet, random features | identity | collapse | after the layer dB |" in text
+    assert "| 12 s | 0.25 | 0.5 | 0.5 | - |" in text
+    assert "QVD before min-max: holds" in text
     assert "MSE (0 of 1)" in text
 
 
@@ -133,11 +146,11 @@ def test_rows_of_another_model_are_refused(tmp_path, capsys):
     assert "no rows of animatediff: RTN; there are min-max, MSE" in capsys.readouterr().err
 
 
-def result(row: str, seed: int, errors: list[float]) -> dict:
+def result(row: str, seed: int, errors: list[float], table=TRANSFORMERS) -> dict:
     entry = lambda value: {"mean": value, "per_prompt": [value, value]}  # noqa: E731
     scores = {name: entry(0.9) for name in page.SCORES}
     return {
-        "row": row, "seed": seed, "recipe": f"{TRANSFORMERS.rows[row].method}-w4a4", "seconds": 12.0,
+        "row": row, "seed": seed, "recipe": f"{table.rows[row].method}-w4a4", "seconds": 12.0,
         "teacher_forced_error": {"mean": sum(errors) / len(errors), "per_prompt": errors},
         "psnr": entry(20.0), "ssim": entry(0.8), "oracle": {"reference": scores, "candidate": scores},
         "protocol": {"prompts": 1, "clips": 2}, "jax": "0", "device": "cpu",

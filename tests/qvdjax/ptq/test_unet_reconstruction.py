@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_models import randomised, unet, unet_inputs
+from small_models import ResnetUNet, randomised, unet, unet_inputs
 
 import qvdjax
-from models.unet_blocks import DownBlock, ResnetBlock, UpBlock
-from models.unet_stream import UNetConditioning, UNetStream, per_frame
 from qvdjax.errors import UserError
-from qvdjax.nn import Conv, LayerScheme, Linear, QuantizedConv, QuantizedLinear, Stack, VideoModel, layers_of
+from qvdjax.nn import Conv, LayerScheme, Linear, QuantizedConv, QuantizedLinear, layers_of
 from qvdjax.nn.protocol import block_at_timestep
 from qvdjax.numerics import FeatureGrid, Quantizer, quantize
 from qvdjax.ptq import quantize_layer, reconstruct
@@ -143,35 +141,6 @@ def test_a_temporal_feature_is_rounded_to_its_grid():
     quantized = quantize_layer(layer, scheme, execution="simulate", arrays=arrays)
     quantized.input_levels[...], quantized.input_edges[...] = levels
     chex.assert_trees_all_close(student(features), quantized(features), rtol=1e-5, atol=1e-6)
-
-
-class ResnetUNet(VideoModel):
-    """A UNet of ResNets alone: one layer down, two up, which are of one shape."""
-
-    def __init__(self, width: int = 8, time_dim: int = 12):
-        keys = iter(jax.random.split(jax.random.key(0), 8))
-        padded = {"kernel": (3, 3), "padding": ((1, 1), (1, 1)), "frame_axis": 0}
-        self.conv_in = Conv(5, width, **padded, role="embedder", axes=("embed", None), key=next(keys))
-        self.time = Linear(1, time_dim, role="time", axes=("mlp", "embed"), key=next(keys))
-        self.conv_out = Conv(width, 5, **padded, role="head", axes=(None, "embed"), key=next(keys))
-
-        def parts(number, channels, parts=None):
-            options = {"groups": 2, "epsilon": 1e-5, "parts": parts, "key": next(keys), "dtype": jnp.float32}
-            return [("resnets", number, ResnetBlock(channels, width, time_dim, **options))]
-
-        shared = {"resamples": False, "key": next(keys), "dtype": jnp.float32}
-        blocks = {
-            "down_blocks.0": [DownBlock(parts("0", width), width, **shared)],
-            "up_blocks.0": [UpBlock(parts(n, 2 * width, (width, width)), width, **shared) for n in ("0", "1")],
-        }
-        self.stacks = nnx.List([Stack(one, prefix=name) for name, some in blocks.items() for one in some])
-
-    def embed(self, latents, timestep, context):
-        sample = per_frame(self.conv_in, latents)
-        return UNetStream(sample, (sample,)), UNetConditioning(self.time(timestep[:, None] / 500), context)
-
-    def head(self, stream, conditioning):
-        return per_frame(self.conv_out, stream.sample)
 
 
 BLOCKS = ["down_blocks.0", "up_blocks.0.0", "up_blocks.0.1"]
