@@ -4,31 +4,43 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
-from qvdjax.numerics import Grid, QTensor, Quantizer, encode, quantize
+from qvdjax.numerics import Grid, QTensor
+from qvdjax.numerics.quantizer import largest_magnitude
 
 
-def prepared(key: jax.Array, value: jax.Array, key_lengths: jax.Array | None, *, smooth_key: bool):
-    """Keys less their mean over tokens, and zeros where keys and values do not count; both [..., keys, head_dim] with
-    the batch first."""
+def prepared(
+    key: jax.Array, value: jax.Array, key_lengths: jax.Array | None, *, smooth_key: bool, axis: int
+) -> tuple[jax.Array, jax.Array]:
+    """Keys less their mean over tokens, and zeros where keys and values do not count.
+
+    Args:
+        key, value: [batch, ...] with tokens on `axis`.
+        key_lengths: [batch], so many of them count; None for all.
+    """
     if key_lengths is not None:
         lengths = key_lengths.reshape(-1, *(1,) * (key.ndim - 1))  # [batch] -> [batch, 1, 1, 1]
-        counts = jax.lax.broadcasted_iota(jnp.int32, key.shape, key.ndim - 2) < lengths
+        counts = jax.lax.broadcasted_iota(jnp.int32, key.shape, axis) < lengths
         key, value = (jnp.where(counts, a, 0) for a in (key, value))
     if smooth_key:  # adds one constant to all scores of a query
-        number = key.shape[-2] if key_lengths is None else lengths.astype(key.dtype)
-        key = key - key.sum(axis=-2, keepdims=True) / number
+        number = key.shape[axis] if key_lengths is None else lengths.astype(key.dtype)
+        key = key - key.sum(axis=axis, keepdims=True) / number
         if key_lengths is not None:
             key = jnp.where(counts, key, 0)
     return key, value
 
 
-def quantize_keys(key: jax.Array, bits: int, block: int | None) -> QTensor:
-    """Codes of keys [..., keys, head_dim]; one range for `block` neighbouring keys, or one a key."""
+def key_scales(key: jax.Array, bits: int, block: int | None) -> jax.Array:
+    """Scales [batch, keys, heads, 1] of keys [batch, keys, heads, head_dim], one for each or for `block` neighbours."""
     if block is None:
-        return quantize(key, Quantizer(bits, granularity="token"), jnp.int8)
-    keys = key.shape[-2]
-    whole = jnp.pad(key, (*((0, 0),) * (key.ndim - 2), (0, -keys % block), (0, 0)))
-    blocks = rearrange(whole, "... (n c) d -> ... n c d", c=block)
-    scale, _ = Quantizer(bits, granularity="tensor").scale_of(blocks)  # [..., n, 1, 1]
-    scale = repeat(scale, "... n 1 1 -> ... (n c) 1", c=block)[..., :keys, :]
-    return encode(key, Grid(bits), scale, None, jnp.int8)
+        return Grid(bits).from_largest(largest_magnitude(key, axis=-1, keepdims=True))
+    keys = key.shape[1]
+    whole = jnp.pad(key, ((0, 0), (0, -keys % block), (0, 0), (0, 0)))
+    blocks = rearrange(whole, "b (n c) h d -> b n c h d", c=block)
+    scale = Grid(bits).from_largest(largest_magnitude(blocks, axis=(2, 4)))  # [batch, n, heads]
+    return repeat(scale, "b n h -> b (n c) h 1", c=block)[:, :keys]
+
+
+def quantize_keys(key: jax.Array, bits: int, block: int | None) -> QTensor:
+    """Codes of keys [batch, heads, keys, head_dim]; see `key_scales`."""
+    scale = rearrange(key_scales(rearrange(key, "b h t d -> b t h d"), bits, block), "b t h 1 -> b h t 1")
+    return QTensor(Grid(bits).encode(key, scale, None).astype(jnp.int8), scale, None, bits)

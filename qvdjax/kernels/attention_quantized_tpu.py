@@ -15,15 +15,16 @@ import math
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, repeat
 
 from qvdjax.kernels import tuning
-from qvdjax.kernels.attention_preparation import prepared, quantize_keys
+from qvdjax.kernels.attention_preparation import key_scales, prepared
 from qvdjax.kernels.dispatch import Device, target
 from qvdjax.kernels.head_split import over_heads
-from qvdjax.numerics import Quantizer, quantize
+from qvdjax.numerics import Grid
+from qvdjax.numerics.quantizer import largest_magnitude
 
-LANES = 128
+LANES, ROWS = 128, 32  # what an array of int8 is tiled by
 # Settings where no table has any: rows and columns of scores that are held at a time, and keys that are read at once.
 QUERY_BLOCK, SCORE_BLOCK, KEY_BLOCK = 512, 512, 1024
 _LOG2_E = math.log2(math.e)
@@ -107,47 +108,39 @@ def _on_one_device(
 ):
     """All [batch, tokens, heads, head_dim], but for `key_lengths` [batch]."""
     dtype, heads, head_dim, keys = query.dtype, query.shape[2], query.shape[3], key.shape[1]
-    padding = -keys % blocks.keys
-    k, v = (rearrange(a.astype(jnp.float32), "b t h d -> b h t d") for a in (key, value))
-    k, v = prepared(k, v, key_lengths, smooth_key=smooth_key)
-    key_scale = jnp.ones((*k.shape[:2], 1, keys), jnp.float32)
-    if qk_bits is not None:
-        codes = quantize_keys(k, qk_bits, key_block)
-        k, key_scale = codes.codes, rearrange(codes.scale, "b h t 1 -> b h 1 t")
-    else:
-        k = k.astype(dtype)
-    value_scale = jnp.ones((*v.shape[:2], 1, head_dim), jnp.float32)
-    sums = jnp.zeros((*v.shape[:2], 1, 1, head_dim), jnp.float32)
-    if pv_bits is not None:
-        codes = quantize(rearrange(v, "b h t d -> b h d t"), Quantizer(pv_bits), jnp.int8)
-        v, value_scale = rearrange(codes.codes, "b h d t -> b h t d"), rearrange(codes.scale, "b h d 1 -> b h 1 d")
-        v = jnp.pad(v, ((0, 0), (0, 0), (0, padding), (0, 0)))
-        inner = blocks.keys // blocks.scores
-        parts = rearrange(v.astype(jnp.int32), "b h (m n c) d -> b h m n c d", c=blocks.scores, n=inner)
-        # Probability 0 is the code -2^(bits - 1): what that adds to a product is taken off again, block by block.
-        sums = 2 ** (pv_bits - 1) * parts.sum(axis=-2).astype(jnp.float32)
-    else:
-        v = jnp.pad(v.astype(dtype), ((0, 0), (0, 0), (0, padding), (0, 0)))
-    k = jnp.pad(k, ((0, 0), (0, 0), (0, padding), (0, 0)))
-    key_scale = jnp.pad(key_scale, ((0, 0), (0, 0), (0, 0), (0, padding)))
-    wide = -head_dim % LANES
-    q, k, v, value_scale, sums = (
-        jnp.pad(a, (*((0, 0),) * (a.ndim - 1), (0, wide)))
-        for a in (query, rearrange(k, "b h t d -> b t h d"), rearrange(v, "b h t d -> b t h d"), value_scale, sums)
+    wide, padding = -head_dim % LANES, -keys % blocks.keys
+    # Tokens by features of all heads, as projections write them and as the kernel reads them, a head's columns at a
+    # time: no array is transposed.
+    q, k, v = (
+        rearrange(jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, wide))), "b t h d -> b t (h d)") for a in (query, key, value)
     )
-    # Tokens by features of all heads: a block takes the columns of one head, and no array is transposed.
-    q, k, v = (rearrange(a, "b t h d -> b t (h d)") for a in (q, k, v))
+    # Keys and values are read twice, for ranges and for codes. Left to itself, the compiler may write the wider sums
+    # that a projection makes them of (int32, even) and read those twice.
+    q, k, v = jax.lax.optimization_barrier((q, k, v))
+    k, v = prepared(k.astype(jnp.float32), v.astype(jnp.float32), key_lengths, smooth_key=smooth_key, axis=1)
+    key_scale = jnp.ones((key.shape[0], heads, 1, keys), jnp.float32)
+    if qk_bits is not None:
+        scale = key_scales(rearrange(k, "b t (h d) -> b t h d", h=heads), qk_bits, key_block)  # [batch, keys, heads, 1]
+        spread = repeat(scale, "b t h 1 -> b t (h d)", d=head_dim + wide)
+        k, key_scale = Grid(qk_bits).encode(k, spread, None).astype(jnp.int8), rearrange(scale, "b t h 1 -> b h 1 t")
+    value_scale = jnp.ones((value.shape[0], heads, 1, head_dim + wide), jnp.float32)
+    if pv_bits is not None:
+        grid = Grid(pv_bits)
+        scale = grid.from_largest(largest_magnitude(v, axis=1, keepdims=True))  # [batch, 1, heads x head_dim]
+        v, value_scale = grid.encode(v, scale, None).astype(jnp.int8), rearrange(scale, "b 1 (h d) -> b h 1 d", h=heads)
+    k, v = (a if a.dtype == jnp.int8 else a.astype(dtype) for a in (k, v))
+    k, v = (jnp.pad(a, ((0, 0), (0, padding), (0, 0))) for a in (k, v))
+    key_scale = jnp.pad(key_scale, ((0, 0), (0, 0), (0, 0), (0, padding)))
     lengths = jnp.full(query.shape[:1], keys, jnp.int32) if key_lengths is None else key_lengths.astype(jnp.int32)
     out = _call(
-        lengths, q, k, key_scale, v, value_scale, sums, heads=heads, qk_bits=qk_bits, pv_bits=pv_bits,
+        lengths, q, k, key_scale, v, value_scale, heads=heads, qk_bits=qk_bits, pv_bits=pv_bits,
         by_key=key_block is None, factor=_LOG2_E / math.sqrt(head_dim), blocks=blocks, interpret=interpret,
     )  # fmt: skip
     return rearrange(out, "b t (h d) -> b t h d", h=heads)[..., :head_dim]
 
 
-def _call(
-    lengths, q, k, key_scale, v, value_scale, sums, *, heads, qk_bits, pv_bits, by_key, factor, blocks, interpret
-):
+def _call(lengths, q, k, key_scale, v, value_scale, *, heads, qk_bits, pv_bits, by_key, factor, blocks, interpret):
+    """Queries, keys and values [batch, tokens, heads x head_dim], the keys in whole blocks -> like the queries."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
@@ -167,9 +160,6 @@ def _call(
             pl.BlockSpec((None, None, 1, blocks.keys), lambda b, h, i, j, _: (b, h, 0, j)),
             pl.BlockSpec((None, blocks.keys, head_dim), lambda b, h, i, j, _: (b, j, h)),
             pl.BlockSpec((None, None, 1, head_dim), lambda b, h, i, j, _: (b, h, 0, 0)),
-            # [batch, heads, blocks of keys, blocks of scores in it, head_dim]; 1 of both where it is not read
-            pl.BlockSpec((None, None, None, sums.shape[3], head_dim),
-                         lambda b, h, i, j, _: (b, h, 0 if pv_bits is None else j, 0, 0)),
         ],
         out_specs=pl.BlockSpec((None, rows, head_dim), lambda b, h, i, j, _: (b, i, h)),
         scratch_shapes=[
@@ -194,11 +184,11 @@ def _call(
         ),
         interpret=interpret,
         name="quantized_attention",
-    )(lengths, q, k, key_scale, v, value_scale, sums)  # fmt: skip
+    )(lengths, q, k, key_scale, v, value_scale)  # fmt: skip
 
 
 def _kernel(
-    lengths, q_ref, k_ref, key_scale_ref, v_ref, value_scale_ref, sums_ref, out_ref, codes_ref, factor_ref, most_ref,
+    lengths, q_ref, k_ref, key_scale_ref, v_ref, value_scale_ref, out_ref, codes_ref, factor_ref, most_ref,
     total_ref, sum_ref, *, qk_bits, pv_bits, by_key, factor, size, inner,
 ):  # fmt: skip
     """One block of queries [rows, head_dim] and of keys [inner x size, head_dim] of a head."""
@@ -252,10 +242,13 @@ def _kernel(
             # exp2 of a score plus this is a probability in codes, 0 to 2^bits - 1.
             levels = jnp.round(jnp.exp2(scores - (block_most - math.log2(2**pv_bits - 1))))
             codes = (levels - 2 ** (pv_bits - 1)).astype(jnp.int32).astype(jnp.int8)
-            out = jnp.dot(codes, v_ref[here, :], preferred_element_type=jnp.int32).astype(jnp.float32)
+            # Probability 0 is the code -2^(bits - 1): what that adds to the product is taken off again.
+            ones = jnp.ones((ROWS, size), jnp.int8)
+            sums = jnp.dot(ones, v_ref[here, :], preferred_element_type=jnp.int32)[:1]  # [1, head_dim]
+            out = jnp.dot(codes, v_ref[here, :], preferred_element_type=jnp.int32) + 2 ** (pv_bits - 1) * sums
             share = jnp.exp2(block_most - most)
             total = jnp.sum(levels, axis=-1, keepdims=True) * share
-            out = (out + sums_ref[part : part + 1, :]) * share
+            out = out.astype(jnp.float32) * share
         most_ref[...] = most
         total_ref[...] = total_ref[...] * kept + total
         sum_ref[...] = sum_ref[...] * kept + out

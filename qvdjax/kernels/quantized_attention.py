@@ -54,7 +54,7 @@ def quantized_attention(
         )
     dtype, exact = query.dtype, choice.implementation == "xla"
     query, key, value = (rearrange(_wide(a), "b t h d -> b h t d") for a in (query, key, value))
-    key, value = prepared(key, value, key_lengths, smooth_key=smooth_key)
+    key, value = prepared(key, value, key_lengths, smooth_key=smooth_key, axis=2)
     if qk_bits is not None:
         key = quantize_keys(key, qk_bits, key_block)
     if pv_bits is not None:

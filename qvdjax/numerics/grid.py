@@ -82,6 +82,11 @@ class Grid:
         # Rounded so that real zero falls exactly on a code; learned zero points need not be integers.
         return scale, jnp.clip(jnp.round(self.low - low / scale), self.low, self.high)
 
+    def from_largest(self, largest: jax.Array) -> jax.Array:
+        """Scale of a symmetric grid from the largest magnitude (any shape); 1 for zero, NaN for an infinity or NaN."""
+        scale = largest.astype(jnp.promote_types(largest.dtype, jnp.float32)) / self.high
+        return jnp.where(jnp.isinf(scale), jnp.nan, jnp.where(scale > 0, scale, jnp.where(scale == 0, 1, jnp.nan)))
+
     def encode(self, x: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
         """Codes of x as floats (rounded half to even, clipped), so that callers choose the integer type."""
         dtype = jnp.promote_types(x.dtype, jnp.float32)

@@ -132,12 +132,10 @@ class Quantizer:
     def _scale_of_largest(self, x: jax.Array) -> jax.Array:
         """What `Grid.from_range` makes of the same values, from one reduction: a compiler puts one, not several, into
         the product that makes x. NaN where x has one or an infinity, see `_with_nan`."""
-        groups = self.split_groups(x)
-        largest = jnp.where(jnp.isnan(groups), jnp.inf, jnp.abs(groups)).max(axis=-1)  # [..., rows, groups]
+        largest = largest_magnitude(self.split_groups(x), axis=-1)  # [..., rows, groups]
         if self.granularity == "tensor":
             largest = largest.max(axis=-2, keepdims=True)
-        scale = largest.astype(jnp.promote_types(x.dtype, jnp.float32)) / self.grid.high
-        return jnp.where(jnp.isinf(scale), jnp.nan, jnp.where(scale > 0, scale, 1))
+        return self.grid.from_largest(largest)
 
     def _with_nan(self, x: jax.Array, scale: jax.Array) -> jax.Array:
         """The scale, or NaN where x has one: integers cannot say it, and on CPU the largest of numbers and NaN is a
@@ -174,3 +172,8 @@ class Quantizer:
         start = (error(jnp.ones((), low.dtype)), jnp.ones_like(low))
         (_, ratio), _ = jax.lax.scan(keep_better, start, ratios)
         return low * ratio, high * ratio
+
+
+def largest_magnitude(x: jax.Array, axis, keepdims: bool = False) -> jax.Array:
+    """The largest |x| over axes; infinity where there is a NaN, which a maximum on CPU would pass over."""
+    return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)).max(axis=axis, keepdims=keepdims)
