@@ -12,8 +12,7 @@ from experiments.video_metrics.lpips import load_lpips
 from models.clip_pair import ClipPair
 from qvdjax.checkpoint import Progress
 from qvdjax.errors import UserError
-from qvdjax.metrics import bootstrap_interval, psnr, ssim
-from qvdjax.metrics.frechet import frechet_distance
+from qvdjax.metrics import bootstrap_interval, frechet_distance, psnr, ssim
 from qvdjax.video import read_mp4
 
 FEW = 256  # videos, below which an FVD says little
@@ -61,6 +60,8 @@ def score_videos(
         "i3d": None if i3d is None else load_i3d(i3d),
     }
     others = {} if reference is None else {path.name: path for path in _videos(reference)}
+    if i3d is not None and others and min(len(paths), len(others)) < 2:
+        raise UserError("FVD compares sets of videos, and there is one alone", remedy="leave out --i3d, or sample more")
     if lacking := [path.name for path in paths if others and path.name not in others]:
         raise UserError(
             f"{reference} lacks videos of {folder}", remedy="sample the same prompts and seeds", items=lacking

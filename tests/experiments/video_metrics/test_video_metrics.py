@@ -16,7 +16,7 @@ from experiments.video_metrics.weights import WeightFile
 from models.clip_pair import ClipPair
 from qvdjax.checkpoint.loading import tensor_sources
 from qvdjax.errors import UserError
-from qvdjax.metrics.frechet import frechet_distance
+from qvdjax.metrics import frechet_distance
 from qvdjax.video import read_mp4, write_mp4
 
 RANDOM = np.random.default_rng(0)
@@ -197,12 +197,14 @@ def test_missing_and_other_weights_are_said(tmp_path, published):
             published.checked(given)
 
 
-def test_other_folders_are_said(clip_folder, videos, tmp_path):
+def test_other_folders_are_said(clip_folder, i3d_file, videos, tmp_path):
     ours, theirs = videos
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no mp4"):
         score_videos(tmp_path / "empty")
     (theirs / "a disc.mp4").unlink()
+    with pytest.raises(UserError, match="FVD compares sets of videos"):
+        score_videos(ours, reference=theirs, i3d=i3d_file)
     with pytest.raises(UserError, match="lacks videos of") as error:
         score_videos(ours, reference=theirs)
     assert error.value.items == ("a disc.mp4",)
