@@ -5,8 +5,8 @@ import pytest
 from qvdjax.errors import UserError
 from qvdjax.metrics.vbench import DIMENSIONS, vbench_scores
 
-# In per cent: total, quality, semantic; then the dimensions in the order of `DIMENSIONS`. Rows of VBench's leaderboard of
-# 2024 as remembered, not read again: a figure that was wrong by more than its rounding would not give these totals.
+# In per cent: total, quality, semantic; then the dimensions in the order of `DIMENSIONS`. Rows of VBench's leaderboard
+# of 2024 as remembered, not read again: a figure that was wrong by more than its rounding would not give these totals.
 PUBLISHED = {
     "ModelScope": (
         75.75, 78.05, 66.54,
