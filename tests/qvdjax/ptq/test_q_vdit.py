@@ -31,6 +31,7 @@ from qvdjax.numerics import Quantizer
 from qvdjax.ptq import FitChannelScale, quantize_layer, reconstruct, set_execution, with_gains
 from qvdjax.ptq.layers import quantized_arrays
 from qvdjax.ptq.reconstruction import FinishedBlocks
+from qvdjax.ptq.reconstruction.known import Known
 from qvdjax.ptq.reconstruction.temporal import temporal_divergence
 from qvdjax.ptq.reconstruction.token_estimation import first_gains
 from qvdjax.ptq.reconstruction.training import prepared
@@ -178,7 +179,7 @@ def test_training_starts_at_the_layer_without_an_estimate():
     scheme = LayerScheme(Quantizer(3, symmetric=False), tokens, ("smooth_scale",), estimator=TokenEstimator(1, 3))
     plan = get("q-vdit-w3a6").reconstruction
     block = nnx.Dict({"layer": layer})
-    student = prepared(block, {"layer": scheme}, fit, {"layer": edges}, {}, plan)["layer"]
+    student = prepared(block, {"layer": scheme}, fit, {"layer": Known(ranges=edges)}, plan)["layer"]
     plain = dataclasses.replace(scheme, estimator=None)
     nearest = quantize_layer(layer, plain, execution="simulate", fit=fit, input_range=edges)
     chex.assert_trees_all_close(student(x), nearest(x), rtol=1e-5, atol=1e-5)  # the same codes, float32 sums of 12
