@@ -182,10 +182,12 @@ def test_a_rival_is_timed_as_ours_are():
 
 
 @pytest.mark.slow
-def test_the_full_suite_runs_on_a_cpu():
+def test_the_full_suite_runs_on_a_cpu(monkeypatch):
+    # One family stands for all; PyTorch's compiler, which takes minutes of C++, gives back what it is given.
+    monkeypatch.setattr(bench_module, "TINY", ("tiny",))
+    monkeypatch.setattr(pytest.importorskip("torch"), "compile", lambda module: module)
     report = bench.run_bench("full", recipes=("rtn-w8a8",), repeats=1)
-    # Another program's compiler may lack one of C++ here.
-    assert [row for row in report["failed"] if "compile" not in row["name"]] == []
+    assert report["failed"] == []
     timed = {(row["kind"], row["shape"]) for row in report["results"]}
     assert timed == {(kind, shape.name) for kind, shape in bench_module._tasks("full", None)}
     assert all(not math.isnan(row["ratio"]) for row in report["results"])

@@ -152,8 +152,7 @@ SLICES = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1")
 
 @pytest.mark.slow
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize("name", SLICES)
-@pytest.mark.parametrize(("qk_bits", "pv_bits"), [(8, 8), (8, None)])
+@pytest.mark.parametrize(("name", "qk_bits", "pv_bits"), list(zip(SLICES, (8, 8, 8), (8, None, 8), strict=True)))
 def test_compiles_at_real_shapes_and_keeps_no_scores(name, qk_bits, pv_bits):
     """Wan 1.3B at 480p, CogVideoX at heads of 64, and a text of 77 tokens."""
     mesh = topology_mesh(name)
