@@ -179,8 +179,11 @@ def test_eight_devices_give_what_one_gives():
     with jax.set_mesh(mesh):
         spread = reconstructed(place(model, mesh), batches, plan)
     for ours, theirs in zip(alone.blocks, spread.blocks):
-        # Codes at the edge of rounding flip where sums are taken in another order.
-        assert theirs.after == pytest.approx(ours.after, rel=0.02)
+        # Codes at the edge of rounding flip where sums are taken in another order: 6e-6 was seen.
+        assert theirs.before == pytest.approx(ours.before, rel=1e-3)
+        # Adam's first two steps are of one size whatever the gradient's is: one that is nearly zero, whose sign follows
+        # the order of sums, moves its parameter as far as any. 2.1 % was seen.
+        assert theirs.after == pytest.approx(ours.after, rel=0.05)
 
 
 def test_the_result_is_an_ordinary_quantized_model(tmp_path):
