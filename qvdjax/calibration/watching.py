@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping
 import jax
 from flax import nnx
 
-from qvdjax.nn import Conv, Linear, Statistic, VideoModel, layers_of
+from qvdjax.nn import Conv, Linear, StandIn, Statistic, VideoModel, layers_of
 
 Kept = tuple[list[dict], list[dict]]
 """Statistics by name: of each watched layer outside stacks, and of each stack by the paths inside its block."""
 
 
-class Watcher(nnx.Module):
+class Watcher(StandIn):
     """A float layer, and what a subclass keeps of its inputs."""
 
     def __init__(self, layer: Linear | Conv):
@@ -25,16 +25,6 @@ class Watcher(nnx.Module):
         """As the layer."""
         self.observe(x)
         return self.layer(x)
-
-    @property
-    def weight(self):
-        """The layer's weight, which some models read for its dtype."""
-        return self.layer.weight
-
-    @property
-    def bias(self):
-        """The layer's bias, likewise: quantized layers have one too."""
-        return self.layer.bias
 
 
 def observe(model: VideoModel, inputs: Mapping[str, jax.Array]) -> Kept:

@@ -12,6 +12,7 @@ from qvdjax.nn.norm import GroupNorm, LayerNorm, RMSNorm, at_least_float32
 from qvdjax.nn.partial_block import PartialBlock
 from qvdjax.nn.protocol import Stack, VideoModel, at_timestep, for_one_call, stacked
 from qvdjax.nn.scheme import EXECUTIONS, AttentionScheme, Execution, LayerScheme, Role, TableScheme
+from qvdjax.nn.stand_in import StandIn
 from qvdjax.nn.swap import swap_layers
 from qvdjax.nn.timestep import PerCall, TimestepReader
 from qvdjax.nn.timestep_table import TimestepTable, check_timesteps, refuse_tables, tables_of
@@ -54,6 +55,7 @@ __all__ = [
     "Rotation",
     "Scale",
     "Stack",
+    "StandIn",
     "Statistic",
     "Table",
     "TableScheme",

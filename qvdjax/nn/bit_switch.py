@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from qvdjax.nn.timestep import nearest_timestep
+
 
 @dataclasses.dataclass(frozen=True)
 class BitSwitch:
@@ -33,8 +35,7 @@ class BitSwitch:
 
     def at(self, timestep: jax.Array) -> jax.Array:
         """timestep (batch,) -> whether each sample's input has `bits` bits, bool (batch,)."""
-        nearest = jnp.abs(timestep[:, None] - jnp.asarray(self.timesteps)).argmin(axis=1)  # batch timesteps -> batch
-        return jnp.asarray(self.fine)[nearest]
+        return jnp.asarray(self.fine)[nearest_timestep(timestep, self.timesteps)]
 
     @classmethod
     def from_dict(cls, fields: dict) -> "BitSwitch":

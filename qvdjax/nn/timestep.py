@@ -47,8 +47,7 @@ class TimestepReader(nnx.Module):
         Returns:
             [(batch ...), 1, ...].
         """
-        held, timestep = jnp.asarray(self.scheme.activation.timesteps), self.current_timestep()
-        nearest = jnp.abs(timestep[:, None] - held).argmin(axis=1)  # batch timesteps -> batch
+        nearest = nearest_timestep(self.current_timestep(), self.scheme.activation.timesteps)  # batch
         return _over_input(values[nearest, 0], shape)
 
     def fine(self, shape: tuple[int, ...]) -> jax.Array:
@@ -67,6 +66,11 @@ class TimestepReader(nnx.Module):
                 remedy="call the model, or take the layer from qvdjax.nn.at_timestep(model, timestep)",
             )
         return self.timestep[...]
+
+
+def nearest_timestep(timestep: jax.Array, held: tuple[float, ...]) -> jax.Array:
+    """timestep (batch,) -> which of those held is nearest to each, (batch,)."""
+    return jnp.abs(timestep[:, None] - jnp.asarray(held)).argmin(axis=1)  # batch timesteps -> batch
 
 
 def _over_input(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qvdjax.nn import Conv, InputTransform, LayerScheme, Linear
+from qvdjax.nn import Conv, InputTransform, LayerScheme, Linear, StandIn
 from qvdjax.nn.quantized_layer import StaticRanges
 from qvdjax.numerics import fake_quantize, fake_quantize_dynamic, to_levels
 from qvdjax.ptq.layers import rows_of_positions, static_parameters, taken_off
 from qvdjax.ptq.reconstruction.known import Known, flat_weight
 
 
-class ReconstructedLayer(StaticRanges):
+class ReconstructedLayer(StandIn, StaticRanges):
     """A Linear or Conv that is computed as its quantized form will be, as far as its weight is rounded by now.
 
     Attributes:
@@ -51,16 +51,6 @@ class ReconstructedLayer(StaticRanges):
     def positions(self) -> int:
         """Of the kernel."""
         return math.prod(getattr(self.layer, "kernel", ()))
-
-    @property
-    def weight(self):
-        """The layer's weight, which some models read for its dtype."""
-        return self.layer.weight
-
-    @property
-    def bias(self):
-        """The layer's bias, likewise."""
-        return self.layer.bias
 
     def rounded(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [..., in] -> the input that meets the weight, before and after its rounding."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from qvdjax.nn import InputTransform, LayerScheme, Statistic, TokenEstimator
+from qvdjax.nn import InputTransform, LayerScheme, StandIn, Statistic, TokenEstimator
 from qvdjax.nn.token_estimator import estimate
 from qvdjax.numerics import fake_quantize
 from qvdjax.ptq.reconstruction.learned_transform import Learned
@@ -113,7 +113,7 @@ class LearnedEstimator(nnx.Module):
         return estimate(x, now["down"], now["up"], now.get("gain"), self.scheme)
 
 
-class FrameStatistics(nnx.Module):
+class FrameStatistics(StandIn):
     """A layer around which the two statistics of an input's frames are kept, of its last call.
 
     Attributes:
@@ -125,16 +125,6 @@ class FrameStatistics(nnx.Module):
     def __init__(self, layer: nnx.Module):
         self.layer, self.scheme = layer, layer.estimator.scheme
         self.similarity, self.share = (Statistic(jnp.zeros(self.scheme.frames), axes=(None,)) for _ in range(2))
-
-    @property
-    def weight(self):
-        """The layer's weight, which some models read for its dtype."""
-        return self.layer.weight
-
-    @property
-    def bias(self):
-        """The layer's bias, likewise."""
-        return self.layer.bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [batch, tokens, in], as the layer."""

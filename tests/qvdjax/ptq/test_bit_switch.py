@@ -15,7 +15,7 @@ import models
 import qvdjax
 from qvdjax.calibration import Trajectory, collect
 from qvdjax.errors import UserError
-from qvdjax.nn import BitSwitch, LayerScheme
+from qvdjax.nn import QUANTIZED_LAYERS, BitSwitch, LayerScheme, layers_of
 from qvdjax.numerics import Quantizer
 from qvdjax.ptq import SwitchBits, set_execution
 
@@ -73,9 +73,10 @@ def test_the_step_at_which_predictions_change_is_fine(switched):
     rows = [row for row in qvdjax.describe(switched) if row["activation_bits"] == 4]
     assert rows
     assert all("inputs of 8 bits at 1 of 4 timesteps" in row["reason"] for row in rows)
-    scheme = next(scheme for scheme in map(_scheme, _layers(switched)) if scheme.switch is not None)
-    assert scheme.switch == BitSwitch(8, (100.0, 400.0, 700.0, 999.0), (False, True, False, False))
-    assert scheme.switch.share == 0.25
+    switches = [layer.scheme.switch for _, _, layer in layers_of(switched, QUANTIZED_LAYERS)]
+    switch = next(found for found in switches if found is not None)
+    assert switch == BitSwitch(8, (100.0, 400.0, 700.0, 999.0), (False, True, False, False))
+    assert switch.share == 0.25
 
 
 @pytest.mark.parametrize("execution", ["simulate", "integer"])
@@ -116,11 +117,3 @@ def test_what_says_nothing_about_steps_is_refused(model, tmp_path):
         qvdjax.recipes.get("dvd-quant-w4a4", switch=0.0)
     with pytest.raises(ValueError, match="dynamic range"):
         LayerScheme(Quantizer(4), switch=BitSwitch(8, (1.0,), (True,)))
-
-
-def _layers(model):
-    return [layer for _, _, layer in qvdjax.nn.layers_of(model, qvdjax.nn.QUANTIZED_LAYERS)]
-
-
-def _scheme(layer) -> LayerScheme:
-    return layer.scheme
