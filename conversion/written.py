@@ -81,10 +81,14 @@ def _summed(tensor: TensorSource, sums: dict[str, int]) -> TensorSource:
 def _read_back(folder: Path, planned: PlannedFolder, sums: Mapping[str, int], progress: Progress | None, name: Path):
     opened = CheckpointFolder.open(folder, stem=planned.stem)
     check_tensors(planned.expected, {key: opened.info(key) for key in opened.keys}, str(name))
+
+    def differs(tensor: TensorSource) -> bool:  # a scope of its own: one tensor is let go before the next is read
+        values = opened.read(tensor.name)
+        return values.dtype != tensor.dtype or checksum(values) != sums[tensor.name]
+
     done, wrong = 0, []
     for tensor in planned.tensors:
-        values = opened.read(tensor.name)
-        if values.dtype != tensor.dtype or checksum(values) != sums[tensor.name]:
+        if differs(tensor):
             wrong.append(tensor.name)
         done += tensor.nbytes
         if progress:
