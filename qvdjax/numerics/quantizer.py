@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from qvdjax.numerics.extremes import largest, smallest
 from qvdjax.numerics.grid import Grid
 from qvdjax.numerics.refinement import refined
 
@@ -97,9 +98,9 @@ class Quantizer:
 
     def range_of(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Smallest and largest value for each range: x [..., rows, width] -> two [..., rows or 1, groups]."""
-        low, high = (f(self.split_groups(x), axis=-1) for f in (jnp.min, jnp.max))  # [..., rows, groups]
+        low, high = (f(self.split_groups(x), -1) for f in (smallest, largest))  # [..., rows, groups]
         if self.granularity == "tensor":
-            low, high = low.min(axis=-2, keepdims=True), high.max(axis=-2, keepdims=True)  # [..., 1, groups]
+            low, high = smallest(low, -2)[..., None, :], largest(high, -2)[..., None, :]  # [..., 1, groups]
         return low, high
 
     def scale_of(
@@ -132,10 +133,10 @@ class Quantizer:
     def _scale_of_largest(self, x: jax.Array) -> jax.Array:
         """What `Grid.from_range` makes of the same values, from one reduction: a compiler puts one, not several, into
         the product that makes x. NaN where x has one or an infinity, see `_with_nan`."""
-        largest = largest_magnitude(self.split_groups(x), axis=-1)  # [..., rows, groups]
+        size = largest_magnitude(self.split_groups(x), axis=-1)  # [..., rows, groups]
         if self.granularity == "tensor":
-            largest = largest.max(axis=-2, keepdims=True)
-        return self.grid.from_largest(largest)
+            size = size.max(axis=-2, keepdims=True)
+        return self.grid.from_largest(size)
 
     def _with_nan(self, x: jax.Array, scale: jax.Array) -> jax.Array:
         """The scale, or NaN where x has one: integers cannot say it, and on CPU the largest of numbers and NaN is a
