@@ -123,8 +123,9 @@ def quantized_arrays(
         weight: [out, in], of a convolution [out, (channels positions)] with `positions` in its kernel.
         name: For messages.
         learned: What reconstruction found for the layer (`qvdjax.ptq.reconstruction`): `transform`, instead of `fit`,
-            `input_clip`, `estimator`, the arrays of one, and one of `weight_clip`, factors of range ends,
-            `weight_scale`, scale and zero point, and `weight`, the codes themselves.
+            `input_clip`, `estimator`, the arrays of one, `low_rank_up`, the directions of a low-rank branch, and one of
+            `weight_clip`, factors of range ends, `weight_scale`, scale and zero point, and `weight`, the codes
+            themselves.
 
     Raises:
         UserError: A group size that does not divide the width, or second moments that cannot be factored.
@@ -212,7 +213,11 @@ def prepare_weight(
         arrays["transform"] = transform.arrays()
     whole = rearrange(whole, "(o p) c -> o (c p)", p=positions)
     if scheme.low_rank is not None:
-        factors = leading_directions(whole, scheme.low_rank.rank_of(whole.shape))
+        if learned is not None and "low_rank_up" in learned:
+            up = learned["low_rank_up"]
+            factors = jnp.matmul(up.T, whole, precision=jax.lax.Precision.HIGHEST), up
+        else:
+            factors = leading_directions(whole, scheme.low_rank.rank_of(whole.shape))
         # What is rounded is what the branch leaves as it is held, in the type of the weights.
         down, up = arrays["low_rank"] = tuple(factor.astype(weight.dtype) for factor in factors)
         taken = jnp.matmul(up.astype(dtype), down.astype(dtype), precision=jax.lax.Precision.HIGHEST)

@@ -21,3 +21,13 @@ def leading_directions(weight: jax.Array, rank: int) -> tuple[jax.Array, jax.Arr
     _, vectors = jnp.linalg.eigh(jnp.matmul(weight.T, weight, precision=_HIGHEST))
     down = vectors[:, width - rank :].T
     return down, jnp.matmul(weight, down.T, precision=_HIGHEST)
+
+
+def output_directions(weight: jax.Array, rank: int) -> jax.Array:
+    """up [out, rank] with orthonormal columns: of a weight's outputs, those that its best approximation reaches.
+
+    They leave a weight [out, in] in two parts, up (up^T weight) and the rest, and do so alike before and behind any
+    transform of its input.
+    """
+    _, up = leading_directions(weight, rank)
+    return jnp.linalg.qr(up)[0]

@@ -3,7 +3,7 @@
 import dataclasses
 
 from qvdjax.calibration.selection import Selection
-from qvdjax.nn import InputClip, Kronecker
+from qvdjax.nn import InputClip, Kronecker, LowRank
 from qvdjax.ptq.gptq import ErrorCompensation
 from qvdjax.ptq.reconstruction import Reconstruction
 from qvdjax.ptq.transforms import FitChannelScale, FitProduct
@@ -32,6 +32,9 @@ class FlatQuant(Method):
         kronecker_left: Size of the first Kronecker factor; none for the divisor nearest below the width's square root.
         inputs: "full_precision", or "propagated" through the quantized blocks before.
         gptq: Round weights as `gptq-*` does; false for the nearest codes.
+        rank: Of a branch in full precision beside every product, as SVDQuant has it; 0, as published, for none.
+        narrow_below: Layers whose smaller side is below this have branches of `narrow_rank`; 0 for none.
+        narrow_rank: Of these.
         seed: Of matrices and samples.
     """
 
@@ -44,6 +47,9 @@ class FlatQuant(Method):
     kronecker_left: int | None = None
     inputs: str = "full_precision"
     gptq: bool = True
+    rank: int = 0
+    narrow_below: int = 0
+    narrow_rank: int = 8
     seed: int = 0
 
     name = "flatquant"
@@ -55,6 +61,10 @@ class FlatQuant(Method):
     def input_clip(self) -> InputClip | None:
         """One learned factor a layer."""
         return None if self.activation_bits == FLOAT_ACTIVATION_BITS else InputClip(ratio=1.0)
+
+    def low_rank(self) -> LowRank | None:
+        """The branch, where one is asked for."""
+        return LowRank(self.rank, self.narrow_below, self.narrow_rank) if self.rank else None
 
     def rounding(self) -> ErrorCompensation | None:
         """GPTQ's."""

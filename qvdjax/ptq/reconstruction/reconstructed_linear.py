@@ -3,10 +3,13 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from qvdjax.nn import InputTransform, LayerScheme, Linear
+from qvdjax.nn import InputTransform, LayerScheme, Linear, LowRankBranch
 from qvdjax.numerics import fake_quantize
+from qvdjax.ptq.layers import transformed_weight
+from qvdjax.ptq.low_rank import output_directions
 from qvdjax.ptq.reconstruction.flattened_weight import LearnedClip
 from qvdjax.ptq.reconstruction.known import Known
 from qvdjax.ptq.reconstruction.reconstructed_layer import ReconstructedLayer
@@ -17,6 +20,8 @@ class ReconstructedLinear(ReconstructedLayer):
 
     Attributes, beside those of every reconstructed layer:
         estimator: What is added to the product for what rounding takes off it (a `LearnedEstimator`), or None.
+        low_rank: A branch in full precision, not trained, of which the transform has no part: what the operands get is
+            the rest of the weight. None without one.
         input_clip: [1, sides] logits of the input's dynamic range, or None.
     """
 
@@ -26,21 +31,33 @@ class ReconstructedLinear(ReconstructedLayer):
     ):  # fmt: skip
         super().__init__(layer, scheme, operands, known, transform)
         self.estimator = estimator
+        self.low_rank = None if scheme.low_rank is None else _branch(layer, scheme, transform)
         sides = 1 if scheme.activation is None or scheme.activation.symmetric else 2
         self.input_clip = None if scheme.input_clip is None else LearnedClip.started((1, sides))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., tokens, in] -> [..., tokens, out], in x's type."""
-        dtype = x.dtype
+        dtype, whole = x.dtype, x
         x, weight = self.met(x)
         x = self.round_input(x)
         # The stream's type, as the product of integers is written in it; ranges and rounding are float32.
         y = jax.lax.dot_general(x.astype(dtype), weight.astype(dtype), (((x.ndim - 1,), (1,)), ((), ())))
+        if self.low_rank is not None:
+            y = y + self.low_rank(whole)
         if self.estimator is not None:
             y = (y + self.estimator(x)).astype(dtype)
         if self.shifted is not None:
             y = y + self.shifted[...][:, 0].astype(dtype)
         return y if self.bias is None else y + self.bias[...].astype(dtype)
+
+    def met(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [..., in] -> the transformed input, and what of the weight [out, in] is rounded, as it is by now."""
+        if self.low_rank is None:
+            return super().met(x)
+        weight = self.layer.weight[...]
+        weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+        up, down = (factor[...].astype(weight.dtype) for factor in (self.low_rank.up, self.low_rank.down))
+        return self.operands(x, weight - jnp.matmul(up, down, precision=jax.lax.Precision.HIGHEST))
 
     def round_input(self, x: jax.Array) -> jax.Array:
         """A transformed input [..., tokens, in] as the product gets it."""
@@ -55,8 +72,25 @@ class ReconstructedLinear(ReconstructedLayer):
         return factors[:, :1], factors[:, -1:]
 
     def learned(self) -> dict[str, Any]:
-        """What `qvdjax.ptq.layers.quantized_arrays` takes: `input_clip`, `estimator`, and what the operands say."""
+        """What `qvdjax.ptq.layers.quantized_arrays` takes: `input_clip`, `estimator`, `low_rank_up`, and what the
+        operands say."""
         found = super().learned()
+        if self.low_rank is not None:
+            found["low_rank_up"] = self.low_rank.up[...]
         if self.estimator is not None:
             found["estimator"] = self.estimator.learned()
         return found if self.input_clip is None else {**found, "input_clip": self.input_clip.factors()}
+
+
+@jax.jit(static_argnames="rank")
+def _branch_factors(weight: jax.Array, transform: InputTransform | None, *, rank: int) -> tuple[jax.Array, jax.Array]:
+    """down [rank, in], of the input as it comes, and up [out, rank]: the directions of the transformed weight."""
+    wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+    up = output_directions(transformed_weight(weight, transform), rank)
+    down = jnp.matmul(up.T, wide, precision=jax.lax.Precision.HIGHEST)
+    return down.astype(weight.dtype), up.astype(weight.dtype)
+
+
+def _branch(layer: Linear, scheme: LayerScheme, transform: InputTransform | None) -> LowRankBranch:
+    rank = scheme.low_rank.rank_of(layer.weight.shape)
+    return LowRankBranch(*_branch_factors(layer.weight[...], transform, rank=rank), axes=layer.axes)
