@@ -36,20 +36,20 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/.made
 demo: $(VENV)/.installed
 	$(RUN) -m experiments.demo
 
-# Most of what the suites do is to compile programs that run for milliseconds. XLA's older code generator for CPUs takes
-# half the time of its newer one (jax 0.10.2: the fast suite 14 minutes for 23). Where a release of XLA knows these
-# options no longer, `make test COMPILER=` does without. Compiling takes one core: files go to as many processes as there
-# are cores.
+# Most of what the suites do is to compile programs that run for milliseconds: they are hardly optimized, and XLA's older
+# code generator for CPUs takes half the time of its newer one. Where a release of XLA knows these options no longer,
+# `make test COMPILER=` does without. Tests marked `optimized`, and those of real sizes, compile as users do.
+# Compiling takes one core: files go to as many processes as there are cores.
 COMPILER ?= --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
+QUICKLY = JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS="$$XLA_FLAGS $(COMPILER)"
+SHARED := --numprocesses auto --dist loadfile
 
 test: $(VENV)/.installed-test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS="$$XLA_FLAGS $(COMPILER)" \
-		$(SUITE) -m 'not slow' --numprocesses auto --dist loadfile
+	$(QUICKLY) $(SUITE) -m 'not slow' $(SHARED)
 
-# The slow suite optimizes; its tests of the demo and of real sizes run programs as users do, without COMPILER.
 # What compiled code prints before it ends a process goes past Python: only its own output is captured.
 test-slow: $(VENV)/.installed-test
-	XLA_FLAGS="$$XLA_FLAGS $(COMPILER)" $(SUITE) -m slow --capture=sys --numprocesses auto --dist loadfile
+	$(QUICKLY) $(SUITE) -m slow --capture=sys $(SHARED)
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .

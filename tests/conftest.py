@@ -44,6 +44,23 @@ def _compiled_code_goes_with_its_file():
         gc.collect()  # modules of NNX hold each other
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """Compile what tests marked `optimized` run as users do, whatever JAX_DISABLE_MOST_OPTIMIZATIONS says; also what
+    their fixtures run."""
+    if not item.get_closest_marker("optimized"):
+        return (yield)
+    import jax
+
+    name = "jax_disable_most_optimizations"
+    before = getattr(jax.config, name)
+    jax.config.update(name, False)
+    try:
+        return (yield)
+    finally:
+        jax.config.update(name, before)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu`, saying why, where jax has no GPU."""
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]

@@ -47,6 +47,7 @@ def run(job: str, *arguments) -> dict:
     """
     # One device, as on a user's machine, instead of the suite's eight.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)  # nor compiled in a hurry
     done = subprocess.run(
         [sys.executable, "-c", MEASURE + job, *map(str, arguments)],
         env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=600,

@@ -8,6 +8,7 @@ from experiments import demo
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_the_demo_ends_with_a_table_and_a_report(tmp_path, capsys):
     output = tmp_path / "demo"
     assert demo.main(["--output", str(output)]) == 0
