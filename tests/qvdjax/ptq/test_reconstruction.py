@@ -105,7 +105,9 @@ def test_a_branch_of_low_rank_takes_part():
 
     def error(rank):
         options = {"epochs": 1, "batch": 1, "gptq": False, "rank": rank}
-        return relative_error(run(qvdjax.quantize(model, get("flatquant-w3a16", **options), batches), batches[0]), exact)
+        return relative_error(
+            run(qvdjax.quantize(model, get("flatquant-w3a16", **options), batches), batches[0]), exact
+        )
 
     # A weight of random numbers has no direction that stands out: 4 of 64 take some of it.
     assert error(4) < 0.95 * error(0)
