@@ -53,7 +53,7 @@ def pytest_runtest_protocol(item: pytest.Item):
     import jax
 
     name = "jax_disable_most_optimizations"
-    before = getattr(jax.config, name)
+    before = jax.config.read(name)
     jax.config.update(name, False)
     try:
         return (yield)
