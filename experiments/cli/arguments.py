@@ -331,6 +331,27 @@ class Evaluate(Sampler, Prompts, Common):
 
 
 @dataclass(frozen=True)
+class Web(Common):
+    """Serve a page that samples two models from the same noise and plays their videos side by side.
+
+    Needs the extra `web`. Ctrl-C ends it.
+    """
+
+    reference: Annotated[Positional[Path], arg(metavar="REFERENCE")]
+    """Model folder with a pipeline.json, full precision as a rule, or pipeline folder of diffusers."""
+    candidate: Annotated[Positional[Path], arg(metavar="CANDIDATE")]
+    """Model folder of the same architecture and size, such as a quantized one."""
+    host: Annotated[str, arg(metavar="ADDRESS")] = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets other machines in."""
+    port: Whole = 7860
+    """Port to listen at."""
+    video: hinted(str, "FxHxW", "as the family is published") = None
+    """Frames, height and width of the videos of a pipeline folder in pixels, such as 81x480x832."""
+    execution: Execution = None
+    """How quantized layers compute."""
+
+
+@dataclass(frozen=True)
 class Score(Common):
     """Score videos by the field's metrics, with weights that are named here; what lacks its weights has no number."""
 
@@ -441,6 +462,7 @@ Command = (
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Web, subcommand("web")]
     | Annotated[Score, subcommand("score")]
     | Annotated[VBench, subcommand("vbench")]
     | Annotated[Export, subcommand("export")]

@@ -43,6 +43,7 @@ VERBS = {
     "Sample": "experiments.cli.verbs.videos:sample",
     "Compare": "experiments.cli.verbs.videos:compare",
     "Evaluate": "experiments.cli.verbs.videos:evaluate",
+    "Web": "experiments.cli.verbs.web:web",
     "Score": "experiments.cli.verbs.videos:score",
     "VBench": "experiments.cli.verbs.videos:vbench",
     "Bench": "experiments.cli.verbs.machines:bench",
