@@ -2,15 +2,19 @@
 (() => {
   // Seconds that two playing decoders may be apart: below a frame of the bench's videos, which have 8 a second.
   const NEAR = 0.1;
-  // Players that are being brought to where the other is: their own seeking is no wish of the user.
-  const following = new WeakSet();
+  // Where a player was last told to go: seeking to that place is no wish of the user. A note that ends with the seek
+  // would not do: a second seek may begin before the end of the first is heard of.
+  const told = new WeakMap();
+
+  const follows = (player) =>
+    told.has(player) && Math.abs(told.get(player) - player.currentTime) <= (player.paused ? 0.001 : NEAR);
 
   const twin = (player) => [...document.querySelectorAll("video.in-step")].find((other) => other !== player);
 
   const bring = (other, player) => {
     const near = player.paused ? 0 : NEAR;
     if (Math.abs(other.currentTime - player.currentTime) <= near) return;
-    following.add(other);
+    told.set(other, player.currentTime);
     other.currentTime = player.currentTime;
   };
 
@@ -25,10 +29,9 @@
       bring(other, player);
     },
     seeking(player, other) {
-      if (!following.has(player)) bring(other, player);
-    },
-    seeked(player) {
-      following.delete(player);
+      if (follows(player)) return;
+      told.delete(player);
+      bring(other, player);
     },
     ratechange(player, other) {
       other.playbackRate = player.playbackRate;

@@ -64,6 +64,7 @@ def serve(
         try:
             _wait()
         finally:
+            page.server.force_exit = True  # a browser that holds a video open would be waited for
             page.close(verbose=False)
     return {"url": url, "reference": str(reference), "candidate": str(candidate)}
 
