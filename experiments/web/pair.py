@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import models
+from experiments.cli.values import prompts
 from experiments.evaluation.same_model import check_same_model
 from experiments.moving_shapes import captions
 from experiments.sampling.decoding import Decoder, check_vae, of_pipeline, of_vae
@@ -107,12 +108,11 @@ def _published(reference: Path, candidate: Path, video: tuple[int, int, int] | N
             f"{whole.denoiser} and {candidate} are sampled differently: their schedulers differ",
             remedy="copy the reference's scheduler to the candidate",
         )
-    presets = PUBLISHED_PRESETS.read_text(encoding="utf-8").split("\n")
     return Pair(
         reference=reference,
         candidate=candidate,
         steps=defaults.steps,
         guidance_scale=defaults.guidance_scale,
-        presets=tuple(line for line in presets if line.strip())[:PRESETS],
+        presets=tuple(prompts((), PUBLISHED_PRESETS)[:PRESETS]),
         video=video,
     )

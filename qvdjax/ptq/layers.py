@@ -26,7 +26,7 @@ from qvdjax.nn import (
 from qvdjax.nn.variables import shape_of
 from qvdjax.numerics import QTensor, encode, sqnr_db
 from qvdjax.ptq.gptq import ErrorCompensation
-from qvdjax.ptq.low_rank import leading_directions
+from qvdjax.ptq.low_rank import along, leading_directions, product
 
 ON_CONVOLUTIONS = ("shift", "smooth_scale")
 """Transforms that a convolution's input can take: one number a channel, the same at every position."""
@@ -215,12 +215,12 @@ def prepare_weight(
     if scheme.low_rank is not None:
         if learned is not None and "low_rank_up" in learned:
             up = learned["low_rank_up"]
-            factors = jnp.matmul(up.T, whole, precision=jax.lax.Precision.HIGHEST), up
+            factors = along(whole, up), up
         else:
             factors = leading_directions(whole, scheme.low_rank.rank_of(whole.shape))
         # What is rounded is what the branch leaves as it is held, in the type of the weights.
         down, up = arrays["low_rank"] = tuple(factor.astype(weight.dtype) for factor in factors)
-        taken = jnp.matmul(up.astype(dtype), down.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+        taken = product(up.astype(dtype), down.astype(dtype))
     return PreparedWeight(whole, taken, moment, low, high, arrays)
 
 

@@ -17,7 +17,7 @@ def leading_directions(weight: jax.Array, rank: int) -> tuple[jax.Array, jax.Arr
     if out <= width:
         _, vectors = jnp.linalg.eigh(jnp.matmul(weight, weight.T, precision=_HIGHEST))  # ascending eigenvalues
         up = vectors[:, out - rank :]
-        return jnp.matmul(up.T, weight, precision=_HIGHEST), up
+        return along(weight, up), up
     _, vectors = jnp.linalg.eigh(jnp.matmul(weight.T, weight, precision=_HIGHEST))
     down = vectors[:, width - rank :].T
     return down, jnp.matmul(weight, down.T, precision=_HIGHEST)
@@ -31,3 +31,13 @@ def output_directions(weight: jax.Array, rank: int) -> jax.Array:
     """
     _, up = leading_directions(weight, rank)
     return jnp.linalg.qr(up)[0]
+
+
+def along(weight: jax.Array, up: jax.Array) -> jax.Array:
+    """down [rank, in] so that up down is what of a weight [out, in] is along orthonormal directions up [out, rank]."""
+    return jnp.matmul(up.T, weight, precision=_HIGHEST)
+
+
+def product(up: jax.Array, down: jax.Array) -> jax.Array:
+    """up [out, rank] and down [rank, in] -> what a branch takes of its weight, [out, in]."""
+    return jnp.matmul(up, down, precision=_HIGHEST)

@@ -59,8 +59,12 @@ class ReconstructedLayer(StandIn, StaticRanges):
 
     def met(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [..., in] -> the transformed input, and the weight [out, in] as it is by now."""
+        return self.operands(x, self.weight_to_round())
+
+    def weight_to_round(self) -> jax.Array:
+        """The weight [out, in] that the operands start from, at least float32."""
         weight = flat_weight(self.layer)
-        return self.operands(x, weight.astype(jnp.promote_types(weight.dtype, jnp.float32)))
+        return weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
 
     def round_input(self, x: jax.Array) -> jax.Array:
         """A transformed input [..., rows, in] as the product gets it."""

@@ -3,13 +3,12 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from qvdjax.nn import InputTransform, LayerScheme, Linear, LowRankBranch
 from qvdjax.numerics import fake_quantize
 from qvdjax.ptq.layers import transformed_weight
-from qvdjax.ptq.low_rank import output_directions
+from qvdjax.ptq.low_rank import along, output_directions, product
 from qvdjax.ptq.reconstruction.flattened_weight import LearnedClip
 from qvdjax.ptq.reconstruction.known import Known
 from qvdjax.ptq.reconstruction.reconstructed_layer import ReconstructedLayer
@@ -50,14 +49,13 @@ class ReconstructedLinear(ReconstructedLayer):
             y = y + self.shifted[...][:, 0].astype(dtype)
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
-    def met(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x [..., in] -> the transformed input, and what of the weight [out, in] is rounded, as it is by now."""
+    def weight_to_round(self) -> jax.Array:
+        """The weight [out, in], or what a branch leaves of it, at least float32."""
+        weight = super().weight_to_round()
         if self.low_rank is None:
-            return super().met(x)
-        weight = self.layer.weight[...]
-        weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+            return weight
         up, down = (factor[...].astype(weight.dtype) for factor in (self.low_rank.up, self.low_rank.down))
-        return self.operands(x, weight - jnp.matmul(up, down, precision=jax.lax.Precision.HIGHEST))
+        return weight - product(up, down)
 
     def round_input(self, x: jax.Array) -> jax.Array:
         """A transformed input [..., tokens, in] as the product gets it."""
@@ -85,9 +83,8 @@ class ReconstructedLinear(ReconstructedLayer):
 @jax.jit(static_argnames="rank")
 def _branch_factors(weight: jax.Array, transform: InputTransform | None, *, rank: int) -> tuple[jax.Array, jax.Array]:
     """down [rank, in], of the input as it comes, and up [out, rank]: the directions of the transformed weight."""
-    wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
     up = output_directions(transformed_weight(weight, transform), rank)
-    down = jnp.matmul(up.T, wide, precision=jax.lax.Precision.HIGHEST)
+    down = along(transformed_weight(weight, None), up)
     return down.astype(weight.dtype), up.astype(weight.dtype)
 
 
