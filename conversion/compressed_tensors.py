@@ -38,13 +38,13 @@ class RoundedZeroPoints:
 
 
 def refuse_transforms(layers: Iterable[StoredLayer]):
-    """UserError for layers whose input is transformed, or its range clipped, or that have a branch, an estimate, a
-    codebook, a grid of temporal features or ranges of frames or timesteps, which the layout cannot say."""
+    """UserError for layers whose input is transformed or centred, or its range clipped, or that have a branch, an
+    estimate, a codebook, a grid of temporal features or ranges of frames or timesteps, which the layout cannot say."""
 
     def unsaid(scheme: LayerScheme) -> list[str]:
         quantizers = (scheme.weight, scheme.activation)
         books = any(quantizer is not None and quantizer.codebook is not None for quantizer in quantizers)
-        named = ("input_clip", "low_rank", "feature_grid", "estimator")
+        named = ("input_clip", "low_rank", "feature_grid", "estimator", "centering")
         parts = [part for part in named if getattr(scheme, part) is not None]
         several = scheme.activation is not None and scheme.activation.granularity in ("frame", "step")
         ranges = [f"ranges of each {scheme.activation.granularity}"] if several else []
@@ -53,8 +53,8 @@ def refuse_transforms(layers: Iterable[StoredLayer]):
     changes = {layer.name: unsaid(layer.scheme) for layer in layers}
     if names := [f"{name} ({', '.join(what)})" for name, what in changes.items() if what]:
         raise UserError(
-            "layers that transform their input, clip its range, have a branch, an estimate, a codebook or several "
-            "static ranges have no form in compressed-tensors",
+            "layers that transform or centre their input, clip its range, have a branch, an estimate, a codebook or "
+            "several static ranges have no form in compressed-tensors",
             remedy="export to diffusers, or quantize with a recipe without transforms",
             items=names,
         )

@@ -33,10 +33,11 @@ def describe(model: VideoModel) -> list[dict[str, Any]]:
         `float_bytes` (the same layer in bfloat16), `sqnr_db` (signal-to-quantization-noise ratio of the weight in
         decibels, None for float weights or where the model is abstract), `execution`, `reason` and `online`: what is
         computed beside the product (names of transforms, channels of a rotated block, rank and bytes of a low-rank
-        branch, and where there is one rank, frames with gains of their own and bytes of an estimate, multiply-adds a
-        token and their share of the product's), None for nothing. The products of attention have rows only where they
-        are quantized; they hold no bytes. A table over timesteps has `execution` "table", `shape` (steps, out), its own
-        type as `weight_bits`, no `activation_bits`, and `replaced_bytes`: those of the layer in whose place it stands.
+        branch, bits of the mean of tokens, and where there is one rank, frames with gains of their own and bytes of an
+        estimate, multiply-adds a token and their share of the product's), None for nothing. The products of attention
+        have rows only where they are quantized; they hold no bytes. A table over timesteps has `execution` "table",
+        `shape` (steps, out), its own type as `weight_bits`, no `activation_bits`, and `replaced_bytes`: those of the
+        layer in whose place it stands.
     """
     rows = []
     for names, _, layer in layers_of(model, (*FLOAT_LAYERS, *QUANTIZED_LAYERS, *TABLE_LAYERS)):
@@ -77,7 +78,8 @@ def _row(layer) -> dict[str, Any]:
 def _online(layer, shape: tuple[int, ...]) -> dict[str, Any] | None:
     """What a layer computes beside its product, None for nothing; multiply-adds are those of one token."""
     transform, branch, estimator = (getattr(layer, name, None) for name in ("transform", "low_rank", "estimator"))
-    if transform is None and branch is None and estimator is None:
+    centering = layer.scheme.centering
+    if all(part is None for part in (transform, branch, estimator, centering)):
         return None
     rotation = layer.scheme.rotation
     multiply_adds = 0 if transform is None else transform.multiply_adds(shape[1])
@@ -92,6 +94,7 @@ def _online(layer, shape: tuple[int, ...]) -> dict[str, Any] | None:
     return {
         "transforms": list(layer.scheme.transforms), **estimates,
         "rotation_block": None if rotation is None else rotation.block_of(shape[1]),
+        "center_bits": None if centering is None else centering.bits,
         "rank": None if branch is None else branch.rank,
         "branch_bytes": 0 if branch is None else layer_bytes(branch),
         "multiply_adds": multiply_adds, "share": multiply_adds / math.prod(shape),

@@ -71,6 +71,16 @@ def second_moments(
         UserError: No batch at all, or moments that are not finite.
     """
     watched = swap_layers(model, dict.fromkeys(names, True), lambda layer, *_: Moments(layer))
+    for name, kept in summed(watched, batches):
+        yield name, kept["moment"]
+
+
+def summed(watched: VideoModel, batches: Iterable[Mapping[str, jax.Array]]) -> Iterator[tuple[str, dict]]:
+    """What the watchers of matrices in a model kept, summed over all batches: a layer's name, and [in, in] each.
+
+    Raises:
+        UserError: No batch at all, or values that are not finite.
+    """
     totals = None
     for inputs in batches:
         inputs = dict(inputs)
@@ -81,11 +91,12 @@ def second_moments(
     if totals is None:
         raise UserError("the calibration set is empty", remedy="make one with `qvdjax calibrate`")
     for found, kept in by_layer(watched, totals):
-        rows = kept["moment"].reshape(len(found), *kept["moment"].shape[-2:])  # ([layers,] in in) -> layers in in
+        # ([layers,] in in) -> layers in in
+        rows = {part: a.reshape(len(found), *a.shape[-2:]) for part, a in kept.items() if not isinstance(a, dict)}
         for i, name in enumerate(found):
-            moment = rows[i]  # iterating over what other processes hold parts of is not possible
-            if not bool(jnp.isfinite(jnp.diagonal(moment)).all()):
+            own = {part: a[i] for part, a in rows.items()}  # iterating over what other processes hold is not possible
+            if not all(bool(jnp.isfinite(jnp.diagonal(a)).all()) for a in own.values()):
                 raise UserError(
                     "calibration met values that are not finite", remedy="check the calibration set", items=[name]
                 )
-            yield name, moment
+            yield name, own

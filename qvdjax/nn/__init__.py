@@ -2,6 +2,7 @@
 
 from qvdjax.nn.attention import Attention, dot_product_attention, quantized_attention, with_float_attention
 from qvdjax.nn.bit_switch import BitSwitch
+from qvdjax.nn.centering import Centering
 from qvdjax.nn.conv import Conv, QuantizedConv
 from qvdjax.nn.frames import FrameAxis
 from qvdjax.nn.input_clip import InputClip
@@ -31,6 +32,7 @@ __all__ = [
     "BitSwitch",
     "Buffer",
     "CarriesValues",
+    "Centering",
     "Codes",
     "Conv",
     "EstimatorBranch",

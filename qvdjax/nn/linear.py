@@ -112,16 +112,21 @@ class QuantizedLinear(QuantizedLayer):
         else:
             rounded = self._encoded(x)
             y = quantized_matmul(rounded, self.qweight, implementation=self.implementation)
+            rounded = rounded.dequantize()
+            if self.scheme.centering is not None:
+                center = self.scheme.centering.encoded(x)
+                y = y + quantized_matmul(center, self.qweight, implementation=self.implementation)
+                rounded = rounded + center.dequantize()
         if self.low_rank is not None:
             y = y + self.low_rank(x.astype(dtype)).astype(y.dtype)
         if self.estimator is not None:
-            y = y + self.estimator(rounded.dequantize() if isinstance(rounded, QTensor) else rounded).astype(y.dtype)
+            y = y + self.estimator(rounded).astype(y.dtype)
         return y.astype(dtype) if self.bias is None else (y + self.bias[...].astype(y.dtype)).astype(dtype)
 
     @property
     def _rounds_alone(self) -> bool:
         """Whether rounding by the input's own range is all that happens before the product, and nothing is added."""
-        ranges = (self.input_scale, self.input_clip, self.scheme.switch)
+        ranges = (self.input_scale, self.input_clip, self.scheme.switch, self.scheme.centering)
         return all(part is None for part in (*ranges, self.low_rank, self.estimator))
 
     def rounded_input(self, x: jax.Array) -> jax.Array:
@@ -136,13 +141,19 @@ class QuantizedLinear(QuantizedLayer):
             return to_levels(x, self.input_levels[...], self.input_edges[...])
         if self.input_scale is not None:
             return fake_quantize(x, activation.grid, *self._input_range(x))
+        center = None
+        if self.scheme.centering is not None:
+            center = self.scheme.centering.rounded(x)
+            x = x - center
         rounded = fake_quantize_dynamic(x, activation, self._clip(x))
-        if self.scheme.switch is None:
-            return rounded
-        return jnp.where(self.fine(x.shape), fake_quantize_dynamic(x, self._finer, self._clip(x)), rounded)
+        if self.scheme.switch is not None:
+            rounded = jnp.where(self.fine(x.shape), fake_quantize_dynamic(x, self._finer, self._clip(x)), rounded)
+        return rounded if center is None else rounded + center
 
     def _encoded(self, x: jax.Array) -> QTensor:
-        """The codes of x, bytes, with their ranges."""
+        """The codes of x, or of how it differs from its centre, bytes, with their ranges."""
+        if self.scheme.centering is not None:
+            x = x - self.scheme.centering.rounded(x)
         rounded = encode(x, self.scheme.activation.grid, *self._input_range(x), jnp.int8)
         if self.scheme.switch is None:
             return rounded

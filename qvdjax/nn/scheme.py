@@ -6,6 +6,7 @@ from typing import Literal
 
 from qvdjax.errors import UserError
 from qvdjax.nn.bit_switch import BitSwitch
+from qvdjax.nn.centering import Centering
 from qvdjax.nn.input_clip import InputClip
 from qvdjax.nn.low_rank import LowRank
 from qvdjax.nn.token_estimator import TokenEstimator
@@ -41,6 +42,7 @@ class LayerScheme:
         split: Channels of each part of a convolution's input that has ranges of its own, of the input and of the weight
             (Q-Diffusion's split shortcut), None for one in all.
         switch: At which timesteps the input has more bits than `activation` says, None for none.
+        centering: How what the tokens of an input have in common is rounded apart from them, None for not at all.
     """
 
     weight: Quantizer | None = None
@@ -55,6 +57,7 @@ class LayerScheme:
     estimator: TokenEstimator | None = None
     split: tuple[int, ...] | None = None
     switch: BitSwitch | None = None
+    centering: Centering | None = None
 
     def __post_init__(self):
         check_transforms(self.transforms, self.rotation, self.kronecker)
@@ -70,6 +73,8 @@ class LayerScheme:
             raise ValueError("parts of an input have one range each")
         if self.switch is not None and not (self.activation is not None and self.activation.dynamic):
             raise ValueError("bits are switched of an input with a dynamic range")
+        if self.centering is not None and not (self.activation is not None and self.activation.dynamic):
+            raise ValueError("the tokens of an input with a dynamic range are centred")
         if self.switch is not None and self.activation.codebook is not None:
             raise ValueError("an input with a codebook has the same bits at all timesteps")
 
@@ -124,7 +129,7 @@ def _quantizer(fields: dict) -> Quantizer:
 
 _OPTIONAL = {
     "input_clip": InputClip, "rotation": Rotation, "low_rank": LowRank, "kronecker": Kronecker,
-    "feature_grid": FeatureGrid, "estimator": TokenEstimator,
+    "feature_grid": FeatureGrid, "estimator": TokenEstimator, "centering": Centering,
 }  # fmt: skip
 
 

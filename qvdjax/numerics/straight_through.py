@@ -33,9 +33,10 @@ def fake_quantize(x: jax.Array, grid: Grid, scale: jax.Array, zero_point: jax.Ar
     grouped = rearrange(x.astype(dtype), "... (groups size) -> ... groups size", groups=scale.shape[-1])
     scale = scale[..., None]
     if grid.codebook is not None:
-        # The nearest level straight through: towards x 1, towards the scale level - x / scale.
+        # The nearest level straight through. Inside, towards x 1 and towards the scale level - x / scale; beyond the
+        # outermost levels, as on even grids, 0 and the level: passed on there, training would drive values further out.
         level = jax.lax.stop_gradient(grid.decode(grid.encode(grouped, scale, None), jnp.ones_like(scale), None))
-        ratio = grouped / scale
+        ratio = clip_inclusive(grouped / scale, float(grid.levels[0]), float(grid.levels[-1]))
         codes = ratio + jax.lax.stop_gradient(level - ratio)
         return rearrange(codes * scale, "... groups size -> ... (groups size)")
     codes = grouped / scale

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,31 @@ from einops import repeat
 from qvdjax.numerics import Grid, QTensor, Quantizer, storage_dtype
 
 _HIGHEST = jax.lax.Precision.HIGHEST  # the default of accelerators rounds operands to bfloat16 or tf32
+
+
+class RoundedInputs(NamedTuple):
+    """What a layer gets of its transformed inputs X once they are rounded to Y, summed over tokens.
+
+    Attributes:
+        moment: Y^T Y, [in, in].
+        cross: Y^T X, [in, in].
+    """
+
+    moment: jax.Array
+    cross: jax.Array
+
+    def fitted(self, weight: jax.Array, damping: float) -> jax.Array:
+        """The weight [out, in] whose product with rounded inputs is nearest to that of `weight` with exact ones.
+
+        Directions in which rounding hides the inputs count less: Wiener's filter. Least squares, with `damping` as in
+        `ErrorCompensation` pulling towards the weight itself.
+        """
+        diagonal = jnp.diagonal(self.moment)
+        damped = self.moment + _damping(diagonal, damping) * jnp.eye(len(diagonal), dtype=self.moment.dtype)
+        lost = jnp.matmul(self.cross - self.moment, weight.T, precision=_HIGHEST)  # [in, out]
+        lower = jnp.linalg.cholesky(damped)
+        half = jax.scipy.linalg.solve_triangular(lower, lost, lower=True)
+        return weight + jax.scipy.linalg.solve_triangular(lower, half, lower=True, trans="T").T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +49,9 @@ class ErrorCompensation:
         damping: Added to the diagonal of the second moments, in units of its mean (the release: 0.01).
         act_order: Columns of large inputs first (the release's `--act-order`) instead of in their own order.
         block: Columns after which the errors of a block are handed on to all later ones at once.
+        rounded_inputs: The weight is first fitted to inputs as they are rounded (`RoundedInputs`), and second moments
+            are of those, as GPTAQ has it (arXiv 2504.02692), whose inputs carry the errors of earlier layers too.
+            False, as published, for exact inputs.
         memory: GiB of second moments that are collected at a time; each pass over the calibration set collects so many,
             at least one layer's, and needs twice as much for a moment.
     """
@@ -31,6 +60,7 @@ class ErrorCompensation:
     act_order: bool = False
     block: int = 128
     memory: float = 4.0
+    rounded_inputs: bool = False
 
     def __post_init__(self):
         if not self.damping > 0:
@@ -39,9 +69,10 @@ class ErrorCompensation:
             raise ValueError(f"block {self.block} and memory {self.memory} must be positive")
 
     def round(
-        self, weight: jax.Array, moment: jax.Array, quantizer: Quantizer, clip: tuple | None = None
+        self, weight: jax.Array, moment: jax.Array | RoundedInputs, quantizer: Quantizer, clip: tuple | None = None
     ) -> tuple[QTensor, jax.Array]:
-        """Codes of a weight [out, in] for inputs of second moments [in, in], summed or averaged over tokens.
+        """Codes of a weight [out, in] for inputs of second moments [in, in], summed or averaged over tokens; fitted to
+        inputs first that are known as rounded.
 
         A channel that is always zero stays uncorrelated with all others and is rounded to the nearest code. `clip`
         narrows ranges (`Quantizer.scale_of`).
@@ -49,6 +80,8 @@ class ErrorCompensation:
         Returns:
             The codes, and whether the second moments could be factored ([] bool); false asks for more damping.
         """
+        if isinstance(moment, RoundedInputs):
+            weight, moment = moment.fitted(weight, self.damping), moment.moment
         scale, zero_point = quantizer.scale_of(weight, clip)
         size = weight.shape[-1] // scale.shape[-1]
         # [out or 1, groups] -> [out or 1, in]
@@ -62,14 +95,19 @@ class ErrorCompensation:
         return QTensor(codes, scale, zero_point, quantizer.bits, quantizer.codebook), jnp.isfinite(factor).all()
 
 
+def _damping(diagonal: jax.Array, damping: float) -> jax.Array:
+    """What is added to a diagonal [in]; 1 where nothing was ever met."""
+    mean = diagonal.mean()
+    return jnp.where(mean > 0, damping * mean, 1)
+
+
 def _inverse_factor(moment: jax.Array, damping: float) -> jax.Array:
     """The upper triangular U with U^T U the inverse of the damped moment [in, in].
 
     With both axes reversed a Cholesky factor M of the moment is upper triangular, and its inverse is U: one
     factorization and one triangular solve, without the inverse itself.
     """
-    mean = jnp.diagonal(moment).mean()
-    damped = moment + jnp.where(mean > 0, damping * mean, 1) * jnp.eye(len(moment), dtype=moment.dtype)
+    damped = moment + _damping(jnp.diagonal(moment), damping) * jnp.eye(len(moment), dtype=moment.dtype)
     lower = jnp.linalg.cholesky(damped[::-1, ::-1])
     identity = jnp.eye(len(moment), dtype=moment.dtype)
     return jax.scipy.linalg.solve_triangular(lower, identity, lower=True)[::-1, ::-1]

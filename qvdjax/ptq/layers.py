@@ -25,7 +25,7 @@ from qvdjax.nn import (
 )  # fmt: skip
 from qvdjax.nn.variables import shape_of
 from qvdjax.numerics import QTensor, encode, sqnr_db
-from qvdjax.ptq.gptq import ErrorCompensation
+from qvdjax.ptq.gptq import ErrorCompensation, RoundedInputs
 from qvdjax.ptq.low_rank import along, leading_directions, product
 
 ON_CONVOLUTIONS = ("shift", "smooth_scale")
@@ -64,6 +64,8 @@ def quantize_layer(
         raise UserError("a convolution cannot clip its input's range", remedy="give its role a rule without input clip")
     if convolution and any(q is not None and q.codebook is not None for q in (scheme.weight, scheme.activation)):
         raise UserError("a convolution has no codebook", remedy="give its role a rule without one")
+    if convolution and scheme.centering is not None:
+        raise UserError("a convolution does not centre its input", remedy="give its role a rule without centering")
     if convolution and scheme.low_rank is not None:
         raise UserError("a convolution has no low-rank branch", remedy="give its role a rule without one")
     if convolution and scheme.estimator is not None:
@@ -192,7 +194,7 @@ def prepare_weight(
     whole, taken = rows_of_positions(weight.astype(dtype), positions), 0.0
     # Ranges that are to be loaded later are zeros.
     low, high = (jnp.zeros(whole.shape[-1:], jnp.float32),) * 2 if input_range is None else input_range
-    if moment is not None and "shift" in scheme.transforms:
+    if isinstance(moment, jax.Array) and "shift" in scheme.transforms:
         raise UserError(
             "second moments of an input say nothing about it once it is shifted",
             remedy="round to the nearest code, with the same bits for all weights",
@@ -209,7 +211,8 @@ def prepare_weight(
         whole = transform.on_weight(whole)
         # A channel's range passes through a scale as any input does; static ranges behind rotations are refused.
         low, high = transform(low), transform(high)
-        moment = None if moment is None else transform(transform(moment).T)
+        if moment is not None and not isinstance(moment, RoundedInputs):  # these are behind the transform already
+            moment = transform(transform(moment).T)
         arrays["transform"] = transform.arrays()
     whole = rearrange(whole, "(o p) c -> o (c p)", p=positions)
     if scheme.low_rank is not None:

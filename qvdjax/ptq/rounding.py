@@ -12,6 +12,7 @@ from qvdjax.nn.variables import leading_shape, own_shape
 from qvdjax.ptq.apply import Edges, Fitted, Ranges
 from qvdjax.ptq.gptq import ErrorCompensation
 from qvdjax.ptq.layers import quantized_arrays
+from qvdjax.ptq.rounded_inputs import rounded_inputs
 
 
 def rounded_layers(
@@ -46,8 +47,12 @@ def rounded_layers(
         if rounding is None:
             yield from ((name, None) for name in weights)
             return
-        for names in passes(model, weights, rounding.memory):
-            yield from second_moments(model, batches, names)
+        matrices = 2 if rounding.rounded_inputs else 1  # of each layer
+        for names in passes(model, weights, rounding.memory / matrices):
+            if rounding.rounded_inputs:
+                yield from rounded_inputs(model, batches, names, schemes, lambda name: made(name, weights[name]()))
+            else:
+                yield from second_moments(model, batches, names)
 
     def made(name, weight, **how):
         found = (learned or {}).get(name)

@@ -32,6 +32,7 @@ class FlatQuant(Method):
         kronecker_left: Size of the first Kronecker factor; none for the divisor nearest below the width's square root.
         inputs: "full_precision", or "propagated" through the quantized blocks before.
         gptq: Round weights as `gptq-*` does; false for the nearest codes.
+        rounded_inputs: Fit weights to inputs as they are rounded before that (see `gptq-*`).
         rank: Of a branch in full precision beside every product, as SVDQuant has it; 0, as published, for none.
         narrow_below: Layers whose smaller side is below this have branches of `narrow_rank`; 0 for none.
         narrow_rank: Of these.
@@ -47,6 +48,7 @@ class FlatQuant(Method):
     kronecker_left: int | None = None
     inputs: str = "full_precision"
     gptq: bool = True
+    rounded_inputs: bool = False
     rank: int = 0
     narrow_below: int = 0
     narrow_rank: int = 8
@@ -68,7 +70,7 @@ class FlatQuant(Method):
 
     def rounding(self) -> ErrorCompensation | None:
         """GPTQ's."""
-        return ErrorCompensation() if self.gptq else None
+        return ErrorCompensation(rounded_inputs=self.rounded_inputs) if self.gptq else None
 
     def reconstruction(self) -> Reconstruction:
         """The training of blocks."""

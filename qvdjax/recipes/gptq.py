@@ -29,6 +29,8 @@ class GPTQ(Method):
         block: Columns after which errors are handed on to all later ones at once; changes the speed alone.
         memory: GiB of second moments collected in one pass over the calibration set.
         rotation: Rotate inputs as `quarot-*` does, and round the rotated weight.
+        rounded_inputs: Fit the weight to inputs as they are rounded, and compensate for those (GPTAQ, arXiv
+            2504.02692, but for the errors of earlier layers).
     """
 
     damping: float = 0.01
@@ -36,12 +38,13 @@ class GPTQ(Method):
     block: int = 128
     memory: float = 4.0
     rotation: bool = False
+    rounded_inputs: bool = False
 
     name = "gptq"
 
     def rounding(self) -> ErrorCompensation:
         """The compensated rounding."""
-        return ErrorCompensation(self.damping, self.act_order, self.block, self.memory)
+        return ErrorCompensation(self.damping, self.act_order, self.block, self.memory, self.rounded_inputs)
 
     def transform(self) -> FitRotation | None:
         """The rotation, where it is asked for."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from qvdjax.nn import AttentionScheme, InputClip, LayerScheme, LowRank, TokenEstimator
+from qvdjax.nn import AttentionScheme, Centering, InputClip, LayerScheme, LowRank, TokenEstimator
 from qvdjax.numerics import FeatureGrid, Quantizer
 from qvdjax.numerics.codebook import MOST_BITS
 from qvdjax.ptq.bit_switch import SwitchBits
@@ -55,6 +55,8 @@ class Method:
             one by one.
         split_inputs: Convolutions that read a UNet's skip connection beside the sample have ranges of their own for
             both, of the input and of the weight (Q-Diffusion, arXiv 2302.04304, section 4.2).
+        centered: What the tokens of a sample have in common is taken off the inputs of products before they are
+            rounded, and multiplied by itself at 8 bits (`qvdjax.nn.Centering`); of inputs with dynamic ranges.
     """
 
     weight_bits: int = 8
@@ -72,6 +74,7 @@ class Method:
     temporal_features: str = "float"
     average_bits: float | None = None
     split_inputs: bool = False
+    centered: bool = False
 
     name = ""  # of the method, as recipes spell it
     transformed = PRODUCTS  # roles whose inputs pass through `transform`
@@ -144,6 +147,10 @@ class Method:
         """How the steps are chosen at which inputs get more bits; None for none."""
         return
 
+    def _centering(self, activation: Quantizer | None) -> Centering | None:
+        """How the inputs of products are centred; there is nothing to centre in an input that stays float."""
+        return Centering() if self.centered and activation is not None else None
+
     def _temporal_feature(self, weight: Quantizer) -> tuple[LayerScheme, ChooseGrid | None]:
         """What becomes of layers that add the timestep to a UNet's blocks, and among which grids that is chosen."""
         kind, bits = self.temporal_features, self.activation_bits
@@ -176,7 +183,8 @@ class Method:
         channel = dataclasses.replace(plain, granularity="channel", group_size=None)
         feature, grids = self._temporal_feature(plain)
         product = LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation,
-                              self.low_rank(), kronecker, estimator=self.estimator())  # fmt: skip
+                              self.low_rank(), kronecker, estimator=self.estimator(),
+                              centering=self._centering(activation))  # fmt: skip
         untransformed = tuple(role for role in PRODUCTS if role not in self.transformed)
         rules = []
         if self.skip:
@@ -211,6 +219,8 @@ class Method:
             raise ValueError("a codebook has no codes of 8 bits to share out: leave codebook or average_bits out")
         if grids is not None and self.training() is not None:
             raise ValueError("trained methods leave temporal features float: leave temporal_features out")
+        if self.centered and self.training() is not None:
+            raise ValueError("trained methods do not centre inputs: leave centered out")
         static = activation is not None and not activation.dynamic
         if self.split_inputs and (mixed is not None or self.training() is not None):
             raise ValueError("ranges of parts are for methods that calibrate, with bits of one number")

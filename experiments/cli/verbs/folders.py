@@ -134,6 +134,7 @@ def _why(row: dict[str, Any]) -> str:
         return row["reason"]
     block = online["rotation_block"]
     names = [f"rotation of {block} channels" if name == "rotation" else name for name in online["transforms"]]
+    names += [] if online["center_bits"] is None else [f"mean of tokens at {online['center_bits']} bits"]
     names += [] if online["rank"] is None else [f"branch of rank {online['rank']}, {size(online['branch_bytes'])}"]
     if "estimate_rank" in online:
         gains = "no gains" if online["estimate_frames"] is None else f"gains of {online['estimate_frames']} frames"

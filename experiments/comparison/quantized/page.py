@@ -13,7 +13,10 @@ from experiments.comparison.results import load, missing
 from qvdjax.metrics import paired_difference
 
 SCORES = ("color", "shape", "direction")
-COLUMNS = ("row", "recipe", "teacher-forced error", "PSNR dB", "SSIM", "colour", "shape", "direction", "quantized in")
+COLUMNS = (
+    "row", "recipe", "teacher-forced error", "PSNR dB", "SSIM", "colour", "shape", "direction", "weights",
+    "quantized in",
+)  # fmt: skip
 INTRODUCTION = """\
 # Quantized without training weights, {bits} on the bench's {model}
 
@@ -25,6 +28,8 @@ bits, and see the same calibration set; a seed is of that set and of the method.
   relative to their size, over all steps of {clips} videos; mean and range over the seeds. Lower is better.
 - **PSNR** and **SSIM** are of these videos against the full-precision model's from the same noise; colour, shape and
   direction are the oracle's scores of them ({reference} in full precision).
+- **weights** are KiB of the whole model, codes at their own bits, with scales and what is beside them ({whole} in
+  float32).
 - **quantized in** is wall clock, in brackets the time that all cores spent on it: several rows may have shared
   them.{more}
 
@@ -54,7 +59,10 @@ def page(folder: Path, results: dict[str, list[dict]]) -> str:
     first = next(iter(results.values()))[0]
     seeds = sorted({one["seed"] for many in results.values() for one in many})
     reference = ", ".join(f"{first['oracle']['reference'][score]['mean']:.2f}" for score in SCORES)
-    facts = {**first["protocol"], "device": first["device"], "jax": first["jax"], "reference": reference}
+    whole = _size(first["weight_bytes"]["reference"])
+    facts = {
+        **first["protocol"], "device": first["device"], "jax": first["jax"], "reference": reference, "whole": whole,
+    }  # fmt: skip
     told = [text for key, text in MORE.items() if first.get(key) is not None]
     further = tuple(_more(first))
     columns = (*COLUMNS, *further)
@@ -90,9 +98,15 @@ def _row(name: str, many: list[dict], table: Table, further: tuple[str, ...]) ->
         f"{name}{note}", f"`{many[0]['recipe']}`", f"{mean(errors):.4g} ({min(errors):.4g} to {max(errors):.4g})",
         f"{mean(one['psnr']['mean'] for one in many):.2f}", f"{mean(one['ssim']['mean'] for one in many):.3f}",
         *(f"{mean(one['oracle']['candidate'][score]['mean'] for one in many):.2f}" for score in SCORES),
-        _spent(many), *(_average([one.get(key) for one in more]) for key in further),
+        _size(mean(one["weight_bytes"]["candidate"] for one in many)), _spent(many),
+        *(_average([one.get(key) for one in more]) for key in further),
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def _size(count: float) -> str:
+    """Bytes in KiB."""
+    return f"{count / 2**10:,.0f}"
 
 
 def _spent(many: list[dict]) -> str:
@@ -114,7 +128,7 @@ def _errors(many: list[dict], seeds: list[int]) -> np.ndarray:
 def _findings(results: dict[str, list[dict]], table: Table) -> list[str]:
     """A line for each expectation and each ablation whose rows are there, over the seeds that they share."""
     pairs = [(ahead, behind, True) for ahead, others in table.expected for behind in others]
-    pairs += [(name, table.ablated, False) for name in table.ablations]
+    pairs += [(*ablation, False) for ablation in table.ablations]
     lines = []
     for one, other, expected in pairs:
         if one not in results or other not in results:

@@ -33,8 +33,16 @@ ROWS = {
     "S2Q-VDiT, percentiles": Row("s2q-vdit", {"token_weights": "percentile"}, "token weights by rank"),
     "S2Q-VDiT, codebook": Row("s2q-vdit", {"codebook": "gaussian"}, "OrbitQuant's levels behind learned transforms"),
     "S2Q-VDiT, propagated": Row("s2q-vdit", {"inputs": "propagated"}, "blocks meet the errors of those before"),
+    "S2Q-VDiT, centred": Row("s2q-vdit", {"centered": True}, "the mean of tokens apart"),
+    "Ours": Row("best"),
+    "Ours, not centred": Row("best", {"centered": False}, "an ablation of what most of it is"),
+    "Ours, even grid": Row("best", {"codebook": None}, "an ablation of the codebook"),
+    "Ours, exact inputs": Row("best", {"rounded_inputs": False}, "an ablation of the fit to rounded inputs"),
 }
 
 # Row, what it is expected to be ahead of (the paper's tables).
-EXPECTED: Final = (("S2Q-VDiT", ("RTN", "SmoothQuant", "QuaRot", "ViDiT-Q")),)
-ABLATED: Final = "S2Q-VDiT"  # what the rows of its name with a comma leave out, or do otherwise
+EXPECTED: Final = (
+    ("S2Q-VDiT", ("RTN", "SmoothQuant", "QuaRot", "ViDiT-Q")),
+    ("Ours", tuple(name for name, row in ROWS.items() if row.method not in ("best", "s2q-vdit")) + ("S2Q-VDiT",)),
+)
+ABLATED: Final = ("S2Q-VDiT", "Ours")  # what the rows of their names with a comma leave out, or do otherwise

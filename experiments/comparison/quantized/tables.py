@@ -14,17 +14,17 @@ class Table:
     Attributes:
         rows: By name.
         expected: Rows, each with those that it is expected to be ahead of.
-        ablated: The row that others with its name and a comma leave something out of, or do otherwise.
+        ablated: Rows that others with their name and a comma leave something out of, or do otherwise.
     """
 
     rows: Mapping[str, Row]
     expected: tuple[tuple[str, tuple[str, ...]], ...]
-    ablated: str
+    ablated: tuple[str, ...]
 
     @property
-    def ablations(self) -> tuple[str, ...]:
-        """Names of these rows."""
-        return tuple(name for name in self.rows if name.startswith(f"{self.ablated},"))
+    def ablations(self) -> tuple[tuple[str, str], ...]:
+        """Names of these rows, each with that of the row that it is an ablation of."""
+        return tuple((name, whole) for whole in self.ablated for name in self.rows if name.startswith(f"{whole},"))
 
 
 TRANSFORMERS = Table(rows.ROWS, rows.EXPECTED, rows.ABLATED)

@@ -41,4 +41,4 @@ EXPECTED: Final = (
     ("QVD", ("min-max", "MSE", "PTQ4DM", "Q-Diffusion")),
     ("Ours", tuple(name for name in ROWS if name != "Ours" and not name.startswith("QVD,"))),
 )
-ABLATED: Final = "QVD"
+ABLATED: Final = ("QVD",)

@@ -68,6 +68,13 @@ class ReconstructedLayer(StandIn, StaticRanges):
 
     def round_input(self, x: jax.Array) -> jax.Array:
         """A transformed input [..., rows, in] as the product gets it."""
+        if self.scheme.centering is None:
+            return self.round_rest(x)
+        center = self.scheme.centering.rounded(x)
+        return self.round_rest(x - center) + center
+
+    def round_rest(self, x: jax.Array) -> jax.Array:
+        """A transformed input [..., rows, in], or how it differs from its centre, rounded."""
         activation = self.scheme.activation
         if self.input_levels is not None:
             return to_levels(x, self.input_levels[...], self.input_edges[...])

@@ -57,10 +57,10 @@ class ReconstructedLinear(ReconstructedLayer):
         up, down = (factor[...].astype(weight.dtype) for factor in (self.low_rank.up, self.low_rank.down))
         return weight - product(up, down)
 
-    def round_input(self, x: jax.Array) -> jax.Array:
-        """A transformed input [..., tokens, in] as the product gets it."""
+    def round_rest(self, x: jax.Array) -> jax.Array:
+        """A transformed input [..., tokens, in], or how it differs from its centre, rounded."""
         if self.input_clip is None:
-            return super().round_input(x)
+            return super().round_rest(x)
         # The range takes part in the gradient, as in FlatQuant's code.
         quantizer = self.scheme.activation
         return fake_quantize(x, quantizer.grid, *quantizer.scale_of(x, self._input_factors()))

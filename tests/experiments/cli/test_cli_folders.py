@@ -373,10 +373,11 @@ def test_targets_that_cannot_be_written(qvdjax, model_folder, tmp_path, place):
 def test_the_last_column_says_what_is_computed_online():
     from experiments.cli.verbs.folders import _why
 
-    online = {"transforms": ["smooth_scale", "rotation"], "rotation_block": 64, "rank": 8, "branch_bytes": 2048,
-              "multiply_adds": 20, "share": 0.05}  # fmt: skip
+    online = {"transforms": ["smooth_scale", "rotation"], "rotation_block": 64, "center_bits": 8, "rank": 8,
+              "branch_bytes": 2048, "multiply_adds": 20, "share": 0.05}  # fmt: skip
     assert _why({"reason": "a product", "online": online}) == (
-        "a product; online smooth_scale, rotation of 64 channels, branch of rank 8, 2 KiB: 5.0% of its multiply-adds"
+        "a product; online smooth_scale, rotation of 64 channels, mean of tokens at 8 bits, branch of rank 8, 2 KiB: "
+        "5.0% of its multiply-adds"
     )
     assert _why({"reason": "a product", "online": None}) == "a product"
 

@@ -32,8 +32,8 @@ def checkpoints(tmp_path_factory):
 
 
 SEEDED = {
-    "quarot", "adaround", "ptq4dit", "vidit-q", "dvd-quant", "orbitquant", "flatquant", "q-vdit", "s2q-vdit", "ptq4dm",
-    "q-diffusion", "tfmq-dm", "tdq", "tcaq-dm",
+    "quarot", "adaround", "ptq4dit", "vidit-q", "dvd-quant", "orbitquant", "flatquant", "q-vdit", "s2q-vdit", "best",
+    "ptq4dm", "q-diffusion", "tfmq-dm", "tdq", "tcaq-dm",
 }  # fmt: skip
 
 
@@ -47,8 +47,8 @@ def test_every_row_is_a_recipe(table, name):
 
 @pytest.mark.parametrize("table", [TRANSFORMERS, UNETS])
 def test_what_is_asked_about_rows_is_about_rows(table):
-    assert table.ablated in table.rows
-    assert table.ablations
+    assert {whole for _, whole in table.ablations} == set(table.ablated) <= set(table.rows)
+    assert all(name in table.rows and name.startswith(f"{whole},") for name, whole in table.ablations)
     for ahead, others in table.expected:
         assert {ahead, *others} <= set(table.rows)
         assert ahead not in others
@@ -133,7 +133,8 @@ def test_the_page_of_unets_has_columns_of_its_own(tmp_path):
     text = page.write(folder)[0].read_text()
     assert "it is not FVD" in text
     assert "| quantized in | Fréchet, random features | identity | collapse | after the layer dB |" in text
-    assert "| 12 s | 0.25 | 0.5 | 0.5 | - |" in text
+    assert "| 1,024 | 12 s | 0.25 | 0.5 | 0.5 | - |" in text
+    assert "(7,168 in float32)" in text
     assert "QVD before min-max: holds" in text
     assert "MSE (0 of 1)" in text
 
@@ -153,6 +154,7 @@ def result(row: str, seed: int, errors: list[float], table=TRANSFORMERS) -> dict
         "row": row, "seed": seed, "recipe": f"{table.rows[row].method}-w4a4", "seconds": 12.0,
         "teacher_forced_error": {"mean": sum(errors) / len(errors), "per_prompt": errors},
         "psnr": entry(20.0), "ssim": entry(0.8), "oracle": {"reference": scores, "candidate": scores},
+        "weight_bytes": {"reference": 7 * 2**20, "candidate": 2**20},
         "protocol": {"prompts": 1, "clips": 2}, "jax": "0", "device": "cpu",
     }  # fmt: skip
 

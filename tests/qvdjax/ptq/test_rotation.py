@@ -122,7 +122,7 @@ def test_the_description_says_what_is_online():
     rows = {row["path"]: row for row in qvdjax.describe(qvdjax.quantize(wan(), "quarot-w4a4"))}
     row = rows["blocks.1.ffn.net.2"]
     assert row["online"] == {
-        "transforms": ["rotation"], "rotation_block": 96, "rank": None, "branch_bytes": 0,
+        "transforms": ["rotation"], "rotation_block": 96, "center_bits": None, "rank": None, "branch_bytes": 0,
         "multiply_adds": 96 * (3 * 4 + 8), "share": 20 / 64,
     }  # fmt: skip
     assert row["bytes"] == 64 * 96 // 2 + 64 * 4 + 64 * 4 + 96 * 4  # codes, scales, bias, signs

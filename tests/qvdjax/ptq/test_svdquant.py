@@ -118,8 +118,9 @@ def test_whole_models():
     assert relative_error(run(simulated, inputs), run(quantized, inputs)) < 1e-5
     row = next(row for row in qvdjax.describe(quantized) if row["path"] == "blocks.1.ffn.net.2")
     assert row["online"] == {
-        "transforms": ["smooth_scale"], "rotation_block": None, "rank": 16, "branch_bytes": 4 * 16 * (96 + 64),
-        "multiply_adds": 96 + 16 * (96 + 64), "share": (96 + 16 * (96 + 64)) / (96 * 64),
+        "transforms": ["smooth_scale"], "rotation_block": None, "center_bits": None, "rank": 16,
+        "branch_bytes": 4 * 16 * (96 + 64), "multiply_adds": 96 + 16 * (96 + 64),
+        "share": (96 + 16 * (96 + 64)) / (96 * 64),
     }  # fmt: skip
     # Codes of three bits, scales, bias, channel scale, branch.
     assert row["bytes"] == 64 * 96 * 3 // 8 + 64 * 4 + 64 * 4 + 96 * 4 + row["online"]["branch_bytes"]
