@@ -39,6 +39,14 @@ PLANS = {
         )
         for place in ("v5e:2x4", "v5p:2x2x1", "v6e:2x2")
     },
+    **{
+        f"{name}-reconstruct-{place.replace(':', '-')}": {
+            "model": model, "topology": place, "recipe": "s2q-vdit-w4a6", "step": "reconstruct",
+        }
+        for name, model, place in (
+            ("wan-14b", _WAN, "v5e:2x4"), ("wan-14b", _WAN, "v5p:2x2x1"), ("wan-1.3b", _SMALL_WAN, "v5e:2x2"),
+        )
+    },
     "animatediff-sample-v5e-2x2": {"model": "animatediff", "topology": "v5e:2x2", "recipe": "qvd-w8a8", "batch": 4},
 }  # fmt: skip
 COLUMNS = (
@@ -61,6 +69,8 @@ was compiled for a TPU slice by the TPU compiler itself, on a machine without a 
   at its memory's rate, whichever is longer. Real steps take longer; how much is for a slice to say.
 - **compiled in** is wall clock on two cores, in brackets the time that all cores spent on it: where the first is much
   longer, the machine had other work.
+- Reconstruction is one step of one block of `qvdjax quantize`, on one model input, with the float model beside it; a
+  block takes as many steps as a recipe has examples, times its epochs (`s2q-vdit`: 1200).
 - Sampling is one forward pass of one video (guidance takes two). Training is `qvdjax train --dtype bfloat16 --remat`
   with its teacher; the start of a phase of rank decay, which comes a few times in a run, is counted in every step.
 """
@@ -88,7 +98,8 @@ def page(reports: dict[str, dict], phi: dict | None = None) -> str:
     """The page as Markdown; `phi` is what `overhead.count` found."""
     versions = sorted({f"jax {r['versions']['jax']}, libtpu {r['versions']['libtpu']}" for r in reports.values()})
     lines = [INTRODUCTION, f"Compiled with {'; '.join(versions)}.", ""]
-    for step, title in (("train", "Training steps"), ("sample", "Sampling steps")):
+    titles = {"train": "Training steps", "sample": "Sampling steps", "reconstruct": "Steps of block reconstruction"}
+    for step, title in titles.items():
         lines += [
             f"## {title}", "", f"| {' | '.join(COLUMNS)} |", f"| {' | '.join('---' for _ in COLUMNS)} |",
             *(_row(report) for report in reports.values() if report["step"] == step), "",

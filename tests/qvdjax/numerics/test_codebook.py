@@ -88,7 +88,7 @@ def test_gradients_pass_straight_through():
     assert 2 <= (~inside).sum() < x.size / 2
     chex.assert_trees_all_close(gradient, inside.astype(x.dtype), rtol=1e-5)
     by_scale = jax.grad(lambda s: fake_quantize(x, GAUSSIAN.grid, s).sum())(scale)
-    level = encode(x, GAUSSIAN.grid, scale).operands.astype(jnp.float32)
+    level = encode(x, GAUSSIAN.grid, scale, None).operands.astype(jnp.float32)
     towards = jnp.where(inside, level - x / scale, level)
     chex.assert_trees_all_close(by_scale, towards.sum(axis=-1, keepdims=True), rtol=1e-3, atol=1e-3)
 
