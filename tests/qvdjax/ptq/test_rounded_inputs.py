@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import cogvideox, cogvideox_inputs, wan, wan_inputs
+from flax import nnx
+from small_models import cogvideox, cogvideox_inputs, hunyuanvideo, hunyuanvideo_inputs, wan, wan_inputs
 
 import qvdjax
 from qvdjax.errors import UserError
 from qvdjax.nn import InputClip, Kronecker, LayerScheme
 from qvdjax.numerics import Quantizer, fake_quantize_dynamic, quantize
-from qvdjax.ptq import ErrorCompensation, FitChannelScale, FitProduct
+from qvdjax.ptq import ErrorCompensation, FitChannelScale, FitProduct, set_execution
 from qvdjax.ptq.gptq import RoundedInputs
 from qvdjax.ptq.layers import quantized_arrays
 from qvdjax.ptq.rounded_inputs import rounded_inputs
@@ -117,3 +118,27 @@ def test_models_lose_less_at_few_bits_of_their_inputs(model, inputs):
         return float(jnp.square(run(quantized) - exact).mean())
 
     assert error(rounded_inputs=True) < error()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["wan", "cogvideox", "hunyuanvideo"])
+def test_our_own_recipe_is_an_ordinary_one(family):
+    make, inputs = {
+        "wan": (wan, wan_inputs), "cogvideox": (cogvideox, cogvideox_inputs),
+        "hunyuanvideo": (lambda: hunyuanvideo(num_layers=1, num_single_layers=1), hunyuanvideo_inputs),
+    }[family]  # fmt: skip
+    model, batches = make(), [inputs(seed=seed) for seed in (1, 2)]
+    run = jax.jit(lambda model: model(**batches[0]))
+    exact = run(model)
+    error = lambda found, wanted: float(jnp.square(found - wanted).sum() / jnp.square(wanted).sum())  # noqa: E731
+    recipe = get("best-w4a4", epochs=3, batch=1)
+    quantized = qvdjax.quantize(model, recipe, batches, execution="integer")
+    assert error(run(quantized), exact) < error(
+        run(qvdjax.quantize(model, get("flatquant-w4a4", epochs=3, batch=1), batches)), exact
+    )
+    simulated = set_execution(nnx.clone(quantized), "simulate")
+    # Codes on the border of two, one in some thousand; at four bits each is a seventh of its range.
+    assert error(run(simulated), run(quantized)) < 1e-3
+    rows = [row["online"] for row in qvdjax.describe(quantized) if row["activation_bits"] == 4]
+    assert rows
+    assert all(row["center_bits"] == 8 for row in rows)
