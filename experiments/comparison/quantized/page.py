@@ -10,8 +10,10 @@ import numpy as np
 from experiments.comparison.command import make_pages
 from experiments.comparison.quantized.tables import Table, table_of
 from experiments.comparison.results import load, missing
+from experiments.evaluation.plots import error_by_step
 from qvdjax.metrics import paired_difference
 
+PLOT, DRAWN = "error-by-step.png", 6
 SCORES = ("color", "shape", "direction")
 COLUMNS = (
     "row", "recipe", "teacher-forced error", "PSNR dB", "SSIM", "colour", "shape", "direction", "weights",
@@ -72,6 +74,7 @@ def page(folder: Path, results: dict[str, list[dict]]) -> str:
         ),
         f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |",
         *(_row(name, many, table, further) for name, many in results.items()), "", *missing(results, list(table.rows)),
+        f"![error at each step of the sampler, of the {DRAWN} rows of least error]({PLOT})", "",
         "## What was expected, and what was found", "", *_findings(results, table), "",
     ])  # fmt: skip
 
@@ -146,13 +149,23 @@ def _findings(results: dict[str, list[dict]], table: Table) -> list[str]:
     return lines
 
 
+def plot(results: dict[str, list[dict]], table: Table) -> bytes:
+    """Error at each step of the sampler with the first seed, of the rows of least error, ablations aside."""
+    names = set(results) - {name for name, _ in table.ablations}
+    best = sorted(names, key=lambda name: mean(one["teacher_forced_error"]["mean"] for one in results[name]))[:DRAWN]
+    series = {name: results[name][0]["teacher_forced_error"]["by_step"] for name in best}
+    return error_by_step(
+        series, title="at the latents of full precision", label="relative squared error", first_step=1
+    )  # fmt: skip
+
+
 def write(folder: Path) -> list[Path]:
-    """Write the page into a folder of results; returns the file."""
-    results = load(
-        folder, list(table_of(model_and_bits(folder)[0]).rows), "python -m experiments.comparison.quantized.run"
-    )
+    """Write the page and its plot into a folder of results; returns the files."""
+    table = table_of(model_and_bits(folder)[0])
+    results = load(folder, list(table.rows), "python -m experiments.comparison.quantized.run")
     (folder / "README.md").write_text(page(folder, results))
-    return [folder / "README.md"]
+    (folder / PLOT).write_bytes(plot(results, table))
+    return [folder / "README.md", folder / PLOT]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

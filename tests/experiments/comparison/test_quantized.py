@@ -93,6 +93,8 @@ def test_rows_are_measured_once_and_kept(checkpoints, tmp_path, monkeypatch, cap
     assert "W8A8 on the bench's small" in text
     assert "`smoothquant-w8a8`" in text
     assert "QuaRot (0 of 1)" in text
+    assert f"]({page.PLOT})" in text
+    assert (tmp_path / "ptq-small-w8a8" / page.PLOT).read_bytes().startswith(b"\x89PNG")
     assert re.search(r"\d+ s \(\d+ s\)", text)  # wall clock and processor time
 
 
@@ -152,7 +154,10 @@ def result(row: str, seed: int, errors: list[float], table=TRANSFORMERS) -> dict
     scores = {name: entry(0.9) for name in page.SCORES}
     return {
         "row": row, "seed": seed, "recipe": f"{table.rows[row].method}-w4a4", "seconds": 12.0,
-        "teacher_forced_error": {"mean": sum(errors) / len(errors), "per_prompt": errors},
+        "teacher_forced_error": {
+            "mean": sum(errors) / len(errors), "per_prompt": errors,
+            "by_step": {"mean": errors, "low": errors, "high": errors},
+        },
         "psnr": entry(20.0), "ssim": entry(0.8), "oracle": {"reference": scores, "candidate": scores},
         "weight_bytes": {"reference": 7 * 2**20, "candidate": 2**20},
         "protocol": {"prompts": 1, "clips": 2}, "jax": "0", "device": "cpu",
