@@ -44,7 +44,7 @@ PLANS = {
             "model": model, "topology": place, "recipe": "s2q-vdit-w4a6", "step": "reconstruct",
         }
         for name, model, place in (
-            ("wan-14b", _WAN, "v5e:2x4"), ("wan-14b", _WAN, "v5p:2x2x1"), ("wan-1.3b", _SMALL_WAN, "v5e:2x2"),
+            ("wan-14b", _WAN, "v5e:2x4"), ("wan-1.3b", _SMALL_WAN, "v5e:2x2"),
         )
     },
     "animatediff-sample-v5e-2x2": {"model": "animatediff", "topology": "v5e:2x2", "recipe": "qvd-w8a8", "batch": 4},

@@ -15,6 +15,7 @@ from qvdjax.metrics import paired_difference
 
 PLOT, DRAWN = "error-by-step.png", 6
 SCORES = ("color", "shape", "direction")
+NAMES = {"color": "colour", "shape": "shape", "direction": "direction"}
 COLUMNS = (
     "row", "recipe", "teacher-forced error", "PSNR dB", "SSIM", "colour", "shape", "direction", "weights",
     "quantized in",
@@ -75,7 +76,7 @@ def page(folder: Path, results: dict[str, list[dict]]) -> str:
         f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |",
         *(_row(name, many, table, further) for name, many in results.items()), "", *missing(results, list(table.rows)),
         f"![error at each step of the sampler, of the {DRAWN} rows of least error]({PLOT})", "",
-        "## What was expected, and what was found", "", *_findings(results, table), "",
+        "## What was expected, and what was found", "", *_findings(results, table), *_scores(results, table), "",
     ])  # fmt: skip
 
 
@@ -145,6 +146,27 @@ def _findings(results: dict[str, list[dict]], table: Table) -> list[str]:
         lines.append(
             f"- {relation}: {verdict}{change:+.1f} % of error ({low:+.1f} to {high:+.1f}, 95 % over prompts, "
             f"{len(seeds)} seeds)."
+        )
+    return lines
+
+
+def _scores(results: dict[str, list[dict]], table: Table) -> list[str]:
+    """A line for each row that something is expected of: how far its oracle's scores are from full precision's."""
+    lines = []
+    for name in [name for name, _ in table.expected if name in results]:
+        differences = []
+        for score in SCORES:
+            ours, whole = (
+                np.mean([one["oracle"][side][score]["per_prompt"] for one in results[name]], axis=0)
+                for side in ("candidate", "reference")
+            )
+            found = paired_difference(ours, whole)
+            mean, low, high = (100 * value for value in (found.mean, found.low, found.high))
+            differences.append(f"{NAMES[score]} {mean:+.1f} ({low:+.1f} to {high:+.1f})")
+        clips, seeds = len(ours), len(results[name])
+        lines.append(
+            f"- {name}, oracle against full precision in points of 100: {', '.join(differences)}, 95 % over {clips} "
+            f"clips, {seeds} seeds."
         )
     return lines
 

@@ -174,6 +174,18 @@ def test_expectations_are_judged_by_paired_differences():
     assert "**does not hold**" in line  # ahead on one prompt, behind on the other: no difference that is sure
 
 
+def test_scores_are_compared_clip_by_clip():
+    found = result("Ours", 0, [0.1, 0.2])
+    found["oracle"]["candidate"] = {
+        **found["oracle"]["candidate"], "shape": {"mean": 0.4, "per_prompt": [0.3, 0.5]},
+    }  # fmt: skip
+    (line,) = page._scores({"Ours": [found], "RTN": [result("RTN", 0, [0.2, 0.4])]}, TRANSFORMERS)
+    # 0.3 and 0.5 against 0.9: 60 and 40 points less; the bootstrap of two values lies between these.
+    assert line.startswith("- Ours, oracle against full precision in points of 100: colour +0.0 (+0.0 to +0.0), ")
+    assert "shape -50.0 (-60.0 to -40.0)" in line
+    assert "over 2 clips, 1 seeds" in line
+
+
 def test_what_does_not_belong_in_a_table_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no results"):
         page.write(tmp_path)
