@@ -9,16 +9,16 @@ from qvdjax.recipes.flatquant import FlatQuant
 class Best(FlatQuant):
     """flatquant whose inputs are centred and whose weights are fitted to inputs as they are rounded: our own.
 
-    At 4 bits nearly all of the error of a learned recipe comes from the inputs of products, not from weights: on the
-    bench, inputs left float take six sevenths of it away, weights left at 8 bits one fifth. Half or more of an input is
-    the same for all tokens of a sample, so that is taken off and multiplied by itself (`centered`). What rounding hides
-    of the rest is known from calibration, and the weight that expects it is found by least squares before it is rounded
-    (`rounded_inputs`, over the whole calibration set). Behind learned matrices both sides are nearly normal, and codes
-    stand for the levels of least error for that (`codebook`). Nothing is added to the weights' bytes, and to the
-    products one row a sample.
+    At 4 bits nearly all of a learned recipe's error comes from the inputs of products, not from weights: with
+    `s2q-vdit` on the bench, inputs left float take six sevenths of it away, weights of 8 bits one fifth (prompts that
+    no table uses; two epochs). More than half of most inputs there is the same for all tokens of a sample, so that is
+    taken off and multiplied by itself (`centered`). What rounding hides of the rest is known from calibration, and the
+    weight that expects it is found by least squares before it is rounded (`rounded_inputs`, over the whole calibration
+    set). Behind learned matrices both sides are nearly normal, and codes stand for the levels of least error for that
+    (`codebook`). Nothing is added to the weights' bytes, and to the products one row a sample.
 
-    What S2Q-VDiT adds to FlatQuant is left out: selected samples and weighed tokens measured as no gain on the bench
-    (docs/results), on a set of prompts that no table uses.
+    What S2Q-VDiT adds to FlatQuant is left out: selected samples and weighed tokens were no gain on the bench. Nor were
+    propagated inputs, zero points, or all blocks trained together.
     Command: `qvdjax quantize DIR OUT --recipe best-w4a4 --calibration CALIBRATION`.
     Expected: the least error of all recipes at the same bits (docs/results). Published: none.
     """
