@@ -28,8 +28,8 @@ from experiments.quantizing import save_quantized
 from qvdjax.calibration import CalibrationSet
 
 TOGETHER: Final = 4  # rows that the full-precision model is sampled once for
-# The same integers as floats: less than a thousandth of an error apart from integer products (a sum in another order
-# moves an input to the next code), which take 2.5 times as long on a CPU without YNNPACK.
+# The same integers as floats. Integer products differ where a sum in another order moves an input to the next code, and
+# take 2.5 times as long on a CPU without YNNPACK, which reconstruction does better without (docs/results).
 EXECUTION: Final = "simulate"
 MEASURED: Final = ("teacher_forced_error", "psnr", "ssim", "frechet_random_features", "oracle", "weight_bytes")
 
