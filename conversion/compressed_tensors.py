@@ -53,7 +53,7 @@ def refuse_transforms(layers: Iterable[StoredLayer]):
     changes = {layer.name: unsaid(layer.scheme) for layer in layers}
     if names := [f"{name} ({', '.join(what)})" for name, what in changes.items() if what]:
         raise UserError(
-            "layers that transform or centre their input, clip its range, have a branch, an estimate, a codebook or "
+            "layers that transform their input, centre it or clip its range, have a branch, an estimate, a codebook or "
             "several static ranges have no form in compressed-tensors",
             remedy="export to diffusers, or quantize with a recipe without transforms",
             items=names,
