@@ -33,8 +33,8 @@ bits, and see the same calibration set; a seed is of that set and of the method.
   direction are the oracle's scores of them ({reference} in full precision).
 - **weights** are KiB of the whole model, codes at their own bits, with scales and what is beside them ({whole} in
   float32).
-- **quantized in** is wall clock, in brackets the time that all cores spent on it: several rows may have shared
-  them.{more}
+- **quantized in** is the time that all cores spent on it, over the seeds that have it: several rows may have shared
+  them, so that wall clock says little. "wall" is where only that was measured, two cores at work on one row.{more}
 
 Calibrated on {prompts} prompts; seeds {seeds}, {device}, jax {jax}.
 """
@@ -114,9 +114,9 @@ def _size(count: float) -> str:
 
 
 def _spent(many: list[dict]) -> str:
-    """Wall clock, and in brackets the time of all cores where results have it."""
+    """The time of all cores; wall clock where no result has that."""
     processor = [one["processor_seconds"] for one in many if "processor_seconds" in one]
-    return f"{mean(one['seconds'] for one in many):.0f} s" + (f" ({mean(processor):.0f} s)" if processor else "")
+    return f"{mean(processor):.0f} s" if processor else f"{mean(one['seconds'] for one in many):.0f} s wall"
 
 
 def _average(values: list[float | None]) -> str:
