@@ -92,7 +92,7 @@ def summed(watched: VideoModel, batches: Iterable[Mapping[str, jax.Array]]) -> I
         raise UserError("the calibration set is empty", remedy="make one with `qvdjax calibrate`")
     for found, kept in by_layer(watched, totals):
         # ([layers,] in in) -> layers in in
-        rows = {part: a.reshape(len(found), *a.shape[-2:]) for part, a in kept.items() if not isinstance(a, dict)}
+        rows = {part: a.reshape(len(found), *a.shape[-2:]) for part, a in kept.items()}
         for i, name in enumerate(found):
             own = {part: a[i] for part, a in rows.items()}  # iterating over what other processes hold is not possible
             if not all(bool(jnp.isfinite(jnp.diagonal(a)).all()) for a in own.values()):

@@ -2,7 +2,7 @@
 
 from qvdjax.nn.attention import Attention, dot_product_attention, quantized_attention, with_float_attention
 from qvdjax.nn.bit_switch import BitSwitch
-from qvdjax.nn.centering import Centering
+from qvdjax.nn.centering import Centering, rounded_apart
 from qvdjax.nn.conv import Conv, QuantizedConv
 from qvdjax.nn.frames import FrameAxis
 from qvdjax.nn.input_clip import InputClip
@@ -73,6 +73,7 @@ __all__ = [
     "layers_of",
     "quantized_attention",
     "refuse_tables",
+    "rounded_apart",
     "stacked",
     "swap_layers",
     "tables_of",

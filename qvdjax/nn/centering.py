@@ -1,6 +1,7 @@
 """What the tokens of a sample have in common, taken off an input before it is rounded."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 
@@ -39,6 +40,14 @@ class Centering:
     def rounded(self, x: jax.Array) -> jax.Array:
         """The same as floats; gradients pass straight through the rounding."""
         return fake_quantize_dynamic(_mean(x), self.quantizer)
+
+
+def rounded_apart(centering: Centering | None, x: jax.Array, rounded: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """x [..., tokens, in] by `rounded`, its centre apart where there is one."""
+    if centering is None:
+        return rounded(x)
+    center = centering.rounded(x)
+    return rounded(x - center) + center
 
 
 def _mean(x: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qvdjax.kernels import quantized_linear, quantized_matmul
+from qvdjax.nn.centering import rounded_apart
 from qvdjax.nn.frames import FrameAxis
 from qvdjax.nn.low_rank import LowRankBranch
 from qvdjax.nn.quantized_layer import QuantizedLayer
@@ -111,15 +112,13 @@ class QuantizedLinear(QuantizedLayer):
             )
         else:
             rounded = self._encoded(x)
-            y = quantized_matmul(rounded, self.qweight, implementation=self.implementation)
-            rounded = rounded.dequantize()
-            if self.scheme.centering is not None:
-                center = self.scheme.centering.encoded(x)
-                y = y + quantized_matmul(center, self.qweight, implementation=self.implementation)
-                rounded = rounded + center.dequantize()
+            products = [quantized_matmul(part, self.qweight, implementation=self.implementation) for part in rounded]
+            y = sum(products[1:], products[0])  # [..., tokens, out], that of a centre [..., 1, out]
         if self.low_rank is not None:
             y = y + self.low_rank(x.astype(dtype)).astype(y.dtype)
         if self.estimator is not None:
+            if isinstance(rounded, tuple):
+                rounded = sum(part.dequantize() for part in rounded)
             y = y + self.estimator(rounded).astype(y.dtype)
         return y.astype(dtype) if self.bias is None else (y + self.bias[...].astype(y.dtype)).astype(dtype)
 
@@ -141,19 +140,22 @@ class QuantizedLinear(QuantizedLayer):
             return to_levels(x, self.input_levels[...], self.input_edges[...])
         if self.input_scale is not None:
             return fake_quantize(x, activation.grid, *self._input_range(x))
-        center = None
-        if self.scheme.centering is not None:
-            center = self.scheme.centering.rounded(x)
-            x = x - center
-        rounded = fake_quantize_dynamic(x, activation, self._clip(x))
-        if self.scheme.switch is not None:
-            rounded = jnp.where(self.fine(x.shape), fake_quantize_dynamic(x, self._finer, self._clip(x)), rounded)
-        return rounded if center is None else rounded + center
+        return rounded_apart(self.scheme.centering, x, self._rounded_dynamically)
 
-    def _encoded(self, x: jax.Array) -> QTensor:
-        """The codes of x, or of how it differs from its centre, bytes, with their ranges."""
-        if self.scheme.centering is not None:
-            x = x - self.scheme.centering.rounded(x)
+    def _rounded_dynamically(self, x: jax.Array) -> jax.Array:
+        rounded = fake_quantize_dynamic(x, self.scheme.activation, self._clip(x))
+        if self.scheme.switch is None:
+            return rounded
+        return jnp.where(self.fine(x.shape), fake_quantize_dynamic(x, self._finer, self._clip(x)), rounded)
+
+    def _encoded(self, x: jax.Array) -> tuple[QTensor, ...]:
+        """What x is the sum of as codes, bytes, with their ranges: x itself, or the rest and the centre."""
+        if self.scheme.centering is None:
+            return (self._codes_of(x),)
+        center = self.scheme.centering.encoded(x)
+        return self._codes_of(x - center.dequantize()), center
+
+    def _codes_of(self, x: jax.Array) -> QTensor:
         rounded = encode(x, self.scheme.activation.grid, *self._input_range(x), jnp.int8)
         if self.scheme.switch is None:
             return rounded

@@ -33,9 +33,7 @@ class RoundedInputs(NamedTuple):
         diagonal = jnp.diagonal(self.moment)
         damped = self.moment + _damping(diagonal, damping) * jnp.eye(len(diagonal), dtype=self.moment.dtype)
         lost = jnp.matmul(self.cross - self.moment, weight.T, precision=_HIGHEST)  # [in, out]
-        lower = jnp.linalg.cholesky(damped)
-        half = jax.scipy.linalg.solve_triangular(lower, lost, lower=True)
-        return weight + jax.scipy.linalg.solve_triangular(lower, half, lower=True, trans="T").T
+        return weight + jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), lost).T
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,11 @@ from qvdjax.ptq.low_rank import along, leading_directions, product
 
 ON_CONVOLUTIONS = ("shift", "smooth_scale")
 """Transforms that a convolution's input can take: one number a channel, the same at every position."""
+NOT_ON_CONVOLUTIONS = {
+    "centering": "centre taken off its input", "low_rank": "low-rank branch", "estimator": "estimate beside it",
+    "feature_grid": "grid of temporal features",
+}  # fmt: skip
+"""Parts of a scheme that a convolution cannot have, and what they are called."""
 
 
 def quantize_layer(
@@ -64,14 +69,9 @@ def quantize_layer(
         raise UserError("a convolution cannot clip its input's range", remedy="give its role a rule without input clip")
     if convolution and any(q is not None and q.codebook is not None for q in (scheme.weight, scheme.activation)):
         raise UserError("a convolution has no codebook", remedy="give its role a rule without one")
-    if convolution and scheme.centering is not None:
-        raise UserError("a convolution does not centre its input", remedy="give its role a rule without centering")
-    if convolution and scheme.low_rank is not None:
-        raise UserError("a convolution has no low-rank branch", remedy="give its role a rule without one")
-    if convolution and scheme.estimator is not None:
-        raise UserError("a convolution has no estimate beside it", remedy="give its role a rule without one")
-    if convolution and scheme.feature_grid is not None:
-        raise UserError("a convolution has no grid of temporal features", remedy="give its role a rule without one")
+    for part, called in NOT_ON_CONVOLUTIONS.items():
+        if convolution and getattr(scheme, part) is not None:
+            raise UserError(f"a convolution has no {called}", remedy="give its role a rule without one")
     static = scheme.activation is not None and not scheme.activation.dynamic
     if static and (scheme.rotation is not None or scheme.kronecker is not None):
         raise UserError(

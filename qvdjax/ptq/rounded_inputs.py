@@ -68,7 +68,8 @@ def rounded_inputs(
     """
 
     def watcher(layer, scheme, found):
-        arrays = stacked_rows(layer, [made(name) for name in found])
+        # The weight's quality is a statistic too, but none of the calls'.
+        arrays = stacked_rows(layer, [{**made(name), "weight_sqnr_db": None} for name in found])
         return RoundedMoments(layer, quantize_layer(layer, scheme, execution="simulate", arrays=arrays))
 
     watched = swap_layers(model, {name: schemes[name] for name in names}, watcher)

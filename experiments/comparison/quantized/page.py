@@ -14,12 +14,8 @@ from experiments.evaluation.plots import error_by_step
 from qvdjax.metrics import paired_difference
 
 PLOT, DRAWN = "error-by-step.png", 6
-SCORES = ("color", "shape", "direction")
-NAMES = {"color": "colour", "shape": "shape", "direction": "direction"}
-COLUMNS = (
-    "row", "recipe", "teacher-forced error", "PSNR dB", "SSIM", "colour", "shape", "direction", "weights",
-    "quantized in",
-)  # fmt: skip
+SCORES = {"color": "colour", "shape": "shape", "direction": "direction"}  # of the oracle, as the page calls them
+COLUMNS = ("row", "recipe", "teacher-forced error", "PSNR dB", "SSIM", *SCORES.values(), "weights", "quantized in")
 INTRODUCTION = """\
 # Quantized without training weights, {bits} on the bench's {model}
 
@@ -153,16 +149,18 @@ def _findings(results: dict[str, list[dict]], table: Table) -> list[str]:
 def _scores(results: dict[str, list[dict]], table: Table) -> list[str]:
     """A line for each row that something is expected of: how far its oracle's scores are from full precision's."""
     lines = []
-    for name in [name for name, _ in table.expected if name in results]:
+    for name, _ in table.expected:
+        if name not in results:
+            continue
         differences = []
-        for score in SCORES:
+        for score, called in SCORES.items():
             ours, whole = (
                 np.mean([one["oracle"][side][score]["per_prompt"] for one in results[name]], axis=0)
                 for side in ("candidate", "reference")
             )
             found = paired_difference(ours, whole)
-            mean, low, high = (100 * value for value in (found.mean, found.low, found.high))
-            differences.append(f"{NAMES[score]} {mean:+.1f} ({low:+.1f} to {high:+.1f})")
+            change, low, high = (100 * value for value in (found.mean, found.low, found.high))
+            differences.append(f"{called} {change:+.1f} ({low:+.1f} to {high:+.1f})")
         clips, seeds = len(ours), len(results[name])
         lines.append(
             f"- {name}, oracle against full precision in points of 100: {', '.join(differences)}, 95 % over {clips} "
@@ -176,9 +174,7 @@ def plot(results: dict[str, list[dict]], table: Table) -> bytes:
     names = set(results) - {name for name, _ in table.ablations}
     best = sorted(names, key=lambda name: mean(one["teacher_forced_error"]["mean"] for one in results[name]))[:DRAWN]
     series = {name: results[name][0]["teacher_forced_error"]["by_step"] for name in best}
-    return error_by_step(
-        series, title="at the latents of full precision", label="relative squared error", first_step=1
-    )  # fmt: skip
+    return error_by_step(series, title="at the latents of full precision", label="relative squared error", first_step=1)
 
 
 def write(folder: Path) -> list[Path]:

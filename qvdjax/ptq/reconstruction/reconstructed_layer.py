@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qvdjax.nn import Conv, InputTransform, LayerScheme, Linear, StandIn
+from qvdjax.nn import Conv, InputTransform, LayerScheme, Linear, StandIn, rounded_apart
 from qvdjax.nn.quantized_layer import StaticRanges
 from qvdjax.numerics import fake_quantize, fake_quantize_dynamic, to_levels
 from qvdjax.ptq.layers import rows_of_positions, static_parameters, taken_off
@@ -68,10 +68,7 @@ class ReconstructedLayer(StandIn, StaticRanges):
 
     def round_input(self, x: jax.Array) -> jax.Array:
         """A transformed input [..., rows, in] as the product gets it."""
-        if self.scheme.centering is None:
-            return self.round_rest(x)
-        center = self.scheme.centering.rounded(x)
-        return self.round_rest(x - center) + center
+        return rounded_apart(self.scheme.centering, x, self.round_rest)
 
     def round_rest(self, x: jax.Array) -> jax.Array:
         """A transformed input [..., rows, in], or how it differs from its centre, rounded."""

@@ -86,10 +86,9 @@ def test_a_layer_in_reconstruction_rounds_as_the_deployed_one(clip):
     linear = Linear(24, 7, role="query", axes=("heads", "embed"), key=jax.random.key(3))
     x = inputs((2, 6, 24))
     student = ReconstructedLinear(linear, scheme, FlattenedWeight(linear.weight[...], scheme, None), Known())
-    learned = {} if clip is None else {"transform": {}, "input_clip": student.learned()["input_clip"]}
     deployed = layer(scheme)
     if clip is not None:
-        deployed.input_clip[...] = learned["input_clip"]
+        deployed.input_clip[...] = student.learned()["input_clip"]
     chex.assert_trees_all_close(student.round_input(x), deployed.rounded_input(x), rtol=1e-6)
     # Centre and rest pass gradients on: together they are the input.
     gradient = jax.grad(lambda x: student.round_input(x).sum())(x)
