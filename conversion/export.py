@@ -64,8 +64,8 @@ def export(
 
     Raises:
         UserError: Unknown format; the source is no model folder of ours, or incomplete, or has tables over
-            timesteps; the layout cannot say what the model is; weights are NaN, infinite or overflow `dtype`; the
-            target exists or cannot be written.
+            timesteps or codes for each interval of them; the layout cannot say what the model is; weights are NaN,
+            infinite or overflow `dtype`; the target exists or cannot be written.
     """
     if format not in EXPORT_FORMATS:
         raise UserError(f"unknown export format {format!r}", remedy=f"use one of {', '.join(EXPORT_FORMATS)}")
@@ -84,6 +84,11 @@ def export(
         raise UserError(
             "estimates with a gain for each frame have no form in other formats: no weight is one for all frames",
             remedy="quantize with --set gains=none", items=gained,
+        )  # fmt: skip
+    if cut := [name for name, layer in layers.items() if layer.scheme.timestep_intervals is not None]:
+        raise UserError(
+            "codes for each interval of timesteps have no form in other formats: no weight is one for all timesteps",
+            remedy="quantize with --set timestep_intervals=1", items=cut,
         )  # fmt: skip
     side_files = {name: folder.path / name for name in SIDE_FILES if (folder.path / name).is_file()}
     report: dict[str, Any] = {"source": str(source), "target": str(target), "format": format}

@@ -14,6 +14,7 @@ from qvdjax.nn import (
     Attention,
     Codes,
     Conv,
+    IntervalLinear,
     Linear,
     QuantizedLinear,
     Statistic,
@@ -37,7 +38,8 @@ def describe(model: VideoModel) -> list[dict[str, Any]]:
         estimate, multiply-adds a token and their share of the product's), None for nothing. The products of attention
         have rows only where they are quantized; they hold no bytes. A table over timesteps has `execution` "table",
         `shape` (steps, out), its own type as `weight_bits`, no `activation_bits`, and `replaced_bytes`: those of the
-        layer in whose place it stands.
+        layer in whose place it stands. Where intervals of timesteps have codes of their own, `bytes` are those of all
+        and `sqnr_db` is the lowest.
     """
     rows = []
     for names, _, layer in layers_of(model, (*FLOAT_LAYERS, *QUANTIZED_LAYERS, *TABLE_LAYERS)):
@@ -57,6 +59,8 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 
 def _row(layer) -> dict[str, Any]:
+    if isinstance(layer, IntervalLinear):  # these differ in their numbers alone
+        return {**_row(layer.intervals[0]), "reason": layer.scheme.reason, "bytes": layer_bytes(layer)}
     shape, scheme = weight_shape(layer), layer.scheme
     quantized = not isinstance(layer, Linear | Conv)
     bias = 0 if layer.bias is None else shape[0]
@@ -122,6 +126,8 @@ def _attention_row(name: str, layer: Attention) -> dict[str, Any]:
 
 def weight_shape(layer) -> tuple[int, ...]:
     """Shape of one block's weight, [out, in, *kernel]."""
+    if isinstance(layer, IntervalLinear):
+        return weight_shape(layer.intervals[0])
     if isinstance(layer, Linear | Conv):
         return own_shape(layer.weight)
     shape = shape_of(layer.weight if layer.codes is None else layer.codes)[-2:]
@@ -160,6 +166,9 @@ def _float_bits(layer) -> int:
 
 
 def _sqnr(layer, count: int) -> list[float | None]:
+    if isinstance(layer, IntervalLinear):
+        each = zip(*(_sqnr(one, count) for one in layer.intervals), strict=True)
+        return [None if None in ratios else min(ratios) for ratios in each]
     statistic = getattr(layer, "weight_sqnr_db", None)
     if statistic is None or isinstance(statistic.get_value(), jax.ShapeDtypeStruct):
         return [None] * count

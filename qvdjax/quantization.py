@@ -1,5 +1,6 @@
 """`quantize`: a model and a recipe in, the quantized model out."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -9,7 +10,7 @@ from qvdjax.calibration.magnitudes import input_magnitudes
 from qvdjax.calibration.ranges import input_ranges
 from qvdjax.calibration.salience import input_saliences
 from qvdjax.calibration.selection import SelectedInputs, select
-from qvdjax.calibration.steps import first_steps
+from qvdjax.calibration.steps import first_steps, in_interval
 from qvdjax.calibration.timestep_draw import draw
 from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, Execution, VideoModel, layers_of, refuse_tables
@@ -162,7 +163,15 @@ def _examples_and_rest(recipe: Recipe, calibration):
 
 
 def _channel_ranges(model: VideoModel, recipe: Recipe, calibration: Iterable[Mapping[str, jax.Array]]) -> dict:
-    """Smallest and largest input of each channel by layer, as the recipe takes them over steps."""
+    """Smallest and largest input of each channel by layer, as the recipe takes them over steps; a pair for each
+    interval of timesteps where the recipe has some."""
+    if (intervals := recipe.timestep_intervals) is not None:
+        of_all = dataclasses.replace(recipe, timestep_intervals=None)
+        parts = [
+            _channel_ranges(model, of_all, list(in_interval(calibration, intervals, number)))
+            for number in range(len(intervals))
+        ]
+        return {name: tuple(part[name] for part in parts) for name in parts[0]}
     if recipe.channel_statistics == "salience":
         return input_saliences(model, calibration)
     if recipe.channel_statistics == "magnitude":

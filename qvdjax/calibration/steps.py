@@ -1,9 +1,12 @@
-"""Which sampling steps a calibration set holds, and the inputs of the first."""
+"""Which sampling steps a calibration set holds, and the inputs of some of them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
+
+from qvdjax.errors import UserError
+from qvdjax.nn import TimestepIntervals
 
 
 def timesteps_of(batches: Iterable[Mapping[str, jax.Array]]) -> list[float]:
@@ -17,8 +20,34 @@ def timesteps_of(batches: Iterable[Mapping[str, jax.Array]]) -> list[float]:
 def first_steps(batches: Iterable[Mapping[str, jax.Array]]) -> Iterator[dict[str, np.ndarray]]:
     """The samples of a calibration set at its largest timestep, where sampling begins; goes over the set twice."""
     largest = np.float32(timesteps_of(batches)[-1])
+    return _where(batches, lambda timestep: timestep == largest)
+
+
+def in_interval(
+    batches: Iterable[Mapping[str, jax.Array]], intervals: TimestepIntervals, number: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """The samples of a calibration set in one interval of timesteps.
+
+    Raises:
+        UserError: There are none.
+    """
+    found = False
+    for inputs in _where(batches, lambda timestep: np.asarray(intervals.of(timestep)) == number):
+        found = True
+        yield inputs
+    if not found:
+        raise UserError(
+            f"the calibration set has no timestep from {intervals.name(number)}",
+            remedy="calibrate with more steps, or choose fewer intervals",
+        )
+
+
+def _where(
+    batches: Iterable[Mapping[str, jax.Array]], wanted: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[dict[str, np.ndarray]]:
+    """The samples whose timesteps are wanted."""
     for inputs in batches:
-        rows = np.flatnonzero(of_samples(inputs) == largest)
+        rows = np.flatnonzero(wanted(of_samples(inputs)))
         if len(rows):
             yield {name: np.asarray(array)[rows] for name, array in inputs.items()}
 

@@ -179,10 +179,17 @@ def _mismatch(expected: Expected, found: Any) -> str | None:
 
 
 def parameter_count(model: nnx.Module) -> int:
-    """Number of weights of a model, codes counted as weights, quantization parameters and low-rank branches not: the
-    same for a model in full precision and for what any recipe makes of it."""
+    """Number of weights of a model, codes counted as weights, quantization parameters and low-rank branches not, and
+    once where intervals of timesteps have codes of their own: the same for a model in full precision and for what any
+    recipe makes of it."""
     return sum(
         math.prod(one.value.shape)
         for one in stored_variables(model)
-        if one.codes or (isinstance(one.variable, nnx.Param) and "low_rank" not in one.path)
+        if (one.codes or (isinstance(one.variable, nnx.Param) and "low_rank" not in one.path))
+        and not _of_later_interval(one.path)
     )
+
+
+def _of_later_interval(path: tuple) -> bool:
+    """Whether a variable is one of several for one layer (`qvdjax.nn.IntervalLinear`), and not the first."""
+    return "intervals" in path and path[path.index("intervals") + 1] > 0

@@ -6,6 +6,7 @@ from qvdjax.nn.centering import Centering, rounded_apart
 from qvdjax.nn.conv import Conv, QuantizedConv
 from qvdjax.nn.frames import FrameAxis
 from qvdjax.nn.input_clip import InputClip
+from qvdjax.nn.interval_linear import IntervalLinear
 from qvdjax.nn.layers import FLOAT_LAYERS, QUANTIZED_LAYERS, TABLE_LAYERS, layers_of
 from qvdjax.nn.linear import Linear, QuantizedLinear
 from qvdjax.nn.low_rank import LowRank, LowRankBranch
@@ -16,6 +17,7 @@ from qvdjax.nn.scheme import EXECUTIONS, AttentionScheme, Execution, LayerScheme
 from qvdjax.nn.stand_in import StandIn
 from qvdjax.nn.swap import swap_layers
 from qvdjax.nn.timestep import PerCall, TimestepReader
+from qvdjax.nn.timestep_intervals import TimestepIntervals
 from qvdjax.nn.timestep_table import TimestepTable, check_timesteps, refuse_tables, tables_of
 from qvdjax.nn.token_estimator import EstimatorBranch, TokenEstimator
 from qvdjax.nn.transforms import InputTransform, Kronecker, Rotation
@@ -41,6 +43,7 @@ __all__ = [
     "GroupNorm",
     "InputClip",
     "InputTransform",
+    "IntervalLinear",
     "Kronecker",
     "LayerNorm",
     "LayerScheme",
@@ -61,6 +64,7 @@ __all__ = [
     "Statistic",
     "Table",
     "TableScheme",
+    "TimestepIntervals",
     "TimestepReader",
     "TimestepTable",
     "TokenEstimator",

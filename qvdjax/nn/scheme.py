@@ -9,6 +9,7 @@ from qvdjax.nn.bit_switch import BitSwitch
 from qvdjax.nn.centering import Centering
 from qvdjax.nn.input_clip import InputClip
 from qvdjax.nn.low_rank import LowRank
+from qvdjax.nn.timestep_intervals import TimestepIntervals
 from qvdjax.nn.token_estimator import TokenEstimator
 from qvdjax.nn.transforms import Kronecker, Rotation, check_transforms
 from qvdjax.numerics import FeatureGrid, Quantizer
@@ -43,6 +44,7 @@ class LayerScheme:
             (Q-Diffusion's split shortcut), None for one in all.
         switch: At which timesteps the input has more bits than `activation` says, None for none.
         centering: How what the tokens of an input have in common is rounded apart from them, None for not at all.
+        timestep_intervals: Of timesteps in each of which the layer is quantized on its own, None for one in all.
     """
 
     weight: Quantizer | None = None
@@ -58,6 +60,7 @@ class LayerScheme:
     split: tuple[int, ...] | None = None
     switch: BitSwitch | None = None
     centering: Centering | None = None
+    timestep_intervals: TimestepIntervals | None = None
 
     def __post_init__(self):
         check_transforms(self.transforms, self.rotation, self.kronecker)
@@ -100,7 +103,7 @@ class LayerScheme:
     def to_dict(self) -> dict:
         """Plain fields, for a config file."""
         fields = dataclasses.asdict(self)
-        for name in (*_OPTIONAL, "split", "switch"):
+        for name in (*_OPTIONAL, "split", "switch", "timestep_intervals"):
             if fields[name] is None:
                 del fields[name]  # folders without one stay readable by programs that do not know it
         for name in ("weight", "activation"):
@@ -117,8 +120,9 @@ class LayerScheme:
         }
         rest = {name: kind(**fields[name]) for name, kind in _OPTIONAL.items() if fields.get(name) is not None}
         tuples = {name: tuple(fields[name]) for name in ("transforms", "split") if fields.get(name) is not None}
-        if fields.get("switch") is not None:
-            rest["switch"] = BitSwitch.from_dict(fields["switch"])
+        for name, kind in (("switch", BitSwitch), ("timestep_intervals", TimestepIntervals)):
+            if fields.get(name) is not None:
+                rest[name] = kind.from_dict(fields[name])
         return cls(**{**fields, **quantizers, **rest, **tuples})
 
 

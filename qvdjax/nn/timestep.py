@@ -48,11 +48,11 @@ class TimestepReader(nnx.Module):
             [(batch ...), 1, ...].
         """
         nearest = nearest_timestep(self.current_timestep(), self.scheme.activation.timesteps)  # batch
-        return _over_input(values[nearest, 0], shape)
+        return over_input(values[nearest, 0], shape)
 
     def fine(self, shape: tuple[int, ...]) -> jax.Array:
         """Whether each sample's timestep is one at which its input of this shape has more bits, as `of_step`."""
-        return _over_input(self.scheme.switch.at(self.current_timestep()), shape)
+        return over_input(self.scheme.switch.at(self.current_timestep()), shape)
 
     def current_timestep(self) -> jax.Array:
         """(batch,) in 0..1000; with `reads_tokens` also (batch, tokens).
@@ -73,7 +73,7 @@ def nearest_timestep(timestep: jax.Array, held: tuple[float, ...]) -> jax.Array:
     return jnp.abs(timestep[:, None] - jnp.asarray(held)).argmin(axis=1)  # batch timesteps -> batch
 
 
-def _over_input(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """(batch,) -> [(batch ...), 1, ...], for an input of that shape."""
+def over_input(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A number for each sample, (batch,) -> [(batch ...), 1, ...], for an input of that shape."""
     rows = jnp.repeat(values, shape[0] // len(values))  # batch -> (batch ...)
     return rows.reshape(-1, *(1,) * (len(shape) - 1))

@@ -1,5 +1,6 @@
 """One layer (or a stack of them) becomes its quantized form."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from qvdjax.nn import (
     EstimatorBranch,
     Execution,
     InputTransform,
+    IntervalLinear,
     LayerScheme,
     Linear,
     LowRankBranch,
@@ -32,7 +34,7 @@ ON_CONVOLUTIONS = ("shift", "smooth_scale")
 """Transforms that a convolution's input can take: one number a channel, the same at every position."""
 NOT_ON_CONVOLUTIONS = {
     "centering": "centre taken off its input", "low_rank": "low-rank branch", "estimator": "estimate beside it",
-    "feature_grid": "grid of temporal features",
+    "feature_grid": "grid of temporal features", "timestep_intervals": "intervals of timesteps",
 }  # fmt: skip
 """Parts of a scheme that a convolution cannot have, and what they are called."""
 
@@ -51,7 +53,7 @@ def quantize_layer(
         execution: How products are computed.
         fit: Fits the scheme's transform (`qvdjax.ptq.transforms`). None leaves it the identity.
         input_range: Smallest and largest input of each channel, [in] each (or [layers, in]). None stands for ranges
-            that are to be loaded later.
+            that are to be loaded later. Such a pair for each interval of timesteps where the scheme has some.
         rounding: How the weight of a linear layer is rounded; None to the nearest code.
         moment: Second moments of the input, [in, in] (or [layers, in, in]), which `rounding` needs.
         transform: The arrays of the scheme's transform, with the layer's leading axis if it has one, in the place of
@@ -72,6 +74,13 @@ def quantize_layer(
     for part, called in NOT_ON_CONVOLUTIONS.items():
         if convolution and getattr(scheme, part) is not None:
             raise UserError(f"a convolution has no {called}", remedy="give its role a rule without one")
+    if scheme.timestep_intervals is not None:
+        if any(given is not None for given in (edges, rounding, moment, transform, arrays)):
+            raise ValueError("layers of intervals are rounded to the nearest code")
+        alike = dataclasses.replace(scheme, timestep_intervals=None)
+        seen = [None] * len(scheme.timestep_intervals) if input_range is None else input_range
+        each = [quantize_layer(layer, alike, execution=execution, fit=fit, input_range=one) for one in seen]
+        return IntervalLinear(each, scheme)
     static = scheme.activation is not None and not scheme.activation.dynamic
     if static and (scheme.rotation is not None or scheme.kronecker is not None):
         raise UserError(

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from qvdjax.nn import AttentionScheme, Centering, InputClip, LayerScheme, LowRank, TokenEstimator
+from qvdjax.nn import AttentionScheme, Centering, InputClip, LayerScheme, LowRank, TimestepIntervals, TokenEstimator
 from qvdjax.numerics import FeatureGrid, Quantizer
 from qvdjax.numerics.codebook import MOST_BITS
 from qvdjax.ptq.bit_switch import SwitchBits
@@ -143,6 +143,10 @@ class Method:
         """The learned estimate that is added to every product; None for none."""
         return
 
+    def intervals(self) -> TimestepIntervals | None:
+        """The intervals of timesteps in each of which products are quantized on their own; None for none."""
+        return
+
     def switched_bits(self) -> SwitchBits | None:
         """How the steps are chosen at which inputs get more bits; None for none."""
         return
@@ -182,9 +186,12 @@ class Method:
             tensor = dataclasses.replace(activation, granularity=whole, group_size=None, codebook=None)
         channel = dataclasses.replace(plain, granularity="channel", group_size=None)
         feature, grids = self._temporal_feature(plain)
-        product = LayerScheme(weight, activation, transforms, "a product over all tokens", self.input_clip(), rotation,
+        intervals, reason = self.intervals(), "a product over all tokens"
+        if intervals is not None:
+            reason += f"; codes for each of {len(intervals)} intervals of timesteps"
+        product = LayerScheme(weight, activation, transforms, reason, self.input_clip(), rotation,
                               self.low_rank(), kronecker, estimator=self.estimator(),
-                              centering=self._centering(activation))  # fmt: skip
+                              centering=self._centering(activation), timestep_intervals=intervals)  # fmt: skip
         untransformed = tuple(role for role in PRODUCTS if role not in self.transformed)
         rules = []
         if self.skip:
@@ -217,6 +224,10 @@ class Method:
             raise ValueError("the grids of a trained method are even: leave codebook out")
         if mixed is not None and self.codebook is not None and max(mixed.choices) > MOST_BITS:
             raise ValueError("a codebook has no codes of 8 bits to share out: leave codebook or average_bits out")
+        if mixed is not None and intervals is not None:
+            raise ValueError(
+                "all intervals of timesteps have the same bits: leave timestep_intervals or average_bits out"
+            )
         if grids is not None and self.training() is not None:
             raise ValueError("trained methods leave temporal features float: leave temporal_features out")
         if self.centered and self.training() is not None:
@@ -230,5 +241,5 @@ class Method:
             self.recipe_name, tuple(rules), transform, self.training(), self.rounding(), self.reconstruction(), mixed,
             grids, self.range_search() if static else None, self.channel_statistics(), split_inputs=self.split_inputs,
             switch=self.switched_bits(),
-            channel_bits=self.channel_bits(), calibrates_on_all=self.calibrates_on_all,
+            channel_bits=self.channel_bits(), calibrates_on_all=self.calibrates_on_all, timestep_intervals=intervals,
         )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from qvdjax.calibration.timestep_draw import TimestepDraw
 from qvdjax.errors import UserError
-from qvdjax.nn import Attention, AttentionScheme, Conv, LayerScheme, Linear, VideoModel, layers_of
+from qvdjax.nn import Attention, AttentionScheme, Conv, LayerScheme, Linear, TimestepIntervals, VideoModel, layers_of
 from qvdjax.recipes.training import Training
 
 
@@ -61,6 +61,7 @@ class Recipe:
             all alike.
         calibrates_on_all: Whether ranges, transforms and grids are found on all of a calibration set although
             reconstruction selects examples from it.
+        timestep_intervals: In each of which products are quantized on their own, None for all timesteps together.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Recipe:
     switch: Any = None
     channel_bits: Any = None
     calibrates_on_all: bool = False
+    timestep_intervals: TimestepIntervals | None = None
 
     @property
     def needs_calibration(self) -> bool:

@@ -9,6 +9,9 @@ ROWS = {
     "SmoothQuant": Row("smoothquant"),
     "QuaRot": Row("quarot"),
     "ViDiT-Q": Row("vidit-q"),
+    "ViDiT-Q, two intervals": Row(
+        "vidit-q", {"timestep_intervals": 2}, "scales and codes for timesteps to 500 and above"
+    ),
     "GPTQ": Row("gptq"),
     "GPTQ, rotated": Row("gptq", {"rotation": True}, "the rotation of QuaRot before it"),
     "AdaRound": Row("adaround"),
