@@ -162,6 +162,16 @@ def _label(text: str, width: int) -> np.ndarray:
     return np.asarray(image)
 
 
+def write_png(path: Path, picture: np.ndarray, *, scale: int = 1) -> None:
+    """Write a picture, (height, width, 3) in [0, 1], each side `scale` times as long. Raises `UserError` if the file
+    cannot be written."""
+    from PIL import Image
+
+    pixels = enlarge(to_uint8(picture[None]), scale)[0]  # h w c -> 1 h w c -> (h s) (w s) c
+    with new_file(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="png")
+
+
 @contextlib.contextmanager
 def _complete(path: Path) -> Iterator[str]:
     """`new_file` with the encoder's errors explained."""

@@ -264,6 +264,9 @@ class Sample(Sampler, Prompts, Common):
     """Frames, height and width of the video in pixels, such as 81x480x832, instead of the latents' sizes."""
     step_loop: bool = False
     """Loop over the steps in Python, with a live bar, instead of one compiled scan."""
+    previews: hinted(int, "N", "none") = None
+    """After every N steps write a picture of each video's middle frame as the model expects it, FILE-step-<steps>.png;
+    implies --step-loop."""
     memory_limit: hinted(str, "SIZE", "none") = None
     """Memory of one device that is not to be exceeded, such as 12GiB: fewer videos at once and a VAE in tiles are
     chosen for it, by the compiler's account and before a weight is read."""

@@ -66,19 +66,17 @@ def check_vae(whole: PipelineFolder, config: Any) -> Path:
 
 
 def of_vae(
-    folder: Path, latents: tuple[int, ...], fps: float, *, tiling: models.Tiling | None = None,
-    progress: Callable | None = None,
-) -> Decoder:  # fmt: skip
-    """That of a VAE, which is read now and computes in the type of its file, one video after the other.
+    vae: VideoVAE, folder: Path, latents: tuple[int, ...], fps: float, *, tiling: models.Tiling | None = None
+) -> Decoder:
+    """That of a VAE, which computes in the type of its file, one video after the other.
 
     Args:
-        folder: The VAE's, see `check_vae`.
+        vae: As it was read.
+        folder: Where, see `check_vae`.
         latents: (frames, height, width, channels) of one video's, for which it is compiled.
         fps: Frames a second where none are asked for.
         tiling: Decode in tiles, each of which is a program of its own.
-        progress: See `models.load_vae`.
     """
-    vae = models.load_vae(folder, progress=progress)
     memory = {"weight_bytes": weight_bytes(vae), "peak_bytes": peak_bytes(vae, latents, tiling)}
 
     def decode(latents: np.ndarray) -> np.ndarray:

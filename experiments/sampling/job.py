@@ -14,6 +14,7 @@ import models
 from experiments.sampling.decoding import VAE, check_vae, of_pipeline, of_vae
 from experiments.sampling.memory_plan import HOST, plan_memory
 from experiments.sampling.output import VIDEO, check_output, output_paths, write_video
+from experiments.sampling.previews import Previews
 from experiments.sampling.published import beside_picture, check_prompts, find_picture, settings_of_video, stand_ins
 from experiments.sampling.record import device_record, memory_record, quantization_record, settings_record
 from experiments.sampling.request import (
@@ -71,6 +72,7 @@ def sample_folder(
     mesh: Mapping[str, int] | None = None,
     batch: int = 8,
     step_loop: bool = False,
+    previews: int | None = None,
     memory_limit: int | None = None,
     one_batch: bool = False,
     float_attention: tuple[int, int] = (0, 0),
@@ -110,6 +112,8 @@ def sample_folder(
             do not divide is computed whole by each.
         batch: Videos computed at once, at most.
         step_loop: Run the steps one by one from Python and report each, instead of one compiled scan.
+        previews: Write a picture of every video after every so many steps, see `Previews`. The steps are then run one
+            by one, and a VAE is read before them and stays beside the model.
         memory_limit: Bytes of one device that are not to be exceeded, by the compiler's account: `batch`, where texts
             are encoded and how the VAE decodes are chosen for it, see `plan_memory`.
         one_batch: Compute both branches of the guidance as one batch, see `qvdjax.diffusion.guided`.
@@ -134,7 +138,7 @@ def sample_folder(
         guidance_until, first_frame_guidance,
     )  # fmt: skip
     report = progress or (lambda stage, done, total: None)
-    encoder = whole = vae = None
+    encoder = whole = vae = vae_folder = None
     if is_pipeline_folder(folder):
         whole = PipelineFolder.open(folder, denoiser)
         folder = whole.denoiser
@@ -146,8 +150,13 @@ def sample_folder(
     skeleton = models.skeleton(folder, execution=execution)
     own = (folder / FILE).exists()
     check_output(output, decodes=own or (whole is not None and VAE in whole.components))
-    if output.suffix == VIDEO and not own:
-        vae = check_vae(whole, skeleton.config)
+    if (output.suffix == VIDEO or previews is not None) and not own:
+        if whole is None or VAE not in whole.components:
+            raise UserError(f"nothing in {folder} decodes latents to pictures", remedy="leave out --previews")
+        vae_folder = check_vae(whole, skeleton.config)
+    if previews is not None and previews < 1:
+        raise UserError(f"a preview every {previews} steps", remedy="give a whole number of at least 1")
+    step_loop = step_loop or previews is not None
     if video is not None:
         settings = settings_of_video(settings, whole, skeleton.config, video)
     device_mesh = None if mesh is None else make_mesh(mesh)
@@ -163,6 +172,11 @@ def sample_folder(
     if memory_limit is not None:
         if mesh is not None:
             raise UserError("a limit of memory is planned for one device", remedy="leave out --mesh or --memory-limit")
+        if previews is not None:
+            raise UserError(
+                "a limit of memory is planned for one component after the other, and previews decode while sampling",
+                remedy="leave out --previews or --memory-limit",
+            )
         report("planning", 0, 1)
         opened = used_tensors(CheckpointFolder.open(folder))
         shapes = loaded_shapes(abstract_model(opened, execution), opened, dtype=dtype and jax.numpy.dtype(dtype))
@@ -180,7 +194,7 @@ def sample_folder(
             latents=request.latents_shape,
             encoder=encoder,
             texts=1 + len(prompts or ()),
-            vae=vae,
+            vae=vae_folder,
             pictures=pictures,
             dtype=dtype and jax.numpy.dtype(dtype),
         )
@@ -204,9 +218,18 @@ def sample_folder(
     check_timesteps(skeleton, request.solver.schedule(request.steps).timesteps)  # before a weight is read
 
     model = models.load(folder, dtype=dtype, mesh=device_mesh, execution=execution, progress=progress)
+    decoder, shown = None if request.pipeline is None else of_pipeline(request.pipeline), None
+    if previews is not None:
+        if vae_folder is not None:
+            vae = models.load_vae(vae_folder, progress=progress)
+        of_frame = decoder if vae is None else of_vae(vae, vae_folder, (1, *request.latents_shape[1:]), fps=1.0)
+        shown = Previews(previews, of_frame, paths, request.steps, scale)
     with contextlib.nullcontext() if device_mesh is None else jax.set_mesh(device_mesh):
         how = {"doubled_batch": one_batch, "precise": _precise(model, float_attention)}
-        latents, timing, peak = _sample(model, request, how, device_mesh, min(batch, len(paths)), step_loop, report)
+        latents, timing, peak = _sample(
+            model, request, how, device_mesh, min(batch, len(paths)), step_loop, report, shown
+        )
+    held = peak if shown is None else shown.held_bytes(peak, weight_bytes(model))
     if not np.isfinite(latents).all():
         raise UserError(
             f"{folder} sampled latents that are not finite",
@@ -216,6 +239,7 @@ def sample_folder(
         "model": str(folder),
         **settings_record(request),
         "loop": "steps" if step_loop else "scan",
+        "previews": previews,
         "one_batch": one_batch,
         "float_attention": list(float_attention),
         **timing,
@@ -223,7 +247,7 @@ def sample_folder(
         **memory_record(device_mesh),
         "memory": {
             **({"text_encoder": _memory_of(about_texts["text_encoder"])} if about_texts else {}),
-            DENOISER: {"weight_bytes": weight_bytes(model), "peak_bytes": peak},
+            DENOISER: {"weight_bytes": weight_bytes(model), "peak_bytes": held},
         },
         "memory_plan": None if plan is None else plan.report(),
         "quantization": quantization_record(model),
@@ -232,11 +256,11 @@ def sample_folder(
     del model  # a VAE may need its memory
     videos = []
     if jax.process_index() == 0:  # all hosts hold all latents; one of them writes
-        decoder = None if request.pipeline is None else of_pipeline(request.pipeline)
-        if vae is not None:
+        if vae_folder is not None and output.suffix == VIDEO:
+            vae = models.load_vae(vae_folder, progress=progress) if vae is None else vae
             usual = sampling_defaults(folder, solver_named=True).fps
             tiling = None if plan is None else plan.tiling
-            decoder = of_vae(vae, latents.shape[1:], usual, tiling=tiling, progress=progress)
+            decoder = of_vae(vae, vae_folder, latents.shape[1:], usual, tiling=tiling)
             shared |= {**decoder.about, "memory": {**shared["memory"], VAE: decoder.memory}}
         for row, path in enumerate(paths):
             videos.append(write_video(path, request, row, latents[row], shared, decoder, fps=fps, scale=scale))
@@ -278,7 +302,14 @@ def _precise(model, steps: tuple[int, int]) -> Precise | None:
 
 
 def _sample(
-    model, request: Request, how: dict, mesh: Mesh | None, batch: int, step_loop: bool, progress: Progress
+    model,
+    request: Request,
+    how: dict,
+    mesh: Mesh | None,
+    batch: int,
+    step_loop: bool,
+    progress: Progress,
+    previews: Previews | None,
 ) -> tuple[np.ndarray, dict, int | None]:
     """All videos' latents, float32 (videos, frames, height, width, channels), how long it took, and what the program
     needs of one device by the compiler's account; `how` are further arguments of the sampler."""
@@ -287,8 +318,13 @@ def _sample(
     chunks = [np.arange(start, start + batch).clip(max=count - 1) for start in range(0, count, batch)]
     done, compilation, seconds, latents = 0, None, 0.0, []
 
-    def on_step(step: int, _) -> None:
+    def on_step(step: int, _, clean: jax.Array) -> None:
         progress("sampling", done * request.steps + step, len(chunks) * request.steps)
+        if previews is not None and previews.wanted(step):
+            middle = clean.shape[1] // 2
+            frames = _gathered(clean[:, middle : middle + 1])  # by all hosts; one of them writes
+            if jax.process_index() == 0:
+                previews.write(step, chunks[done], frames)
 
     # The last chunk is filled up with its last video: another batch size would be another compilation.
     for done, rows in enumerate(chunks):

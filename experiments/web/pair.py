@@ -48,8 +48,10 @@ class Pair:
         if not is_pipeline_folder(self.reference):
             return of_pipeline(Pipeline.load(self.reference))
         whole = PipelineFolder.open(self.reference)
-        vae = check_vae(whole, models.parse_config(CheckpointFolder.open(whole.denoiser).config))
-        return of_vae(vae, latents, sampling_defaults(whole.denoiser, solver_named=True).fps)
+        folder = check_vae(whole, models.parse_config(CheckpointFolder.open(whole.denoiser).config))
+        return of_vae(
+            models.load_vae(folder), folder, latents, sampling_defaults(whole.denoiser, solver_named=True).fps
+        )
 
 
 def open_pair(reference: Path, candidate: Path, *, video: tuple[int, int, int] | None = None) -> Pair:

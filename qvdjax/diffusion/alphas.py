@@ -7,13 +7,13 @@ shared by the solvers for such models; it follows diffusers 0.42 (`scheduling_dd
 
 import dataclasses
 import math
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import numpy as np
 
 from qvdjax.diffusion.examples import Example, variance_preserving_example
-from qvdjax.diffusion.schedule import TRAIN_TIMESTEPS, check_steps
+from qvdjax.diffusion.schedule import TRAIN_TIMESTEPS, check_steps, weighted_sum
 from qvdjax.errors import UserError
 
 BetaSchedule = Literal["scaled_linear", "linear"]
@@ -95,6 +95,10 @@ class VariancePreserving:
             )
         if isinstance(self.steps_offset, bool) or not isinstance(self.steps_offset, int) or self.steps_offset < 0:
             raise UserError(f"the solver's steps_offset is {self.steps_offset!r}", remedy="give 0, 1, 2, ...")
+
+    def clean(self, row: Any, latents: jax.Array, prediction: jax.Array) -> jax.Array:
+        """See `Solver.clean`; `row.clean` are the weights of the two."""
+        return weighted_sum(row.clean, (latents, prediction.astype(latents.dtype)))
 
     def alphas_cumprod(self) -> np.ndarray:
         """a_t for every training timestep, float64 (1000,), falling."""

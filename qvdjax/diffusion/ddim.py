@@ -46,5 +46,5 @@ class DDIM(VariancePreserving):
 
     def step(self, row: DDIMSchedule, state: LatentsState, prediction: jax.Array) -> LatentsState:
         """One step; `prediction` is the model's at `state.latents`. The result has the latents' dtype."""
-        clean = weighted_sum(row.clean, (state.latents, prediction.astype(state.latents.dtype)))
+        clean = self.clean(row, state.latents, prediction)
         return LatentsState(weighted_sum(row.update, (state.latents, clean)))

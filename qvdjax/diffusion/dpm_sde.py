@@ -90,7 +90,7 @@ class DPMSolverSDE(VariancePreserving):
     def step(self, row: DPMSchedule, state: DPMState, prediction: jax.Array) -> DPMState:
         """One step; `prediction` is the model's at `state.latents`. The result has the latents' dtype."""
         latents = state.latents
-        clean = weighted_sum(row.clean, (latents, prediction.astype(latents.dtype)))
+        clean = self.clean(row, latents, prediction)
         noise = step_noise(state.keys, row.index, latents.shape[1:], latents.dtype)
         return DPMState(weighted_sum(row.update, (latents, clean, state.clean, noise)), clean, state.keys)
 

@@ -72,9 +72,13 @@ class EulerEDM:
         """The state before the first step; `noise` (batch, frames, height, width, channels)."""
         return LatentsState(noise)
 
+    def clean(self, row: DDIMSchedule, latents: jax.Array, prediction: jax.Array) -> jax.Array:
+        """See `Solver.clean`."""
+        return weighted_sum(row.clean, (latents, prediction.astype(latents.dtype)))
+
     def step(self, row: DDIMSchedule, state: LatentsState, prediction: jax.Array) -> LatentsState:
         """One step; `prediction` is the model's at `state.latents`. The result has the latents' dtype."""
-        clean = weighted_sum(row.clean, (state.latents, prediction.astype(state.latents.dtype)))
+        clean = self.clean(row, state.latents, prediction)
         return LatentsState(weighted_sum(row.update, (state.latents, clean)))
 
     def example(self, clean: jax.Array, noise: jax.Array, uniform: jax.Array) -> Example:

@@ -38,6 +38,10 @@ class FlowMatchEuler:
         """The state before the first step; `noise` (batch, frames, height, width, channels)."""
         return LatentsState(noise)
 
+    def clean(self, row: FlowSchedule, latents: jax.Array, velocity: jax.Array) -> jax.Array:
+        """The latents at the end of `velocity`, see `Solver.clean`."""
+        return latents - row.sigmas.astype(latents.dtype) * velocity.astype(latents.dtype)
+
     def step(self, row: FlowSchedule, state: LatentsState, velocity: jax.Array) -> LatentsState:
         """One step along `velocity`, the model's prediction at `state.latents`, in the latents' dtype."""
         step_size = (row.next_sigmas - row.sigmas).astype(state.latents.dtype)

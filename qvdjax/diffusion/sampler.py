@@ -20,8 +20,9 @@ from qvdjax.errors import UserError
 from qvdjax.nn import check_timesteps
 from qvdjax.parallel import bytes_held
 
-OnStep = Callable[[int, jax.Array], None]
-"""Called after every step with the number of steps done (1, 2, ...) and the latents they led to."""
+OnStep = Callable[[int, jax.Array, jax.Array], None]
+"""Called after every step with the number of steps done (1, 2, ...), the latents they led to, and what the step's
+prediction says the finished latents are."""
 
 
 @jax.tree_util.register_dataclass
@@ -208,12 +209,14 @@ class Run:
         return self.solver.init(noise, seeds)
 
     def step(self, is_guided: bool, model, plan, state, context, negative_context, conditions):
-        """One step: ask the model where the latents go, and let the solver go there."""
+        """One step: ask the model where the latents go, and let the solver go there; the state after it, and what the
+        prediction says the finished latents are."""
         predict = guided(model, plan.guidance_scales if is_guided else 1, doubled_batch=self.doubled_batch)
         batch = state.latents.shape[0]
         timestep = jnp.full((batch,), plan.schedule.timesteps, jnp.float32)  # (batch,)
         prediction = predict(state.latents, timestep, context, negative_context, **conditions)
-        return self.solver.step(plan.schedule, state, prediction)
+        clean = self.solver.clean(plan.schedule, state.latents, prediction)
+        return self.solver.step(plan.schedule, state, prediction), clean
 
 
 @jax.tree_util.register_dataclass
@@ -274,7 +277,7 @@ def _plan(
 
 def _scan_steps(run: Run, parts: tuple[Part, ...], models: tuple, plan, noise, seeds, *inputs) -> SampleResult:
     def body(state, row, part):
-        state_after = run.step(part.is_guided, models[part.is_precise], row, state, *inputs)
+        state_after, _ = run.step(part.is_guided, models[part.is_precise], row, state, *inputs)
         return state_after, state.latents if run.trajectory else None
 
     state, seen = run.init(noise, seeds), []
@@ -298,8 +301,8 @@ def _loop(run: Run, parts: tuple[Part, ...], models: tuple, plan: Plan, inputs: 
         for index in range(part.start, part.stop):
             if run.trajectory:
                 seen.append(state.latents)
-            state = _step(run, part.is_guided, models[part.is_precise], plan.row(index), state, *rest)
-            on_step(index + 1, state.latents)
+            state, clean = _step(run, part.is_guided, models[part.is_precise], plan.row(index), state, *rest)
+            on_step(index + 1, state.latents, clean)
     return SampleResult(state.latents, jnp.stack(seen) if run.trajectory else None)
 
 

@@ -47,6 +47,9 @@ class Solver(Protocol):
         field `prediction_type` says (`ddim`, `dpm-sde`), or the v of EDM's preconditioning (`euler-edm`).
         """
 
+    def clean(self, row: Any, latents: jax.Array, prediction: jax.Array) -> jax.Array:
+        """What a prediction says the finished latents are, in the latents' dtype; arguments as those of `step`."""
+
     def example(self, clean: jax.Array, noise: jax.Array, uniform: jax.Array) -> Example:
         """What the models it samples are trained on.
 

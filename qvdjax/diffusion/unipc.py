@@ -117,13 +117,16 @@ class UniPCFlow:
         # Finite stand-ins for a past that does not exist: their weights are zero.
         return UniPCState(noise, noise, (noise,) * self.order)
 
+    def clean(self, row: UniPCSchedule, latents: jax.Array, velocity: jax.Array) -> jax.Array:
+        """The latents at the end of `velocity`, see `Solver.clean`."""
+        return latents - row.sigmas.astype(latents.dtype) * velocity.astype(latents.dtype)
+
     def step(self, row: UniPCSchedule, state: UniPCState, velocity: jax.Array) -> UniPCState:
         """Correct the latents with what the model said about them, then predict the next ones.
 
         `velocity` is the model's prediction at `state.latents`; the result has the latents' dtype.
         """
-        dtype = state.latents.dtype
-        clean = state.latents - row.sigmas.astype(dtype) * velocity.astype(dtype)
+        clean = self.clean(row, state.latents, velocity)
         corrected = weighted_sum(row.corrector, (state.latents, state.corrected, clean, *state.history))
         latents = weighted_sum(row.predictor, (corrected, clean, *state.history[:-1]))
         return UniPCState(latents, corrected, (clean, *state.history[:-1]))

@@ -90,6 +90,7 @@ def sample(arguments: Sample, progress: Progress | None) -> Outcome:
         mesh=values.mesh(arguments.mesh),
         batch=arguments.batch,
         step_loop=arguments.step_loop,
+        previews=arguments.previews,
         memory_limit=None if arguments.memory_limit is None else parse_limit(arguments.memory_limit),
         one_batch=arguments.one_batch,
         float_attention=(arguments.float_attention_first, arguments.float_attention_last),

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from qvdjax.diffusion import (
     DDIM,
     DPMSolverSDE,
+    EulerEDM,
     FlowMatchEuler,
     Precise,
     UniPCFlow,
@@ -94,8 +95,8 @@ def test_scan_and_step_loop_make_the_numbers_of_a_written_out_loop(case, solver)
     assert scanned.trajectory.shape == (6, 8, *SHAPE)
 
     steps = []
-    looped = sample(**arguments, trajectory=True, on_step=lambda step, latents: steps.append((step, latents)))
-    assert [step for step, _ in steps] == [1, 2, 3, 4, 5, 6]
+    looped = sample(**arguments, trajectory=True, on_step=lambda *call: steps.append(call))
+    assert [step for step, _, _ in steps] == [1, 2, 3, 4, 5, 6]
     np.testing.assert_array_equal(steps[-1][1], looped.latents)
     np.testing.assert_allclose(looped.latents, scanned.latents, atol=2e-5)  # as above
     np.testing.assert_allclose(looped.trajectory, scanned.trajectory, atol=2e-5)
@@ -330,7 +331,7 @@ def test_precise_steps_are_another_models(case):
     np.testing.assert_allclose(run(case["model"], Precise(other, first=2, last=3)), run(other), atol=1e-6)
     mixed = run(case["model"], Precise(other, first=1, last=2))
     assert np.abs(mixed - plain).max() > 1e-2
-    stepped = run(case["model"], Precise(other, first=1, last=2), on_step=lambda step, latents: None)
+    stepped = run(case["model"], Precise(other, first=1, last=2), on_step=lambda *_: None)
     np.testing.assert_allclose(stepped, mixed, atol=1e-5)
     halves = run(case["model"], Precise(other, first=1, last=2), guidance_until=700.0)
     assert np.abs(halves - mixed).max() > 1e-2  # both kinds of stretches at once
@@ -351,10 +352,31 @@ def test_compiling_ahead_knows_precise_steps(case, step_loop):
     options = {**case, "solver": FlowMatchEuler(3.0), "steps": 3, "precise": Precise(Field(jax.random.key(5)), first=1)}
     compile_sampler(**options, step_loop=step_loop)
     before = Field.calls
-    sample(**options, on_step=(lambda step, latents: None) if step_loop else None)
+    sample(**options, on_step=(lambda *_: None) if step_loop else None)
     assert Field.calls == before
 
 
 def test_negative_numbers_of_precise_steps_are_refused():
     with pytest.raises(UserError, match="precise last steps"):
         Precise(None, last=-1)
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, EulerEDM()], ids=lambda solver: type(solver).__name__)
+def test_the_last_prediction_says_what_the_latents_become(case, solver):
+    ends = []
+    result = sample(**case, solver=solver, steps=3, guidance_scale=2.0, on_step=lambda *call: ends.append(call[2]))
+    assert len(ends) == 3
+    # The last step of each leads to clean latents; float32 sums of three terms of size 4.
+    np.testing.assert_allclose(ends[-1], result.latents, atol=2e-5)
+    assert np.abs(ends[0] - ends[-1]).max() > 0.1
+
+
+@pytest.mark.parametrize("solver", [FlowMatchEuler(3.0), UniPCFlow(3.0, sigma_grid="diffusers")])
+def test_on_a_straight_path_every_prediction_leads_to_its_end(case, solver):
+    noise, ends = case["noise"], []
+    clean = jnp.ones_like(noise)
+    straight = jax.tree_util.Partial(lambda velocity, latents, timestep, context: velocity, noise - clean)
+    sample(straight, case["context"], noise=noise, solver=solver, steps=4, on_step=lambda *call: ends.append(call[2]))
+    for end in ends:
+        # UniPC begins a little beside the noise level 1 and has the noise as it is: off by that much of it.
+        np.testing.assert_allclose(end, clean, atol=1e-4)
