@@ -20,6 +20,7 @@ from models.clip_text import CLIPTextConfig, CLIPTextEncoder
 from models.clip_vision import CLIPVisionConfig, CLIPVisionEncoder
 from models.config_fields import check_field
 from models.folders import abstract_model
+from models.text_llama import LlamaConfig, LlamaEncoder
 from models.text_t5 import T5Config, T5Encoder, UMT5Config
 from qvdjax.checkpoint import CheckpointFolder, Progress, load_variables
 from qvdjax.checkpoint.folder import STEM
@@ -35,6 +36,12 @@ def _t5_name(name: str) -> str | None:
     if name == "encoder.embed_tokens.weight":  # the same array as shared.weight; some programs write the one or both
         return "shared.weight"
     return None if name.startswith(("decoder.", "lm_head.")) else name
+
+
+def _llama_name(name: str) -> str | None:
+    if name.startswith("lm_head.") or name.endswith(".rotary_emb.inv_freq"):  # the latter in files of older versions
+        return None
+    return name.removeprefix("model.")  # where a language model's head was beside it
 
 
 def _clip_name(name: str, prefix: str) -> str | None:
@@ -63,6 +70,7 @@ ENCODERS = {
     "clip_vision_model": EncoderKind(
         CLIPVisionConfig, CLIPVisionEncoder, functools.partial(_clip_name, prefix="vision_model")
     ),
+    "llama": EncoderKind(LlamaConfig, LlamaEncoder, _llama_name),
     "umt5": EncoderKind(UMT5Config, T5Encoder, _t5_name),
 }
 

@@ -1,10 +1,12 @@
 """From prompts to what a published model is given: its family's rules, its tokenizer and its text encoder.
 
 The rules are those of diffusers 0.42 `pipelines/wan/pipeline_wan.py`, `pipelines/cogvideo/pipeline_cogvideox.py`,
-`pipelines/animatediff/pipeline_animatediff.py` and `pipelines/text_to_video_synthesis/`.
+`pipelines/animatediff/pipeline_animatediff.py`, `pipelines/text_to_video_synthesis/` and
+`pipelines/hunyuan_video/pipeline_hunyuan_video.py`.
 """
 
 import dataclasses
+import functools
 import gc
 import html
 import re
@@ -18,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 import qvdjax
+from models.clip_text import CLIPTextConfig
 from models.encoders import EncoderFolder, build_encoder, load_encoder, parse_encoder_config
 from models.families import family_of, parse_config
 from models.folders import abstract_model
@@ -52,18 +55,38 @@ class PromptRule:
         encoder: The text encoder's `model_type`.
         clean: What is done to a text first.
         masked: Whether padding is hidden from the encoder, and zeros take its place afterwards.
+        template: What a text is put into.
+        crop: So many first tokens, those of the template, are left out afterwards.
+        output: Which of the encoder's states, None for its usual one.
+        pooled: Whether the model is also given each text as one vector, by a second encoder, and which tokens are
+            padding; it makes one pass then, without a negative prompt.
     """
 
     encoder: str
     clean: Callable[[str], str] = str
     masked: bool = False
+    template: str = "{}"
+    crop: int = 0
+    output: str | None = None
+    pooled: bool = False
 
 
 AT_ONCE = 4  # texts
+# What HunyuanVideo's language model is asked to do, word by word as it was trained.
+DESCRIBE = (
+    "<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
+    "1. The main content and theme of the video."
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
+    "4. background environment, light, style and atmosphere."
+    "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+)
 
 RULES = {
     "wan": PromptRule("umt5", clean=clean_prompt, masked=True),
     "cogvideox": PromptRule("t5"),
+    "hunyuanvideo": PromptRule("llama", masked=True, template=DESCRIBE, crop=95, output="skipped", pooled=True),
     "animatediff": PromptRule("clip_text_model"),
     "modelscope": PromptRule("clip_text_model"),
 }
@@ -76,7 +99,9 @@ class EncodedPrompts:
     Attributes:
         path: The pipeline that encoded them.
         prompts, negative_prompt: The texts.
-        tensors: `context` (texts, tokens, dim) and `negative_context` (tokens, dim), in the encoder's type.
+        tensors: `context` (texts, tokens, dim) and `negative_context` (tokens, dim), in the encoder's type; of a model
+            that makes one pass `pooled_projections` (texts, dim) and `encoder_attention_mask` (texts, tokens) in the
+            place of the latter.
         cut: How many tokens of each text were too many, of those where there were any.
         encoder: The record of what encoded them: `class`, `recipe`, `weight_bytes`, and `peak_bytes`, what its program
             needs of one device by the compiler's account.
@@ -104,7 +129,8 @@ class PromptEncoder:
         tokenizer: Ready.
         encoder: The text encoder's folder.
         vocabulary: How many tokens it knows.
-        length: Tokens of every text.
+        length: Tokens of every text, without those of a template.
+        second: What makes one vector of a text, where the rule has that.
     """
 
     pipeline: PipelineFolder
@@ -113,6 +139,7 @@ class PromptEncoder:
     encoder: Path
     vocabulary: int
     length: int
+    second: "PooledEncoder | None" = None
 
     @classmethod
     def open(cls, pipeline: PipelineFolder) -> "PromptEncoder":
@@ -144,13 +171,15 @@ class PromptEncoder:
                 f" {parsed.text_dim}",
                 remedy="put the model's own text encoder there",
             )
-        if encoder.most_tokens is not None and encoder.most_tokens < parsed.text_tokens:
+        length = parsed.text_tokens + rule.crop
+        if encoder.most_tokens is not None and encoder.most_tokens < length:
             raise UserError(
-                f"{folder} takes {encoder.most_tokens} tokens, texts of {family.name} have {parsed.text_tokens}",
+                f"{folder} takes {encoder.most_tokens} tokens, texts of {family.name} have {length}",
                 remedy="put the model's own text encoder there",
             )
         tokenizer = TextTokenizer(pipeline.component("tokenizer"))
-        return cls(pipeline, rule, tokenizer, folder, encoder.vocab_size, parsed.text_tokens)
+        second = PooledEncoder.open(pipeline, parsed.pooled_projection_dim) if rule.pooled else None
+        return cls(pipeline, rule, tokenizer, folder, encoder.vocab_size, parsed.text_tokens, second)
 
     def fingerprint(self) -> str:
         """What tells the text encoder's weights from others, see `qvdjax.checkpoint.fingerprint`."""
@@ -180,9 +209,14 @@ class PromptEncoder:
 
         Raises:
             UserError: See `models.load` and `qvdjax.quantize`; a tokenizer with more tokens than the encoder;
-                embeddings that are not finite.
+                embeddings that are not finite; a negative prompt for a model that makes one pass.
         """
-        texts = [negative_prompt, *prompts]
+        if self.second is not None and negative_prompt:
+            raise UserError(
+                "this model is given its guidance scale as an input and makes one pass, which no other text guides",
+                remedy="leave out the negative prompt",
+            )
+        texts = [*prompts] if self.second is not None else [negative_prompt, *prompts]
         tokens = self._tokens(texts)
         model = self._load(recipe, dtype, mesh, progress)
         encoder = {
@@ -192,7 +226,12 @@ class PromptEncoder:
             "peak_bytes": self.peak_bytes(model, min(batch, len(texts))),
         }
         embeddings = np.concatenate(list(self._batches(model, tokens, batch, progress)))
-        tensors = {"context": embeddings[1:], "negative_context": embeddings[0]}
+        if self.second is None:
+            tensors = {"context": embeddings[1:], "negative_context": embeddings[0]}
+        else:
+            mask = tokens.mask[:, self.rule.crop :].astype(np.int32)
+            pooled = self.second.encode(texts, dtype=dtype, mesh=mesh, progress=progress)
+            tensors = {"context": embeddings, "pooled_projections": pooled, "encoder_attention_mask": mask}
         cut = {text: count for text, count in zip(texts, tokens.cut, strict=True) if count}
         return EncodedPrompts(self.pipeline.path, tuple(prompts), negative_prompt, tensors, cut, encoder)
 
@@ -219,17 +258,14 @@ class PromptEncoder:
 
         `model` is the encoder, or its shapes and types. None where the backend does not say.
         """
-        numbers = np.zeros((batch, self.length), np.int32)
-        mask = np.ones((batch, self.length), bool) if self.rule.masked else None
-        return bytes_held(_embed.lower(model, numbers, mask).compile())
+        shape = (batch, self.length + self.rule.crop)
+        mask = np.ones(shape, bool) if self.rule.masked else None
+        return bytes_held(_embed.lower(model, np.zeros(shape, np.int32), mask, self.rule.output).compile())
 
     def _tokens(self, texts: Sequence[str]) -> Tokens:
-        tokens = self.tokenizer.encode([self.rule.clean(text) for text in texts], self.length)
-        if tokens.numbers.max() >= self.vocabulary:
-            raise UserError(
-                f"{self.tokenizer.path} has more tokens than the {self.vocabulary} of {self.encoder}",
-                remedy="put the text encoder's own tokenizer there",
-            )
+        whole = [self.rule.template.replace("{}", self.rule.clean(text)) for text in texts]
+        tokens = self.tokenizer.encode(whole, self.length + self.rule.crop)
+        _check_vocabulary(self.tokenizer, tokens, self.encoder, self.vocabulary)
         return tokens
 
     def _load(self, recipe: str | None, dtype: Any, mesh: jax.sharding.Mesh | None, progress: Progress | None):
@@ -256,20 +292,83 @@ class PromptEncoder:
             for start in range(0, count, batch):
                 rows = np.arange(start, start + batch).clip(max=count - 1)
                 mask = tokens.mask[rows] if self.rule.masked else None
-                embeddings = to_host(_embed(model, tokens.numbers[rows], mask))[: count - start]
-                if not np.isfinite(embeddings.astype(np.float32)).all():
-                    raise UserError(
-                        f"{self.encoder} makes embeddings that are not finite", remedy="encode with --dtype float32"
-                    )
+                embeddings = to_host(_embed(model, tokens.numbers[rows], mask, self.rule.output))[: count - start]
+                _check_finite(embeddings, self.encoder)
                 if progress:
                     progress("encoding", min(start + batch, count), count)
-                yield embeddings
+                yield embeddings[:, self.rule.crop :]
         finally:
-            for array in jax.tree.leaves(model):
-                array.delete()  # at once, before something else is read
+            _free(model)
 
 
-@jax.jit
-def _embed(model, numbers: jax.Array, mask: jax.Array | None) -> jax.Array:
-    embeddings = model(numbers, mask)  # (batch, tokens, dim)
+@dataclasses.dataclass(frozen=True, eq=False)
+class PooledEncoder:
+    """CLIP's encoder of texts beside another one: one vector a text.
+
+    Attributes:
+        tokenizer: Ready.
+        encoder: Its folder.
+        vocabulary: How many tokens it knows.
+        length: Tokens of every text.
+    """
+
+    tokenizer: TextTokenizer
+    encoder: Path
+    vocabulary: int
+    length: int
+
+    @classmethod
+    def open(cls, pipeline: PipelineFolder, width: int) -> "PooledEncoder":
+        """The pipeline's `text_encoder_2` and `tokenizer_2`, for a model that takes vectors of so many features.
+
+        Raises:
+            UserError: A missing or damaged component, an encoder of another kind or width.
+        """
+        folder = pipeline.component("text_encoder_2")
+        config = parse_encoder_config(EncoderFolder.open(folder).config)
+        if not isinstance(config, CLIPTextConfig) or config.width != width:
+            raise UserError(
+                f"{folder} is no CLIP encoder of {width} features", remedy="put the model's own text encoder there"
+            )
+        tokenizer = TextTokenizer(pipeline.component("tokenizer_2"))
+        return cls(tokenizer, folder, config.vocab_size, config.most_tokens)
+
+    def encode(
+        self, texts: Sequence[str], *, dtype: Any = None, mesh: jax.sharding.Mesh | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """(texts, dim); what is too long is cut. Its memory is free afterwards."""
+        tokens = self.tokenizer.encode(texts, self.length)
+        _check_vocabulary(self.tokenizer, tokens, self.encoder, self.vocabulary)
+        model = load_encoder(self.encoder, dtype=dtype, mesh=mesh, progress=progress)
+        try:
+            # One text after the other, to compile once for any number of them.
+            rows = [to_host(_embed(model, numbers[None], None, "pooled"))[0] for numbers in tokens.numbers]
+        finally:
+            _free(model)
+        _check_finite(np.stack(rows), self.encoder)
+        return np.stack(rows)
+
+
+def _check_vocabulary(tokenizer: TextTokenizer, tokens: Tokens, encoder: Path, vocabulary: int) -> None:
+    if tokens.numbers.max() >= vocabulary:
+        raise UserError(
+            f"{tokenizer.path} has more tokens than the {vocabulary} of {encoder}",
+            remedy="put the text encoder's own tokenizer there",
+        )
+
+
+def _check_finite(embeddings: np.ndarray, encoder: Path) -> None:
+    if not np.isfinite(embeddings.astype(np.float32)).all():
+        raise UserError(f"{encoder} makes embeddings that are not finite", remedy="encode with --dtype float32")
+
+
+def _free(model) -> None:
+    for array in jax.tree.leaves(model):
+        array.delete()  # at once, before something else is read
+
+
+@functools.partial(jax.jit, static_argnames="output")
+def _embed(model, numbers: jax.Array, mask: jax.Array | None, output: str | None) -> jax.Array:
+    embeddings = model(numbers, mask, **({} if output is None else {"output": output}))  # (batch, [tokens,] dim)
     return embeddings if mask is None else jnp.where(mask[..., None], embeddings, 0)

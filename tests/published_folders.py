@@ -5,7 +5,18 @@ import struct
 from pathlib import Path
 
 import jax
-from small_models import CLIP_TEXT, COGVIDEOX, T5, UMT5, UNET, WAN, encoder_folder, randomised
+from small_models import (
+    CLIP_TEXT,
+    COGVIDEOX,
+    HUNYUANVIDEO,
+    LLAMA,
+    T5,
+    UMT5,
+    UNET,
+    WAN,
+    encoder_folder,
+    randomised,
+)  # fmt: skip
 
 import models
 from models.tokenizer import TextTokenizer
@@ -66,6 +77,11 @@ def fast_tokenizer(source: Path, folder: Path) -> Path:
     return folder
 
 
+def llama_tokenizer(folder: Path) -> Path:
+    """In the layout of HunyuanVideo's, with T5's few words."""
+    return fast_tokenizer(t5_tokenizer(folder.with_name("words")), folder)
+
+
 CLIP = {**CLIP_TEXT, "max_position_embeddings": 77}
 ONE_LEVEL = {
     **UNET, "block_out_channels": [16], "down_block_types": ["CrossAttnDownBlockMotion"],
@@ -76,7 +92,9 @@ PIPELINES = {
     "wan": ("transformer", {**WAN, "num_layers": 1}, UMT5, t5_tokenizer),
     "cogvideox": ("transformer", {**COGVIDEOX, "num_layers": 1}, T5, t5_tokenizer),
     "animatediff": ("unet", ONE_LEVEL, CLIP, clip_tokenizer),
+    "hunyuanvideo": ("transformer", {**HUNYUANVIDEO, "num_layers": 1, "num_single_layers": 1}, LLAMA, llama_tokenizer),
 }
+POOLED = {**CLIP, "hidden_size": HUNYUANVIDEO["pooled_projection_dim"], "eos_token_id": 26}  # clip_tokenizer's
 
 
 WAN_VAE = {
@@ -97,6 +115,11 @@ def published_pipeline(folder: Path, family: str, vae: dict | None = None) -> Pa
         "text_encoder": ["transformers", encoder["architectures"][0]], "tokenizer": ["transformers", "Tokenizer"],
         "transformer_2": [None, None], "boundary_ratio": None,
     }  # fmt: skip
+    if family == "hunyuanvideo":
+        encoder_folder(folder / "text_encoder_2", POOLED)
+        clip_tokenizer(folder / "tokenizer_2")
+        index["text_encoder_2"] = ["transformers", "CLIPTextModel"]
+        index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
     if vae is not None:
         models.save_vae(randomised(jax.eval_shape(lambda: build_vae(vae))), folder / "vae")
         index["vae"] = ["diffusers", vae["_class_name"]]

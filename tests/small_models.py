@@ -259,6 +259,11 @@ T5 = {
     "num_layers": 3, "num_heads": 3, "feed_forward_proj": "gated-gelu", "relative_attention_max_distance": 20,
 }  # fmt: skip
 UMT5 = {**T5, "architectures": ["UMT5EncoderModel"], "model_type": "umt5"}
+LLAMA = {
+    "architectures": ["LlamaModel"], "model_type": "llama", "vocab_size": 40, "hidden_size": 24,
+    "intermediate_size": 44, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+}  # fmt: skip
 CLIP_TEXT = {
     "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": 40, "hidden_size": 24,
     "intermediate_size": 44, "projection_dim": 10, "num_hidden_layers": 3, "num_attention_heads": 3,

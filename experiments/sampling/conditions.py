@@ -10,8 +10,8 @@ from qvdjax.checkpoint import SafetensorsFile
 from qvdjax.errors import UserError
 
 # diffusers' names of conditions
-GUIDANCE, MASK, IMAGE, IMAGE_TOKENS = (
-    "guidance", "encoder_attention_mask", "image_latents", "encoder_hidden_states_image",
+GUIDANCE, MASK, POOLED, IMAGE, IMAGE_TOKENS = (
+    "guidance", "encoder_attention_mask", "pooled_projections", "image_latents", "encoder_hidden_states_image",
 )  # fmt: skip
 # What only a model has that is given an image in the place of a text.
 IMAGE_ALONE = "added_time_ids"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.sampling.conditions import IMAGE
+from experiments.sampling.conditions import IMAGE, MASK, POOLED
 from experiments.sampling.decoding import check_vae
 from experiments.sampling.request import Settings, refuse_repeats, sampler_of
 from experiments.sampling.video_size import latents_of
@@ -55,7 +55,12 @@ def stand_ins(
 ) -> EncodedPrompts:
     """Zeros of the shapes of what prompts and a picture become."""
     shape = (config.text_tokens, config.text_dim)
-    tensors = {"context": np.zeros((len(prompts), *shape), np.float32), "negative_context": np.zeros(shape, np.float32)}
+    tensors = {"context": np.zeros((len(prompts), *shape), np.float32)}
+    if encoder.second is None:
+        tensors["negative_context"] = np.zeros(shape, np.float32)
+    else:
+        pooled = {name: config.conditions[name] for name in (POOLED, MASK)}
+        tensors |= {name: np.ones((len(prompts), *shape), np.float32) for name, shape in pooled.items()}
     texts = EncodedPrompts(encoder.pipeline.path, tuple(prompts), settings.negative_prompt or "", tensors, {}, {})
     if pictures is None:
         return texts

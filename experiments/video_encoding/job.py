@@ -83,6 +83,11 @@ def encode_videos(
         raise UserError(f"a batch of {batch} captions", remedy="encode at least one at once")
     whole = PipelineFolder.open(pipeline)
     encoder, config = PromptEncoder.open(whole), models.parse_config(CheckpointFolder.open(whole.denoiser).config)
+    if encoder.second is not None:
+        raise UserError(
+            f"{pipeline} is of a model that is given more of a text than a folder of latents holds",
+            remedy="train a model of another family",
+        )
     vae_folder = check_vae(whole, config)
     defaults = sampling_defaults(whole.denoiser, solver_named=True)
     video = usual_video(vae_folder, defaults.latents) if video is None else video

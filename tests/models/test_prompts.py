@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from parity import parity_errors
 from published_folders import PIECES, PIPELINES, published_pipeline
-from small_models import HUNYUANVIDEO, UMT5, encoder_folder, randomised
+from small_models import UMT5, encoder_folder, unet_spatio_temporal
 
 import models
 from models import prompts
@@ -59,9 +59,10 @@ print(json.dumps(errors))
 
 @pytest.mark.slow
 def test_parity_with_diffusers_pipelines(tmp_path):
-    for family in PIPELINES:
+    families = [family for family in PIPELINES if family != "hunyuanvideo"]
+    for family in families:
         published_pipeline(tmp_path / family, family)
-    errors = parity_errors(PARITY, [list(PIPELINES), PIECES], tmp_path)
+    errors = parity_errors(PARITY, [families, PIECES], tmp_path)
     assert len(errors) == 6
     # transformers takes the mean square of T5's norms in float32: 6e-8 each, a few times more after three blocks.
     assert max(errors.values()) <= 1e-6, errors
@@ -71,8 +72,9 @@ def test_the_lengths_of_published_texts():
     lengths = {family: models.parse_config({"_class_name": name}).text_tokens for family, name in (
         ("wan", "WanTransformer3DModel"), ("cogvideox", "CogVideoXTransformer3DModel"),
         ("animatediff", "UNetMotionModel"), ("modelscope", "UNet3DConditionModel"),
+        ("hunyuanvideo", "HunyuanVideoTransformer3DModel"),
     )}  # fmt: skip
-    assert lengths == {"wan": 512, "cogvideox": 226, "animatediff": 77, "modelscope": 77}
+    assert lengths == {"wan": 512, "cogvideox": 226, "animatediff": 77, "modelscope": 77, "hunyuanvideo": 256}
     assert set(lengths) == set(prompts.RULES)
 
 
@@ -158,9 +160,9 @@ def index(**entries):
     return change
 
 
-def hunyuanvideo(folder):
+def stable_video_diffusion(folder):
     shutil.rmtree(folder / "transformer")
-    models.save(randomised(models.abstract(HUNYUANVIDEO)), folder / "transformer")
+    models.save(unet_spatio_temporal(), folder / "transformer")
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -172,7 +174,7 @@ def hunyuanvideo(folder):
     (index(text_encoder=[None, None]), "names no text_encoder; it names .*tokenizer"),
     (index(transformer=[None, None]), "names no transformer"),
     (index(transformer_2=["diffusers", "WanTransformer3DModel"]), "two transformers that share the steps"),
-    (hunyuanvideo, "what encodes the prompts of hunyuanvideo is not here; sample .*--context"),
+    (stable_video_diffusion, "what encodes the prompts of stable-video-diffusion is not here; sample .*--context"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_said(wan_folder, tmp_path, change, message):
     folder = copied(wan_folder, tmp_path)
