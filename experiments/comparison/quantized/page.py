@@ -152,16 +152,18 @@ def _scores(results: dict[str, list[dict]], table: Table) -> list[str]:
     for name, _ in table.expected:
         if name not in results:
             continue
+        ours, whole = (
+            {score: np.mean([one["oracle"][side][score]["per_prompt"] for one in results[name]], axis=0)
+             for score in SCORES} for side in ("candidate", "reference")
+        )  # fmt: skip
+        pairs = {called: (ours[score], whole[score]) for score, called in SCORES.items()}
+        pairs["their mean"] = tuple(np.mean(list(side.values()), axis=0) for side in (ours, whole))
         differences = []
-        for score, called in SCORES.items():
-            ours, whole = (
-                np.mean([one["oracle"][side][score]["per_prompt"] for one in results[name]], axis=0)
-                for side in ("candidate", "reference")
-            )
-            found = paired_difference(ours, whole)
+        for called, pair in pairs.items():
+            found = paired_difference(*pair)
             change, low, high = (100 * value for value in (found.mean, found.low, found.high))
             differences.append(f"{called} {change:+.1f} ({low:+.1f} to {high:+.1f})")
-        clips, seeds = len(ours), len(results[name])
+        clips, seeds = len(pairs["their mean"][0]), len(results[name])
         lines.append(
             f"- {name}, oracle against full precision in points of 100: {', '.join(differences)}, 95 % over {clips} "
             f"clips, {seeds} seeds."
