@@ -24,7 +24,8 @@ class SamplingDefaults:
 
     Attributes:
         fps: Frames a second.
-        latents: (frames, height, width); None for a model whose image or nobody says it.
+        latents: (frames, height, width); None for a model whose image says it.
+        padding: So many first frames of these are sampled to fill a patch, and belong to no video.
     """
 
     solver: Solver
@@ -33,6 +34,7 @@ class SamplingDefaults:
     fps: float
     latents: tuple[int, int, int] | None
     first_frame_guidance: float | None = None
+    padding: int = 0
 
 
 PUBLISHED = {
@@ -190,8 +192,8 @@ def sampling_defaults(folder: str | os.PathLike, *, solver_named: bool = False) 
         solver = dataclasses.replace(published.solver, snr_shift_scale=1.0)
         published = dataclasses.replace(published, solver=solver)
     if config.get("patch_size_t") is not None:
-        # Version 1.5. Its pipeline puts frames before the 21 of its latents, and takes them off again.
-        published = dataclasses.replace(published, latents=None, fps=16)
+        # Version 1.5, 81 frames of 768 x 1360. Its patches are of two frames, so that one is put before the video's 21.
+        published = dataclasses.replace(published, latents=(22, 96, 170), padding=1, fps=16)
     if config.get("image_dim") is not None:
         published = dataclasses.replace(published, steps=40)  # Wan-Video/Wan2.1:generate.py, image to video
     path = scheduler_file(folder)

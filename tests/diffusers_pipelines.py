@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from published_folders import PIECES, PIPELINES, clip_tokenizer
-from small_models import CLIP_VISION
+from published_folders import PIECES, PIPELINES, POOLED, clip_tokenizer, llama_tokenizer
+from small_models import CLIP_VISION, COGVIDEOX_VARIANTS
 
 # Of each: components by class, how it is called, and how our program is told the same. The sizes are those of the
 # published VAEs, 4 (AnimateDiff 1) x 8 x 8 pixels to one of latents, except AnimateDiff's 4 x 4.
@@ -64,6 +64,11 @@ DIFFUSERS = {
         "latents": [3, 4, 6, 5], "pixels": [3, 16, 24], "axes": [0, 4, 1, 2, 3], "call": _FRAMES,
     },
 }  # fmt: skip
+# Patches of two frames: a fourth is put before the three of the video.
+DIFFUSERS["cogvideox-1.5"] = {
+    **DIFFUSERS["cogvideox"], "denoiser": ["transformer", COGVIDEOX_VARIANTS["1.5-5b"]], "latents": [4, 8, 6, 5],
+    "video": "9x64x48",
+}  # fmt: skip
 # Image-to-video: a picture of other proportions than the video, which CLIP sees at 8 x 8.
 DIFFUSERS["wan-i2v"] = {
     **DIFFUSERS["wan"], "pipeline": "WanImageToVideoPipeline",
@@ -71,6 +76,21 @@ DIFFUSERS["wan-i2v"] = {
     "denoiser": ["transformer", {"in_channels": 14, "image_dim": 24, "added_kv_proj_dim": 64, **_NORM}],
     "image_config": {key: value for key, value in CLIP_VISION.items() if key not in ("architectures", "model_type")},
     "image": [20, 28],
+}  # fmt: skip
+# A short request to the language model: the small tokenizer cuts the real one into more tokens than are cut off.
+DIFFUSERS["hunyuanvideo"] = {
+    "pipeline": "HunyuanVideoPipeline",
+    "text_encoder": ["LlamaModel", "LlamaConfig"],
+    "pooled_config": {key: value for key, value in POOLED.items() if key not in ("architectures", "model_type")},
+    "template": {"template": "a s {} red", "crop_start": 2},
+    "denoiser": ["transformer", {}],
+    "vae": {
+        "_class_name": "AutoencoderKLHunyuanVideo", "block_out_channels": [8, 8, 8, 12], "latent_channels": 5,
+        "down_block_types": ["HunyuanVideoDownBlock3D"] * 4, "up_block_types": ["HunyuanVideoUpBlock3D"] * 4,
+        "layers_per_block": 1, "norm_num_groups": 4, "scaling_factor": 0.476986,
+    },
+    "scheduler": ["FlowMatchEulerDiscreteScheduler", {"shift": 7.0}],
+    "latents": [3, 4, 6, 5], "pixels": [9, 32, 48], "axes": [0, 4, 1, 2, 3], "call": _FRAMES,
 }  # fmt: skip
 PROMPT, NEGATIVE, SEED = "a red cat", "a disc", 3
 
@@ -99,7 +119,7 @@ for family, case in cases.items():
     (name, config), vae = case["denoiser"], dict(case["vae"])
     kind, settings = case["text_encoder"]
     text = getattr(transformers, settings)(**case["text_config"])
-    if case["merges"]:
+    if case["merges"] and "template" not in case:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(case["merges"])
     else:
         tokenizer = transformers.T5Tokenizer(vocab=[tuple(piece[:2]) for piece in case["pieces"]], extra_ids=0)
@@ -111,7 +131,14 @@ for family, case in cases.items():
         "tokenizer": tokenizer,
         "scheduler": getattr(diffusers, scheduler)(**options),
     }
-    more = {}
+    more = {} if "template" in case else {"negative_prompt": negative}
+    if "template" in case:
+        parts["tokenizer"] = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=case["tokens"], pad_token="<pad>", padding_side="right")
+        parts["text_encoder_2"] = randomised(transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(**case["pooled_config"])))
+        parts["tokenizer_2"] = transformers.CLIPTokenizer.from_pretrained(case["merges"])
+        more["prompt_template"] = case["template"]
     if family == "animatediff":
         parts["motion_adapter"] = None  # its weights are the UNet's
     if "image" in case:
@@ -128,7 +155,7 @@ for family, case in cases.items():
     noise = np.asarray(initial_noise([seed], case["latents"])).transpose(case["axes"])
     frames, height, width = case["pixels"]
     made = pipeline(
-        prompt=prompt, negative_prompt=negative, num_frames=frames, height=height, width=width, output_type="np",
+        prompt=prompt, num_frames=frames, height=height, width=width, output_type="np",
         latents=torch.tensor(noise), **case["call"], **more,
     ).frames[0]
     np.save(case["frames"], made)
@@ -137,7 +164,7 @@ for family, case in cases.items():
 # Runs our program where importing PyTorch, diffusers or transformers raises, and keeps the frames before an mp4 rounds
 # them.
 _OURS = """
-import json, sys
+import dataclasses, json, sys
 
 class Refused:
     def find_spec(name, path=None, target=None):
@@ -155,9 +182,13 @@ else:
 import numpy as np
 from experiments.cli.main import main
 from experiments.sampling import output
+from models import prompts
 
 write = output.write_mp4
-for frames, arguments in json.loads(sys.argv[1]):
+template, runs = json.loads(sys.argv[1])
+prompts.RULES["hunyuanvideo"] = dataclasses.replace(
+    prompts.RULES["hunyuanvideo"], template=template["template"], crop=template["crop_start"])
+for frames, arguments in runs:
     def keep(path, video, **options):
         np.save(frames, video)
         write(path, video, **options)
@@ -171,16 +202,17 @@ assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
 
 def sample_with_diffusers(folder: Path) -> None:
     """Write `<family>`, the folder of a pipeline, and `<family>-theirs.npy`, the frames that diffusers samples."""
-    cases = {}
+    cases, words = {}, llama_tokenizer(folder / "llama") / "tokenizer.json"
     for family, case in DIFFUSERS.items():
-        _, config, text, _ = PIPELINES[family.removesuffix("-i2v")]
+        _, config, text, _ = PIPELINES[family.partition("-")[0]]
         name, more = case["denoiser"]
-        clip = family == "animatediff"
+        clip = family in ("animatediff", "hunyuanvideo")
         cases[family] = {
             **case,
             "denoiser": [name, {**config, **more}],
             "text_config": {key: value for key, value in text.items() if key not in ("architectures", "model_type")},
-            "merges": str(clip_tokenizer(folder / "clip")) if clip else None,
+            "merges": str(clip_tokenizer(folder / f"{family}-clip")) if clip else None,
+            "tokens": str(words),
             "pieces": PIECES,
             "folder": str(folder / family),
             "frames": str(folder / f"{family}-theirs.npy"),
@@ -200,15 +232,17 @@ def sample_without_pytorch(folder: Path) -> None:
     for family, case in DIFFUSERS.items():
         frames, height, width, _ = case["latents"]
         arguments = [
-            "sample", folder / family, "-o", folder / f"{family}.mp4", "-p", PROMPT, "--negative-prompt", NEGATIVE,
-            "--seeds", SEED, "--steps", case["call"]["num_inference_steps"],
+            "sample", folder / family, "-o", folder / f"{family}.mp4", "-p", PROMPT, "--seeds", SEED,
+            "--steps", case["call"]["num_inference_steps"],
             "--guidance-scale", case["call"]["guidance_scale"],
-            "--frames", frames, "--height", height, "--width", width,
         ]  # fmt: skip
+        latents = ["--frames", frames, "--height", height, "--width", width]
+        arguments += ["--video", case["video"]] if "video" in case else latents
+        arguments += [] if "template" in case else ["--negative-prompt", NEGATIVE]
         arguments += ["--sigma-grid", "diffusers"] if family.startswith("wan") else []
         arguments += ["--image", folder / "picture.png"] if "image" in case else []
         runs.append([str(folder / f"{family}-ours.npy"), [str(argument) for argument in arguments]])
-    _run(_OURS, runs)
+    _run(_OURS, [DIFFUSERS["hunyuanvideo"]["template"], runs])
 
 
 def _run(program: str, cases: dict | list) -> None:

@@ -79,7 +79,7 @@ def fast_tokenizer(source: Path, folder: Path) -> Path:
 
 def llama_tokenizer(folder: Path) -> Path:
     """In the layout of HunyuanVideo's, with T5's few words."""
-    return fast_tokenizer(t5_tokenizer(folder.with_name("words")), folder)
+    return fast_tokenizer(t5_tokenizer(folder.with_name(f"{folder.name}-words")), folder)
 
 
 CLIP = {**CLIP_TEXT, "max_position_embeddings": 77}

@@ -191,7 +191,7 @@ def sample_folder(
             },  # fmt: skip
             step_loop=step_loop,
             batch=min(batch, len(request.seeds)),
-            latents=request.latents_shape,
+            latents=(request.latents_shape[0] - request.padding, *request.latents_shape[1:]),
             encoder=encoder,
             texts=1 + len(prompts or ()),
             vae=vae_folder,
@@ -229,6 +229,7 @@ def sample_folder(
         latents, timing, peak = _sample(
             model, request, how, device_mesh, min(batch, len(paths)), step_loop, report, shown
         )
+    latents = latents[:, request.padding :]  # b f h w c, without frames that fill a patch
     held = peak if shown is None else shown.held_bytes(peak, weight_bytes(model))
     if not np.isfinite(latents).all():
         raise UserError(

@@ -11,7 +11,7 @@ import numpy as np
 from experiments.sampling.conditions import IMAGE, MASK, POOLED
 from experiments.sampling.decoding import check_vae
 from experiments.sampling.request import Settings, refuse_repeats, sampler_of
-from experiments.sampling.video_size import latents_of
+from experiments.sampling.video_size import padded_latents_of
 from models.image_prompts import ImageConditions
 from models.images import read_image
 from models.pipeline_folder import PipelineFolder
@@ -32,8 +32,8 @@ def settings_of_video(
             "only a whole pipeline with its VAE says how large the latents of a video are",
             remedy="give --frames, --height and --width of the latents",
         )
-    frames, height, width = latents_of(check_vae(whole, config), video, config)
-    return dataclasses.replace(settings, frames=frames, height=height, width=width)
+    (frames, height, width), padding = padded_latents_of(check_vae(whole, config), video, config)
+    return dataclasses.replace(settings, frames=frames, height=height, width=width, padding=padding)
 
 
 def check_prompts(

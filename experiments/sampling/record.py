@@ -26,6 +26,7 @@ def settings_record(request: Request) -> dict:
         "solver": solver_name(request.solver),
         **dataclasses.asdict(request.solver),
         "latents": list(request.latents_shape),
+        "padding": request.padding,
     }
 
 

@@ -33,6 +33,7 @@ class Request:
         solver, steps, guidance_scale, dynamic_guidance, guidance_until, first_frame_guidance: See
             `qvdjax.diffusion.sample`. Where the model is given its guidance scale as a condition, it makes one pass.
         pipeline: What decodes the latents; None if nothing does.
+        padding: So many first frames of the latents belong to no video, and are left out of what is written.
         conditions: Further inputs of the model by name, float32 (videos, ...); of a guided model of images also what
             stands in for them in the other pass, see `qvdjax.diffusion.guided`.
     """
@@ -51,6 +52,7 @@ class Request:
     dynamic_guidance: str | None = None
     guidance_until: float = 0.0
     first_frame_guidance: float | None = None
+    padding: int = 0
     conditions: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
@@ -79,6 +81,7 @@ class Settings:
     dynamic_guidance: str | None = None
     guidance_until: float = 0.0
     first_frame_guidance: float | None = None
+    padding: int | None = None
 
     def solver_options(self) -> dict:
         """Fields of the solver, as for `related_solver`."""
@@ -218,6 +221,8 @@ def request_from_embeddings(
     conditions = {name: array[rows] for name, array in conditions.items()}
     if embedded:
         conditions[GUIDANCE] = np.full(len(rows), 1000 * guidance_scale, np.float32)  # as diffusers' pipeline has it
+    usual = defaults.padding if settings.frames is None and sizes == defaults.latents else 0
+    padding = usual if settings.padding is None else settings.padding
     prompts, names = (None,) * texts, tuple(f"text{text}" for text in range(texts))
     if isinstance(embeddings, EncodedPrompts):
         prompts, names = embeddings.prompts, tuple(_file_names(embeddings.prompts).values())
@@ -236,6 +241,7 @@ def request_from_embeddings(
         dynamic_guidance=settings.dynamic_guidance,
         guidance_until=settings.guidance_until,
         first_frame_guidance=first_frame,
+        padding=padding,
         conditions=conditions,
     )
 

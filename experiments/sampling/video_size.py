@@ -44,6 +44,18 @@ def latents_of(vae_folder: Path, video: Size, config: Any) -> Size:
     return latents
 
 
+def padded_latents_of(vae_folder: Path, video: Size, config: Any) -> tuple[Size, int]:
+    """As `latents_of`, with frames put before them where the model's patches do not divide theirs, and how many.
+
+    CogVideoX 1.5's patches are of two frames; as in diffusers' pipeline the frame more is sampled, and left out of the
+    video.
+    """
+    fields = read_json(vae_folder / CONFIG)
+    time, part = parse_vae_config(fields).compression[0], config.patch[0]
+    padding = -((video[0] - 1) // time + 1) % part
+    return latents_of(vae_folder, (video[0] + padding * time, *video[1:]), config), padding
+
+
 def usual_video(vae_folder: Path, latents: Size | None) -> Size:
     """The video's size of the latents that a family is published with. Raises `UserError` where there are none."""
     if latents is None:

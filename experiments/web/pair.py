@@ -9,7 +9,7 @@ from experiments.evaluation.same_model import check_same_model
 from experiments.moving_shapes import captions
 from experiments.sampling.decoding import Decoder, check_vae, of_pipeline, of_vae
 from experiments.sampling.request import Settings, sampler_of
-from experiments.sampling.video_size import latents_of
+from experiments.sampling.video_size import padded_latents_of
 from models.pipeline import FILE, Pipeline
 from models.pipeline_folder import PipelineFolder, is_pipeline_folder
 from models.scheduler import sampling_defaults
@@ -102,7 +102,7 @@ def _published(reference: Path, candidate: Path, video: tuple[int, int, int] | N
     config = models.parse_config(CheckpointFolder.open(whole.denoiser).config)
     vae = check_vae(whole, config)
     if video is not None:
-        latents_of(vae, video, config)
+        padded_latents_of(vae, video, config)
     defaults = sampling_defaults(whole.denoiser)
     # A converted candidate carries a scheduler of its own, with which it would be sampled.
     if sampling_defaults(candidate) != defaults:

@@ -125,13 +125,14 @@ def test_without_a_scheduler_the_familys_settings_hold(repository):
     assert sampling_defaults(repository / "transformer") == PUBLISHED["wan"]
 
 
-def test_version_1_5_of_cogvideox_has_another_rate_and_no_size(tmp_path):
+def test_version_1_5_of_cogvideox_has_another_size_and_rate(tmp_path):
     config = {"_class_name": "CogVideoXTransformer3DModel", "use_rotary_positional_embeddings": True}
     found = []
     for patch in ({}, {"patch_size_t": 2}):
         (tmp_path / "config.json").write_text(json.dumps({**config, **patch}))
         found.append(sampling_defaults(tmp_path))
-    assert [(one.latents, one.fps) for one in found] == [((13, 60, 90), 8), (None, 16)]
+    sizes = [(one.latents, one.padding, one.fps) for one in found]
+    assert sizes == [((13, 60, 90), 0, 8), ((22, 96, 170), 1, 16)]
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,14 @@ def same_in_diffusers(one, other):
     return True
 
 
-@pytest.mark.slow  # three pipelines are compiled, and PyTorch and diffusers imported
+@pytest.mark.slow  # five pipelines are compiled, and PyTorch and diffusers imported
 def test_the_frames_of_diffusers_pipelines(tmp_path):
     sample_with_diffusers(tmp_path)
     sample_without_pytorch(tmp_path)
     for family, case in DIFFUSERS.items():
         ours, theirs = (np.load(tmp_path / f"{family}-{who}.npy") for who in ("ours", "theirs"))
         assert ours.shape == theirs.shape == (*case["pixels"], 3)
-        assert ((theirs > 0) & (theirs < 1)).mean() > 0.3  # clipped videos would agree where others do not
+        assert ((theirs > 0) & (theirs < 1)).mean() > 0.2  # clipped videos would agree where others do not
         assert theirs.std() > 0.05
         psnr = -10 * np.log10(np.mean((ours - theirs) ** 2))
         print(f"{family}: PSNR {psnr:.1f} dB")
