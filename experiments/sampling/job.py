@@ -157,17 +157,18 @@ def sample_folder(
     if previews is not None and previews < 1:
         raise UserError(f"a preview every {previews} steps", remedy="give a whole number of at least 1")
     step_loop = step_loop or previews is not None
+    padding = None
     if video is not None:
-        settings = settings_of_video(settings, whole, skeleton.config, video)
+        settings, padding = settings_of_video(settings, whole, skeleton.config, video)
     device_mesh = None if mesh is None else make_mesh(mesh)
     about_texts, plan = {}, None
     pictures, picture = find_picture(whole if encoder is not None else None, skeleton.config, image)
     if encoder is None:
-        request = _request(folder, skeleton, prompts, seeds, context_file, settings)
+        request = _request(folder, skeleton, prompts, seeds, context_file, settings, padding)
     else:
         check_prompts(folder, skeleton, prompts, seeds, settings)
         texts = stand_ins(folder, encoder, pictures, prompts, settings, skeleton.config)
-        request = request_from_embeddings(folder, texts, skeleton.config, seeds, settings)
+        request = request_from_embeddings(folder, texts, skeleton.config, seeds, settings, padding)
     paths = output_paths(output, request, names)
     if memory_limit is not None:
         if mesh is not None:
@@ -212,7 +213,7 @@ def sample_folder(
             tiling = None if plan is None else plan.tiling
             shown = pictures.encode(picture, request.latents_shape[:3], dtype=dtype, tiling=tiling, progress=progress)
             texts = beside_picture(texts, shown)
-        request = request_from_embeddings(folder, texts, skeleton.config, seeds, settings)
+        request = request_from_embeddings(folder, texts, skeleton.config, seeds, settings, padding)
         about_texts = {"text_encoder": texts.encoder, "cut": texts.cut}
         about_texts |= {} if image is None else {"image": str(image)}
     check_timesteps(skeleton, request.solver.schedule(request.steps).timesteps)  # before a weight is read
@@ -274,7 +275,7 @@ def _memory_of(record: Mapping) -> dict[str, int | None]:
     return {name: record[name] for name in ("weight_bytes", "peak_bytes")}
 
 
-def _request(folder, skeleton, prompts, seeds, context_file, settings: Settings) -> Request:
+def _request(folder, skeleton, prompts, seeds, context_file, settings: Settings, padding: int | None) -> Request:
     if not seeds:
         raise UserError("no seed given", remedy="give one seed per video")
     if (folder / FILE).exists():
@@ -287,7 +288,7 @@ def _request(folder, skeleton, prompts, seeds, context_file, settings: Settings)
             remedy="name the folder of its whole pipeline, or give a context file: safetensors with `context` and"
             " `negative_context` (tokens, dim), as `qvdjax encode-prompts` makes it",
         )
-    return request_from_context(folder, Path(context_file), skeleton.config, prompts, seeds, settings)
+    return request_from_context(folder, Path(context_file), skeleton.config, prompts, seeds, settings, padding)
 
 
 def _precise(model, steps: tuple[int, int]) -> Precise | None:

@@ -23,8 +23,8 @@ from qvdjax.nn import check_timesteps
 
 def settings_of_video(
     settings: Settings, whole: PipelineFolder | None, config, video: tuple[int, int, int]
-) -> Settings:
-    """The settings with the latents' sizes of a video."""
+) -> tuple[Settings, int]:
+    """The settings with the latents' sizes of a video, and how many of their first frames belong to no video."""
     if (settings.frames, settings.height, settings.width) != (None, None, None):
         raise UserError("sizes of the latents are given beside the video's", remedy="give one of them")
     if whole is None:
@@ -33,7 +33,7 @@ def settings_of_video(
             remedy="give --frames, --height and --width of the latents",
         )
     (frames, height, width), padding = padded_latents_of(check_vae(whole, config), video, config)
-    return dataclasses.replace(settings, frames=frames, height=height, width=width, padding=padding)
+    return dataclasses.replace(settings, frames=frames, height=height, width=width), padding
 
 
 def check_prompts(

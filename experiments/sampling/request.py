@@ -81,7 +81,6 @@ class Settings:
     dynamic_guidance: str | None = None
     guidance_until: float = 0.0
     first_frame_guidance: float | None = None
-    padding: int | None = None
 
     def solver_options(self) -> dict:
         """Fields of the solver, as for `related_solver`."""
@@ -157,8 +156,9 @@ def request_from_pipeline(
 
 
 def request_from_context(
-    folder: Path, file: Path, config: Any, prompts: Sequence[str] | None, seeds: Sequence[int], settings: Settings
-) -> Request:
+    folder: Path, file: Path, config: Any, prompts: Sequence[str] | None, seeds: Sequence[int], settings: Settings,
+    padding: int | None = None,
+) -> Request:  # fmt: skip
     """As `request_from_embeddings` of a file, to which no prompts can be given.
 
     Raises:
@@ -169,12 +169,13 @@ def request_from_context(
             f"prompts were given for a model folder without {FILE}",
             remedy="encode them with the model's own text encoder (qvdjax encode-prompts) and give the file instead",
         )
-    return request_from_embeddings(folder, SafetensorsFile(file), config, seeds, settings)
+    return request_from_embeddings(folder, SafetensorsFile(file), config, seeds, settings, padding)
 
 
 def request_from_embeddings(
-    folder: Path, embeddings: SafetensorsFile | EncodedPrompts, config: Any, seeds: Sequence[int], settings: Settings
-) -> Request:
+    folder: Path, embeddings: SafetensorsFile | EncodedPrompts, config: Any, seeds: Sequence[int], settings: Settings,
+    padding: int | None = None,
+) -> Request:  # fmt: skip
     """Every text embedding at every seed, for a model without a `pipeline.json`; the result stays latents.
 
     Args:
@@ -185,6 +186,7 @@ def request_from_embeddings(
             `experiments.sampling.conditions.read_conditions`. A model that follows an image takes latents of its size,
             and zeros are its negative context where there is none. Any floating type.
         config: The model's parsed configuration.
+        padding: See `Request`; as the family is published where nothing is asked for.
 
     Raises:
         UserError: The file lacks a tensor or holds one of another shape; sizes are not given; settings out of range; a
@@ -221,8 +223,8 @@ def request_from_embeddings(
     conditions = {name: array[rows] for name, array in conditions.items()}
     if embedded:
         conditions[GUIDANCE] = np.full(len(rows), 1000 * guidance_scale, np.float32)  # as diffusers' pipeline has it
-    usual = defaults.padding if settings.frames is None and sizes == defaults.latents else 0
-    padding = usual if settings.padding is None else settings.padding
+    if padding is None:
+        padding = defaults.padding if settings.frames is None and sizes == defaults.latents else 0
     prompts, names = (None,) * texts, tuple(f"text{text}" for text in range(texts))
     if isinstance(embeddings, EncodedPrompts):
         prompts, names = embeddings.prompts, tuple(_file_names(embeddings.prompts).values())
