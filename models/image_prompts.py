@@ -15,7 +15,7 @@ import numpy as np
 from models.encoders import EncoderFolder, build_encoder, load_encoder, parse_encoder_config
 from models.images import PROCESSOR, for_clip, for_vae
 from models.pipeline_folder import PipelineFolder
-from models.vae_folders import build_vae, load_vae, open_vae_folder, parse_vae_config
+from models.vae_folders import abstract_vae, load_vae, open_vae_folder, parse_vae_config
 from models.vae_tiling import Tiling
 from models.wan import WanConfig
 from qvdjax.checkpoint import Progress, loaded_shapes
@@ -93,7 +93,7 @@ class ImageConditions:
             pixels = (1, *[shapes.config.image_size] * 2, shapes.config.num_channels)
             found["image_encoder"] = bytes_held(_tokens.lower(shapes, _float32(pixels)).compile())
         folder = open_vae_folder(self.vae)
-        shapes = loaded_shapes(jax.eval_shape(lambda: build_vae(folder.config)), folder)
+        shapes = loaded_shapes(abstract_vae(folder), folder)
         found["vae_encoder"] = _encoding_bytes(shapes, self._video(size), tiling)
         return found
 

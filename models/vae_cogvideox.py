@@ -17,7 +17,7 @@ from flax import nnx
 from models.unet_stream import per_frame
 from models.vae_config import VAEConfig, list_field
 from models.vae_history import History, causal, in_chunks
-from models.vae_layers import AFTER, ONE_AROUND, conv, doubled
+from models.vae_layers import AFTER, ONE_AROUND, conv, doubled, dtype_of
 from models.vae_protocol import Posterior, VideoVAE, check_latents, check_video
 from models.vae_tiling import Tiling, apply_to_latents, apply_to_video
 from qvdjax.errors import UserError
@@ -285,7 +285,7 @@ class AutoencoderKLCogVideoX(VideoVAE):
         wrong = len(video.shape) == 5 and video.shape[1] % time > 1
         remedy = f"choose {time}n + 1, such as {time * 12 + 1}, or cut the video" if wrong else None
         check_video(video.shape, self.config.in_channels, self.config.compression, frames=remedy)
-        video = video.astype(self.encoder.conv_in.conv.weight[...].dtype)
+        video = video.astype(dtype_of(self.encoder.conv_in.conv))
         return Posterior.of_moments(apply_to_video(_moments, self, video, tiling))
 
     def decode(self, latents: jax.Array, *, tiling: Tiling | None = None) -> jax.Array:
@@ -304,7 +304,7 @@ class AutoencoderKLCogVideoX(VideoVAE):
             UserError: Another shape.
         """
         check_latents(latents.shape, self.config.latent_channels)
-        latents = latents.astype(self.decoder.conv_in.conv.weight[...].dtype)
+        latents = latents.astype(dtype_of(self.decoder.conv_in.conv))
         return apply_to_latents(_pixels, self, latents, tiling)
 
     def normalize(self, latents: jax.Array) -> jax.Array:

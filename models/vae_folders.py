@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.families import FAMILIES, Family, parse_fields
+from models.folders import abstract_model, save
 from models.vae_cogvideox import AutoencoderKLCogVideoX, CogVideoXVAEConfig
 from models.vae_config import VAEConfig
 from models.vae_hunyuanvideo import AutoencoderKLHunyuanVideo, HunyuanVideoVAEConfig
@@ -21,7 +22,7 @@ from models.vae_image import AutoencoderKL, ImageVAEConfig
 from models.vae_protocol import VideoVAE
 from models.vae_temporal import AutoencoderKLTemporalDecoder, TemporalVAEConfig
 from models.vae_wan import AutoencoderKLWan, WanVAEConfig
-from qvdjax.checkpoint import CheckpointFolder, Progress, load_variables, save_variables
+from qvdjax.checkpoint import CheckpointFolder, Progress, load_variables
 from qvdjax.checkpoint.header import TensorInfo
 from qvdjax.errors import UserError
 
@@ -77,10 +78,10 @@ def load_vae(
 
     Raises:
         UserError: A missing, truncated or corrupt file; unknown, missing or mis-shaped keys; weights that are not
-            finite; an architecture that is no VAE or not known.
+            finite; an architecture that is no VAE or not known; a quantization that is not ours.
     """
     folder = open_vae_folder(path)
-    abstract = jax.eval_shape(lambda: build_vae(folder.config))
+    abstract = abstract_vae(folder)
     dtype = None if dtype is None else jnp.dtype(dtype)
     return load_variables(abstract, folder, dtype=dtype, shardings=sharding, progress=progress)
 
@@ -88,12 +89,17 @@ def load_vae(
 def save_vae(
     vae: VideoVAE, path: str | os.PathLike, *, overwrite: bool = False, progress: Progress | None = None
 ) -> None:
-    """Write a VAE as a folder that `load_vae` and diffusers read back bit for bit.
+    """Write a VAE as a folder that `load_vae`, and one that is not quantized that diffusers too, read back bit for bit.
 
     Raises:
         UserError: The target exists and `overwrite` is not set, it cannot be written, or the disk is full.
     """
-    save_variables(vae, path, vae.config.to_dict(), overwrite=overwrite, progress=progress)
+    save(vae, path, overwrite=overwrite, progress=progress)
+
+
+def abstract_vae(folder: CheckpointFolder) -> VideoVAE:
+    """The VAE that a folder's config describes, quantized layers in place, without a look at its tensors."""
+    return abstract_model(folder, None, build=build_vae)
 
 
 # Parts of an attention's names until diffusers 0.15 -> today's (`ModelMixin._fix_state_dict_keys_on_load`).

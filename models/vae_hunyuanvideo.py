@@ -15,7 +15,7 @@ from flax import nnx
 
 from models.vae_config import VAEConfig, list_field
 from models.vae_image_layers import EPSILON, AttentionBlock, finished
-from models.vae_layers import conv, doubled
+from models.vae_layers import conv, doubled, dtype_of
 from models.vae_protocol import Posterior, VideoVAE, check_latents, check_video
 from models.vae_tiling import Sections, Tiling, apply_to_latents, apply_to_video, in_sections
 from qvdjax.errors import UserError
@@ -254,7 +254,7 @@ class AutoencoderKLHunyuanVideo(VideoVAE):
         wrong = len(video.shape) == 5 and video.shape[1] % _TIME != 1
         remedy = "choose 4n + 1, such as 129, or cut the video" if wrong else None
         check_video(video.shape, self.config.in_channels, self.config.compression, frames=remedy)
-        video = video.astype(self.quant_conv.weight[...].dtype)
+        video = video.astype(dtype_of(self.quant_conv))
         run = functools.partial(apply_to_video, _moments, self, tiling=tiling)
         return Posterior.of_moments(in_sections(run, video, sections and sections.longer(_TIME), sections))
 
@@ -275,7 +275,7 @@ class AutoencoderKLHunyuanVideo(VideoVAE):
             UserError: Another shape.
         """
         check_latents(latents.shape, self.config.latent_channels)
-        latents = latents.astype(self.quant_conv.weight[...].dtype)
+        latents = latents.astype(dtype_of(self.quant_conv))
         run = functools.partial(apply_to_latents, _pixels, self, tiling=tiling)
         return in_sections(run, latents, sections, sections and sections.longer(_TIME))
 

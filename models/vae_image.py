@@ -11,7 +11,7 @@ from flax import nnx
 
 from models.vae_config import VAEConfig, list_field
 from models.vae_image_layers import Decoder, Encoder, frames_in_chunks
-from models.vae_layers import conv
+from models.vae_layers import conv, dtype_of
 from models.vae_protocol import Posterior, VideoVAE, check_latents, check_video
 from models.vae_tiling import Tiling, apply_to_latents, apply_to_video
 from qvdjax.errors import UserError
@@ -96,7 +96,7 @@ class AutoencoderKL(VideoVAE):
             UserError: Another shape, or sides that are no multiples of the compression's.
         """
         check_video(video.shape, self.config.in_channels, self.config.compression)
-        video = video.astype(self.encoder.conv_in.weight[...].dtype)
+        video = video.astype(dtype_of(self.encoder.conv_in))
         return Posterior.of_moments(apply_to_video(_moments, self, video, tiling))
 
     def decode(self, latents: jax.Array, *, tiling: Tiling | None = None) -> jax.Array:
@@ -113,7 +113,7 @@ class AutoencoderKL(VideoVAE):
             UserError: Another shape.
         """
         check_latents(latents.shape, self.config.latent_channels)
-        return apply_to_latents(_pixels, self, latents.astype(self.decoder.conv_in.weight[...].dtype), tiling)
+        return apply_to_latents(_pixels, self, latents.astype(dtype_of(self.decoder.conv_in)), tiling)
 
     def normalize(self, latents: jax.Array) -> jax.Array:
         """(latents - shift_factor) * scaling_factor."""

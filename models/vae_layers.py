@@ -1,10 +1,11 @@
 """Layers that several VAEs share."""
 
 import jax
+import jax.numpy as jnp
 from einops import repeat
 from flax import nnx
 
-from qvdjax.nn import Conv, dot_product_attention
+from qvdjax.nn import Conv, QuantizedConv, dot_product_attention
 
 ALL = (None, None)  # logical axes: a VAE's weights are small and lie whole on every device
 ONE_AROUND = ((1, 1), (1, 1))
@@ -31,3 +32,8 @@ def attend_within_frames(query: jax.Array, key: jax.Array, value: jax.Array) -> 
     # b h w c -> b (h w) 1 c
     tokens = [a.reshape(a.shape[0], a.shape[1] * a.shape[2], 1, a.shape[3]) for a in (query, key, value)]
     return dot_product_attention(*tokens).reshape(value.shape)  # b (h w) 1 c -> b h w c
+
+
+def dtype_of(layer: Conv | QuantizedConv) -> jnp.dtype:
+    """What a VAE computes in: the type of its weights, or where these are codes that of what is added to them."""
+    return layer.bias[...].dtype

@@ -1,7 +1,8 @@
 """What every video autoencoder is: videos to latents and back, and the latents as denoisers are given them.
 
-A VAE is no `VideoModel`: it has no timestep, no stream of blocks and no recipe, and nothing that quantizes, samples or
-trains denoisers applies to it. So it has a protocol and a table of its own (`models.vae_folders`).
+A VAE is no `VideoModel`: it has no timestep and no stream of blocks, and nothing that samples or trains denoisers
+applies to it. So it has a protocol and a table of its own (`models.vae_folders`). It has what `qvdjax.quantize` wants
+of a model: recipes that need no calibration take it.
 """
 
 import dataclasses
@@ -54,10 +55,15 @@ class VideoVAE(nnx.Module):
         config: Frozen dataclass with `to_dict()`, the fields of diffusers' `config.json`, and `latent_channels`,
             `in_channels` and `compression`, how many frames, rows and columns of pixels become one of latents.
 
+        recipe_name: The recipe that quantized it; empty for a float VAE.
+        stacks: None.
+
     The attribute path of every Variable is its name in diffusers. Subclasses write `encode` and `decode`.
     """
 
     config: Any
+    recipe_name: str = ""
+    stacks: nnx.List = nnx.List([])
 
     def encode(self, video: jax.Array, **options) -> Posterior:
         """A video -> the Gaussian over its latents, which are the VAE's own: see `normalize`."""

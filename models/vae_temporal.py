@@ -24,7 +24,7 @@ from models.vae_image_layers import (
     upsample,
     upsampler,
 )
-from models.vae_layers import ONE_AROUND, conv
+from models.vae_layers import ONE_AROUND, conv, dtype_of
 from models.vae_protocol import Posterior, VideoVAE, check_latents, check_video
 from qvdjax.errors import UserError
 from qvdjax.nn import GroupNorm
@@ -173,7 +173,7 @@ class AutoencoderKLTemporalDecoder(VideoVAE):
             UserError: Another shape, or sides that are no multiples of the compression's.
         """
         check_video(video.shape, self.config.in_channels, self.config.compression)
-        video = video.astype(self.quant_conv.weight[...].dtype)
+        video = video.astype(dtype_of(self.quant_conv))
         return Posterior.of_moments(_moments(self, video))
 
     def decode(self, latents: jax.Array, *, frames_at_once: int | None = None) -> jax.Array:
@@ -194,7 +194,7 @@ class AutoencoderKLTemporalDecoder(VideoVAE):
         length = latents.shape[1] if frames_at_once is None else frames_at_once
         if length < 1:
             raise UserError(f"{length} frames at once", remedy="give at least 1")
-        latents = latents.astype(self.quant_conv.weight[...].dtype)
+        latents = latents.astype(dtype_of(self.quant_conv))
         starts = range(0, latents.shape[1], length)
         return jnp.concatenate([_pixels(self, latents[:, start : start + length]) for start in starts], axis=1)
 

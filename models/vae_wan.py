@@ -15,7 +15,7 @@ from flax import nnx
 from models.unet_stream import per_frame
 from models.vae_config import VAEConfig, list_field
 from models.vae_history import History, causal, in_chunks
-from models.vae_layers import AFTER, ONE_AROUND, attend_within_frames, conv, doubled
+from models.vae_layers import AFTER, ONE_AROUND, attend_within_frames, conv, doubled, dtype_of
 from models.vae_protocol import Posterior, VideoVAE, check_latents, check_video
 from models.vae_tiling import Tiling, apply_to_latents, apply_to_video
 from qvdjax.errors import UserError
@@ -307,7 +307,7 @@ class AutoencoderKLWan(VideoVAE):
         wrong = (video.shape[1:2] or (0,))[0] % time != 1 % time
         remedy = f"choose {time}n + 1, such as {time * 20 + 1}, or cut the video" if wrong else None
         check_video(video.shape, config.in_channels, config.compression, frames=remedy)
-        video = video.astype(self.quant_conv.weight[...].dtype)
+        video = video.astype(dtype_of(self.quant_conv))
         return Posterior.of_moments(apply_to_video(_scan_moments if scan else _moments, self, video, tiling))
 
     def decode(self, latents: jax.Array, *, scan: bool = True, tiling: Tiling | None = None) -> jax.Array:
@@ -326,7 +326,7 @@ class AutoencoderKLWan(VideoVAE):
             UserError: Another shape.
         """
         check_latents(latents.shape, self.config.z_dim)
-        latents = latents.astype(self.post_quant_conv.weight[...].dtype)
+        latents = latents.astype(dtype_of(self.post_quant_conv))
         video = apply_to_latents(_scan_pixels if scan else _pixels, self, latents, tiling)
         return jnp.clip(video, -1.0, 1.0)
 

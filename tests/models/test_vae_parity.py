@@ -3,31 +3,8 @@
 import functools
 
 import pytest
-from vae_parity import vae_errors
+from vae_parity import COGVIDEOX, HUNYUANVIDEO, IMAGE, TEMPORAL, WAN, vae_errors
 
-WAN = {
-    "_class_name": "AutoencoderKLWan", "base_dim": 6, "z_dim": 5, "dim_mult": [1, 2], "num_res_blocks": 1,
-    "temperal_downsample": [True], "decoder_base_dim": 8, "latents_mean": [0.0] * 5, "latents_std": [1.0] * 5,
-    "scale_factor_temporal": 2, "scale_factor_spatial": 2,
-}  # fmt: skip
-IMAGE = {
-    "_class_name": "AutoencoderKL", "block_out_channels": [8, 12], "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2, "latent_channels": 5, "norm_num_groups": 4,
-}  # fmt: skip
-COGVIDEOX = {
-    "_class_name": "AutoencoderKLCogVideoX", "block_out_channels": [8, 12], "latent_channels": 5,
-    "down_block_types": ["CogVideoXDownBlock3D"] * 2, "up_block_types": ["CogVideoXUpBlock3D"] * 2,
-    "layers_per_block": 1, "norm_num_groups": 4, "norm_eps": 1e-3, "temporal_compression_ratio": 2,
-}  # fmt: skip
-HUNYUANVIDEO = {
-    "_class_name": "AutoencoderKLHunyuanVideo", "block_out_channels": [8, 8, 12], "latent_channels": 5,
-    "down_block_types": ["HunyuanVideoDownBlock3D"] * 3, "up_block_types": ["HunyuanVideoUpBlock3D"] * 3,
-    "layers_per_block": 1, "norm_num_groups": 4, "spatial_compression_ratio": 4,
-}  # fmt: skip
-TEMPORAL = {
-    "_class_name": "AutoencoderKLTemporalDecoder", "block_out_channels": [32, 64], "latent_channels": 5,
-    "down_block_types": ["DownEncoderBlock2D"] * 2, "layers_per_block": 2,
-}  # fmt: skip
 SCAN, ONCE = {"options": {"scan": True}}, {"options": {"scan": False}}
 
 
