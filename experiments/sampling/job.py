@@ -1,19 +1,19 @@
 """Sampling a model folder: load, compile, sample, write."""
 
 import contextlib
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 import models
-from experiments.sampling.decoding import VAE, check_vae, of_pipeline, of_vae
-from experiments.sampling.memory_plan import HOST, plan_memory
-from experiments.sampling.output import VIDEO, check_output, output_paths, write_video
+from experiments.sampling.decoding import VAE, of_pipeline, of_vae
+from experiments.sampling.memory_plan import HOST, MemoryPlan, plan_memory
+from experiments.sampling.opened import Opened, open_sampled
+from experiments.sampling.output import VIDEO, output_paths, write_video
 from experiments.sampling.previews import Previews
 from experiments.sampling.published import beside_picture, check_prompts, find_picture, settings_of_video, stand_ins
 from experiments.sampling.record import device_record, memory_record, quantization_record, settings_record
@@ -24,22 +24,19 @@ from experiments.sampling.request import (
     request_from_embeddings,
     request_from_pipeline,
 )  # fmt: skip
+from experiments.sampling.running import Progress, inputs_of, precise_of, sample_all
 from models.folders import abstract_model, used_tensors
+from models.image_prompts import ImageConditions
 from models.pipeline import FILE
-from models.pipeline_folder import PipelineFolder, is_pipeline_folder
-from models.prompts import AT_ONCE, PromptEncoder
+from models.prompts import AT_ONCE, EncodedPrompts, PromptEncoder
 from models.scheduler import sampling_defaults
 from qvdjax.checkpoint import CheckpointFolder, loaded_shapes
 from qvdjax.description import weight_bytes
-from qvdjax.diffusion import Precise, compile_sampler, initial_noise, sample
 from qvdjax.errors import UserError
-from qvdjax.nn import Attention, check_timesteps, layers_of, with_float_attention
-from qvdjax.parallel import make_mesh, partition_spec
+from qvdjax.nn import check_timesteps
+from qvdjax.parallel import make_mesh
 
 DENOISER = "denoiser"
-
-Progress = Callable[[str, int, int], None]
-"""progress(stage, done, total): "reading" in bytes, "compiling" 0 or 1, "sampling" in videos or steps."""
 
 
 def sample_folder(
@@ -138,31 +135,19 @@ def sample_folder(
         guidance_until, first_frame_guidance,
     )  # fmt: skip
     report = progress or (lambda stage, done, total: None)
-    encoder = whole = vae = vae_folder = None
-    if is_pipeline_folder(folder):
-        whole = PipelineFolder.open(folder, denoiser)
-        folder = whole.denoiser
-        encoder = PromptEncoder.open(whole) if context_file is None else None
-    elif denoiser is not None:
-        raise UserError(
-            f"{folder} is no pipeline whose model could be replaced", remedy=f"name {denoiser} alone, or a pipeline"
-        )
-    skeleton = models.skeleton(folder, execution=execution)
-    own = (folder / FILE).exists()
-    check_output(output, decodes=own or (whole is not None and VAE in whole.components))
-    if (output.suffix == VIDEO or previews is not None) and not own:
-        if whole is None or VAE not in whole.components:
-            raise UserError(f"nothing in {folder} decodes latents to pictures", remedy="leave out --previews")
-        vae_folder = check_vae(whole, skeleton.config)
+    opened = open_sampled(
+        folder, output, denoiser, encodes=context_file is None, execution=execution, shows=previews is not None
+    )
+    folder, skeleton, encoder = opened.folder, opened.skeleton, opened.encoder
     if previews is not None and previews < 1:
         raise UserError(f"a preview every {previews} steps", remedy="give a whole number of at least 1")
     step_loop = step_loop or previews is not None
     padding = None
     if video is not None:
-        settings, padding = settings_of_video(settings, whole, skeleton.config, video)
+        settings, padding = settings_of_video(settings, opened.whole, skeleton.config, video)
     device_mesh = None if mesh is None else make_mesh(mesh)
     about_texts, plan = {}, None
-    pictures, picture = find_picture(whole if encoder is not None else None, skeleton.config, image)
+    pictures, picture = find_picture(opened.whole if encoder is not None else None, skeleton.config, image)
     if encoder is None:
         request = _request(folder, skeleton, prompts, seeds, context_file, settings, padding)
     else:
@@ -170,6 +155,7 @@ def sample_folder(
         texts = stand_ins(folder, encoder, pictures, prompts, settings, skeleton.config)
         request = request_from_embeddings(folder, texts, skeleton.config, seeds, settings, padding)
     paths = output_paths(output, request, names)
+    how = {"doubled_batch": one_batch, "float_attention": float_attention}
     if memory_limit is not None:
         if mesh is not None:
             raise UserError("a limit of memory is planned for one device", remedy="leave out --mesh or --memory-limit")
@@ -179,38 +165,16 @@ def sample_folder(
                 remedy="leave out --previews or --memory-limit",
             )
         report("planning", 0, 1)
-        opened = used_tensors(CheckpointFolder.open(folder))
-        shapes = loaded_shapes(abstract_model(opened, execution), opened, dtype=dtype and jax.numpy.dtype(dtype))
-        plan = plan_memory(
-            memory_limit,
-            model=shapes,
-            inputs=lambda count: _inputs(request, np.arange(count), None),
-            sampling={
-                **request.sampling,
-                "doubled_batch": one_batch,
-                "precise": _precise(shapes, float_attention),
-            },  # fmt: skip
-            step_loop=step_loop,
-            batch=min(batch, len(request.seeds)),
-            latents=(request.latents_shape[0] - request.padding, *request.latents_shape[1:]),
-            encoder=encoder,
-            texts=1 + len(prompts or ()),
-            vae=vae_folder,
-            pictures=pictures,
-            dtype=dtype and jax.numpy.dtype(dtype),
-        )
+        plan = _planned(
+            memory_limit, opened, request, how, step_loop=step_loop, batch=batch, texts=1 + len(prompts or ()),
+            pictures=pictures, dtype=dtype and jax.numpy.dtype(dtype),
+        )  # fmt: skip
         report("planning", 1, 1)
         batch = plan.batch
+    tiling = None if plan is None else plan.tiling
     if encoder is not None:
-        on_host = plan is not None and plan.texts == HOST
-        where = make_mesh({"data": 1}, jax.devices("cpu")[:1]) if on_host else device_mesh
-        with contextlib.nullcontext() if where is None else jax.set_mesh(where):
-            at_once = AT_ONCE if plan is None else plan.texts_at_once
-            texts = encoder.encode(
-                prompts, settings.negative_prompt or "", dtype=dtype, mesh=where, batch=at_once, progress=progress
-            )
+        texts = _encoded(encoder, prompts, settings, plan, dtype=dtype, mesh=device_mesh, progress=progress)
         if pictures is not None:
-            tiling = None if plan is None else plan.tiling
             shown = pictures.encode(picture, request.latents_shape[:3], dtype=dtype, tiling=tiling, progress=progress)
             texts = beside_picture(texts, shown)
         request = request_from_embeddings(folder, texts, skeleton.config, seeds, settings, padding)
@@ -219,24 +183,21 @@ def sample_folder(
     check_timesteps(skeleton, request.solver.schedule(request.steps).timesteps)  # before a weight is read
 
     model = models.load(folder, dtype=dtype, mesh=device_mesh, execution=execution, progress=progress)
-    decoder, shown = None if request.pipeline is None else of_pipeline(request.pipeline), None
-    if previews is not None:
-        if vae_folder is not None:
-            vae = models.load_vae(vae_folder, progress=progress)
-        of_frame = decoder if vae is None else of_vae(vae, vae_folder, (1, *request.latents_shape[1:]), fps=1.0)
-        shown = Previews(previews, of_frame, paths, request.steps, scale)
+    vae = models.load_vae(opened.vae, progress=progress) if previews is not None and opened.vae is not None else None
+    previewed = None if previews is None else _previews(previews, opened, request, vae, paths, scale)
     with contextlib.nullcontext() if device_mesh is None else jax.set_mesh(device_mesh):
-        how = {"doubled_batch": one_batch, "precise": _precise(model, float_attention)}
-        latents, timing, peak = _sample(
-            model, request, how, device_mesh, min(batch, len(paths)), step_loop, report, shown
-        )
+        latents, timing, peak = sample_all(
+            model, request, how=_arguments(model, how), mesh=device_mesh, batch=min(batch, len(paths)),
+            step_loop=step_loop, progress=report, previews=previewed,
+        )  # fmt: skip
     latents = latents[:, request.padding :]  # b f h w c, without frames that fill a patch
-    held = peak if shown is None else shown.held_bytes(peak, weight_bytes(model))
     if not np.isfinite(latents).all():
         raise UserError(
             f"{folder} sampled latents that are not finite",
             remedy="try a lower guidance scale or float32 weights",
         )
+    weights = weight_bytes(model)
+    held = peak if previewed is None else previewed.held_bytes(peak, weights)
     shared = {
         "model": str(folder),
         **settings_record(request),
@@ -249,7 +210,7 @@ def sample_folder(
         **memory_record(device_mesh),
         "memory": {
             **({"text_encoder": _memory_of(about_texts["text_encoder"])} if about_texts else {}),
-            DENOISER: {"weight_bytes": weight_bytes(model), "peak_bytes": held},
+            DENOISER: {"weight_bytes": weights, "peak_bytes": held},
         },
         "memory_plan": None if plan is None else plan.report(),
         "quantization": quantization_record(model),
@@ -258,17 +219,62 @@ def sample_folder(
     del model  # a VAE may need its memory
     videos = []
     if jax.process_index() == 0:  # all hosts hold all latents; one of them writes
-        if vae_folder is not None and output.suffix == VIDEO:
-            vae = models.load_vae(vae_folder, progress=progress) if vae is None else vae
+        decoder = None if request.pipeline is None else of_pipeline(request.pipeline)
+        decodes = opened.vae is not None and output.suffix == VIDEO
+        if decodes:
+            vae = models.load_vae(opened.vae, progress=progress) if vae is None else vae
             usual = sampling_defaults(folder, solver_named=True).fps
-            tiling = None if plan is None else plan.tiling
-            decoder = of_vae(vae, vae_folder, latents.shape[1:], usual, tiling=tiling)
+            decoder = of_vae(vae, opened.vae, latents.shape[1:], usual, tiling=tiling)
             shared |= {**decoder.about, "memory": {**shared["memory"], VAE: decoder.memory}}
         for row, path in enumerate(paths):
             videos.append(write_video(path, request, row, latents[row], shared, decoder, fps=fps, scale=scale))
-            if vae is not None:
+            if decodes:
                 report("decoding", row + 1, len(paths))
     return {"files": [video["file"] for video in videos], **shared, "videos": videos}
+
+
+def _planned(
+    limit: int, opened: Opened, request: Request, how: Mapping[str, Any], *, step_loop: bool, batch: int, texts: int,
+    pictures: ImageConditions | None, dtype: Any,
+) -> MemoryPlan:  # fmt: skip
+    """See `plan_memory`, which is told what `opened` and `request` say."""
+    stored = used_tensors(CheckpointFolder.open(opened.folder))
+    shapes = loaded_shapes(abstract_model(stored, opened.execution), stored, dtype=dtype)
+    frames, *sides = request.latents_shape
+    return plan_memory(
+        limit, model=shapes, inputs=lambda count: inputs_of(request, np.arange(count), None),
+        sampling={**request.sampling, **_arguments(shapes, how)}, step_loop=step_loop,
+        batch=min(batch, len(request.seeds)), latents=(frames - request.padding, *sides), encoder=opened.encoder,
+        texts=texts, vae=opened.vae, pictures=pictures, dtype=dtype,
+    )  # fmt: skip
+
+
+def _arguments(model, how: Mapping[str, Any]) -> dict[str, Any]:
+    """What the sampler is told of `how`, which needs the model that is sampled."""
+    return {"doubled_batch": how["doubled_batch"], "precise": precise_of(model, how["float_attention"])}
+
+
+def _encoded(
+    encoder: PromptEncoder, prompts: Sequence[str], settings: Settings, plan: MemoryPlan | None, *, dtype: str | None,
+    mesh: Mesh | None, progress: Progress | None,
+) -> EncodedPrompts:  # fmt: skip
+    """The prompts by the pipeline's text encoder, where and so many at once as is planned."""
+    on_host = plan is not None and plan.texts == HOST
+    where = make_mesh({"data": 1}, jax.devices("cpu")[:1]) if on_host else mesh
+    at_once = AT_ONCE if plan is None else plan.texts_at_once
+    with contextlib.nullcontext() if where is None else jax.set_mesh(where):
+        return encoder.encode(
+            prompts, settings.negative_prompt or "", dtype=dtype, mesh=where, batch=at_once, progress=progress
+        )
+
+
+def _previews(every: int, opened: Opened, request: Request, vae, paths: Sequence[Path], scale: int | None) -> Previews:
+    """What shows the videos on the way, by the pipeline's VAE where it has one."""
+    if vae is None:
+        decoder = of_pipeline(request.pipeline)
+    else:
+        decoder = of_vae(vae, opened.vae, (1, *request.latents_shape[1:]), fps=1.0)
+    return Previews(every, decoder, paths, request.steps, scale)
 
 
 def _memory_of(record: Mapping) -> dict[str, int | None]:
@@ -289,94 +295,3 @@ def _request(folder, skeleton, prompts, seeds, context_file, settings: Settings,
             " `negative_context` (tokens, dim), as `qvdjax encode-prompts` makes it",
         )
     return request_from_context(folder, Path(context_file), skeleton.config, prompts, seeds, settings, padding)
-
-
-def _precise(model, steps: tuple[int, int]) -> Precise | None:
-    """The same model with attention in full precision, for so many first and last steps."""
-    if steps == (0, 0):
-        return None
-    if not any(layer.scheme.qk_bits or layer.scheme.pv_bits for _, _, layer in layers_of(model, (Attention,))):
-        raise UserError(
-            "steps with attention in full precision were asked for, and this model's attention is not quantized",
-            remedy="leave them out, or quantize it: --set attention_qk_bits=8 --set attention_pv_bits=8",
-        )
-    return Precise(with_float_attention(model), *steps)
-
-
-def _sample(
-    model,
-    request: Request,
-    how: dict,
-    mesh: Mesh | None,
-    batch: int,
-    step_loop: bool,
-    progress: Progress,
-    previews: Previews | None,
-) -> tuple[np.ndarray, dict, int | None]:
-    """All videos' latents, float32 (videos, frames, height, width, channels), how long it took, and what the program
-    needs of one device by the compiler's account; `how` are further arguments of the sampler."""
-    count = len(request.seeds)
-    batch = min(batch, count)
-    chunks = [np.arange(start, start + batch).clip(max=count - 1) for start in range(0, count, batch)]
-    done, compilation, seconds, latents = 0, None, 0.0, []
-
-    def on_step(step: int, _, clean: jax.Array) -> None:
-        progress("sampling", done * request.steps + step, len(chunks) * request.steps)
-        if previews is not None and previews.wanted(step):
-            middle = clean.shape[1] // 2
-            frames = _gathered(clean[:, middle : middle + 1])  # by all hosts; one of them writes
-            if jax.process_index() == 0:
-                previews.write(step, chunks[done], frames)
-
-    # The last chunk is filled up with its last video: another batch size would be another compilation.
-    for done, rows in enumerate(chunks):
-        inputs = _inputs(request, rows, mesh)
-        if compilation is None:
-            progress("compiling", 0, 1)
-            compilation = compile_sampler(model, **inputs, **request.sampling, **how, step_loop=step_loop)
-            progress("compiling", 1, 1)
-        start = time.perf_counter()
-        result = sample(model, **inputs, **request.sampling, **how, on_step=on_step if step_loop else None)
-        jax.block_until_ready(result.latents)
-        seconds += time.perf_counter() - start
-        latents.append(_gathered(result.latents))
-        if not step_loop:
-            progress("sampling", min((done + 1) * batch, count), count)
-    timing = {
-        "batch": batch,
-        "compile_seconds": compilation.seconds,
-        "sampling_seconds": seconds,
-        "seconds_per_step": seconds / (len(chunks) * request.steps),
-    }
-    return np.concatenate(latents)[:count], timing, compilation.bytes_held
-
-
-def _inputs(request: Request, rows: np.ndarray, mesh: Mesh | None) -> dict:
-    """What the sampler is given for some of the videos, on the devices that compute them."""
-    seeds = [request.seeds[row] for row in rows]
-    noise = initial_noise(seeds, request.latents_shape)
-    negative = None if request.negative_context is None else _placed(request.negative_context[rows], mesh)
-    return {
-        "context": _placed(request.context[rows], mesh),
-        "negative_context": negative,
-        "noise": _placed(np.asarray(noise), mesh),
-        "seeds": seeds,
-        **{name: _placed(array[rows], mesh) for name, array in request.conditions.items()},
-    }
-
-
-def _placed(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
-    """A batch on the first device, or split over the mesh; every host passes all rows."""
-    if mesh is None:
-        return jax.numpy.asarray(array)
-    spec, _ = partition_spec(array.shape[:1], ("batch",), mesh)
-    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
-
-
-def _gathered(latents: jax.Array) -> np.ndarray:
-    """All rows on every host, float32."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        latents = multihost_utils.process_allgather(latents, tiled=True)
-    return np.asarray(latents, np.float32)
