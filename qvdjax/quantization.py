@@ -10,7 +10,7 @@ from qvdjax.calibration.magnitudes import input_magnitudes
 from qvdjax.calibration.ranges import input_ranges
 from qvdjax.calibration.salience import input_saliences
 from qvdjax.calibration.selection import SelectedInputs, select
-from qvdjax.calibration.steps import first_steps, in_interval
+from qvdjax.calibration.steps import InInterval, first_steps
 from qvdjax.calibration.timestep_draw import draw
 from qvdjax.errors import UserError
 from qvdjax.nn import QUANTIZED_LAYERS, Execution, VideoModel, layers_of, refuse_tables
@@ -168,7 +168,7 @@ def _channel_ranges(model: VideoModel, recipe: Recipe, calibration: Iterable[Map
     if (intervals := recipe.timestep_intervals) is not None:
         of_all = dataclasses.replace(recipe, timestep_intervals=None)
         parts = [
-            _channel_ranges(model, of_all, list(in_interval(calibration, intervals, number)))
+            _channel_ranges(model, of_all, InInterval(calibration, intervals, number))
             for number in range(len(intervals))
         ]
         return {name: tuple(part[name] for part in parts) for name in parts[0]}

@@ -1,5 +1,6 @@
 """Which sampling steps a calibration set holds, and the inputs of some of them."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
@@ -23,23 +24,30 @@ def first_steps(batches: Iterable[Mapping[str, jax.Array]]) -> Iterator[dict[str
     return _where(batches, lambda timestep: timestep == largest)
 
 
-def in_interval(
-    batches: Iterable[Mapping[str, jax.Array]], intervals: TimestepIntervals, number: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """The samples of a calibration set in one interval of timesteps.
+@dataclasses.dataclass(frozen=True)
+class InInterval:
+    """The samples of a calibration set in one interval of timesteps, read anew each time.
 
-    Raises:
-        UserError: There are none.
+    Attributes:
+        batches: The set.
+        intervals, number: Which it is.
     """
-    found = False
-    for inputs in _where(batches, lambda timestep: np.asarray(intervals.of(timestep)) == number):
-        found = True
-        yield inputs
-    if not found:
-        raise UserError(
-            f"the calibration set has no timestep from {intervals.name(number)}",
-            remedy="calibrate with more steps, or choose fewer intervals",
-        )
+
+    batches: Iterable[Mapping[str, jax.Array]]
+    intervals: TimestepIntervals
+    number: int
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """Batches; UserError at the end where there are none."""
+        found = False
+        for inputs in _where(self.batches, lambda timestep: np.asarray(self.intervals.of(timestep)) == self.number):
+            found = True
+            yield inputs
+        if not found:
+            raise UserError(
+                f"the calibration set has no timestep from {self.intervals.name(self.number)}",
+                remedy="calibrate with more steps, or choose fewer intervals",
+            )
 
 
 def _where(
