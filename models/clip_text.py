@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.clip_blocks import blocks_of, check_clip, fields_of, norm_of
-from models.encoder_blocks import Embedding, stream_dtype
+from models.encoder_blocks import Embedding, seen_before, stream_dtype
 from qvdjax.errors import UserError
 from qvdjax.nn import Linear
 
@@ -116,9 +116,7 @@ class CLIPTextEncoder(nnx.Module):
         embeddings = self.text_model["embeddings"]
         dtype = stream_dtype(embeddings["token_embedding"].weight[...])
         x = embeddings["token_embedding"](tokens) + embeddings["position_embedding"](jnp.arange(length))
-        counts = jnp.tril(jnp.ones((length, length), bool))[None, None]  # (1, 1, queries, keys)
-        if mask is not None:
-            counts = counts & (mask != 0)[:, None, None, :]  # (batch, 1, queries, keys)
+        counts = seen_before(length, mask)
         x = x.astype(dtype)  # (batch, tokens, width)
         for stack in self.stacks:
             x, _ = stack(x, counts)

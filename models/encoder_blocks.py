@@ -46,6 +46,20 @@ def attend(
     return jnp.einsum("bhqk,bkhd->bqhd", probabilities, value).astype(query.dtype)
 
 
+def seen_before(length: int, mask: jax.Array | None) -> jax.Array:
+    """The keys that count where a token sees those before it and itself, as `attend` wants them.
+
+    Args:
+        length: Tokens of a text.
+        mask: (batch, tokens), zero for padding, which no token looks at; None: all are looked at.
+
+    Returns:
+        bool (batch or 1, 1, queries, keys).
+    """
+    counts = jnp.tril(jnp.ones((length, length), bool))[None, None]  # (1, 1, queries, keys)
+    return counts if mask is None else counts & (mask != 0)[:, None, None, :]  # (batch, 1, queries, keys)
+
+
 def stream_dtype(weight: jax.Array) -> jnp.dtype:
     """What an encoder computes in: the type of its weights, float32 where these are float16.
 

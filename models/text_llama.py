@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from models.blocks import merge_heads, split_heads
-from models.encoder_blocks import Embedding, attend, stream_dtype
+from models.encoder_blocks import Embedding, attend, seen_before, stream_dtype
 from qvdjax.errors import UserError
 from qvdjax.nn import Linear, RMSNorm, Stack, stacked
 from qvdjax.parallel.rules import constrain
@@ -210,13 +210,10 @@ class LlamaEncoder(nnx.Module):
         """
         length, width = tokens.shape[1], self.config.head_dim
         angles = np.arange(length)[:, None] * self.config.rope_theta ** -(np.arange(0, width, 2) / width)
-        counts = jnp.tril(jnp.ones((length, length), bool))[None, None]  # (1, 1, queries, keys)
-        if mask is not None:
-            counts = counts & (mask != 0)[:, None, None, :]  # (batch, 1, queries, keys)
         dtype = stream_dtype(self.embed_tokens.weight[...])
         wide = jnp.promote_types(dtype, jnp.float32)
         cosines, sines = (jnp.asarray(table[:, None], wide) for table in (np.cos(angles), np.sin(angles)))
-        conditioning = LlamaConditioning(counts, cosines, sines)
+        conditioning = LlamaConditioning(seen_before(length, mask), cosines, sines)
         x = self.embed_tokens(tokens).astype(dtype)  # (batch, tokens, width)
         for stack in list(self.stacks)[: -1 if output == "skipped" else None]:
             x, _ = stack(x, conditioning)

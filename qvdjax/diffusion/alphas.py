@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from qvdjax.diffusion.examples import Example, variance_preserving_example
-from qvdjax.diffusion.schedule import TRAIN_TIMESTEPS, check_steps, weighted_sum
+from qvdjax.diffusion.schedule import TRAIN_TIMESTEPS, check_steps, clean_of_weights
 from qvdjax.errors import UserError
 
 BetaSchedule = Literal["scaled_linear", "linear"]
@@ -98,7 +98,7 @@ class VariancePreserving:
 
     def clean(self, row: Any, latents: jax.Array, prediction: jax.Array) -> jax.Array:
         """See `Solver.clean`; `row.clean` are the weights of the two."""
-        return weighted_sum(row.clean, (latents, prediction.astype(latents.dtype)))
+        return clean_of_weights(row.clean, latents, prediction)
 
     def alphas_cumprod(self) -> np.ndarray:
         """a_t for every training timestep, float64 (1000,), falling."""

@@ -20,7 +20,7 @@ from einops import rearrange
 
 from qvdjax.diffusion.ddim import DDIMSchedule
 from qvdjax.diffusion.examples import Example
-from qvdjax.diffusion.schedule import LatentsState, check_steps, weighted_sum
+from qvdjax.diffusion.schedule import LatentsState, check_steps, clean_of_weights, weighted_sum
 from qvdjax.errors import UserError
 
 
@@ -74,7 +74,7 @@ class EulerEDM:
 
     def clean(self, row: DDIMSchedule, latents: jax.Array, prediction: jax.Array) -> jax.Array:
         """See `Solver.clean`."""
-        return weighted_sum(row.clean, (latents, prediction.astype(latents.dtype)))
+        return clean_of_weights(row.clean, latents, prediction)
 
     def step(self, row: DDIMSchedule, state: LatentsState, prediction: jax.Array) -> LatentsState:
         """One step; `prediction` is the model's at `state.latents`. The result has the latents' dtype."""

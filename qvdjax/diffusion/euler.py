@@ -7,7 +7,15 @@ import jax
 import numpy as np
 
 from qvdjax.diffusion.examples import Example, flow_example
-from qvdjax.diffusion.schedule import TRAIN_TIMESTEPS, FlowSchedule, LatentsState, check_shift, check_steps, shifted
+from qvdjax.diffusion.schedule import (
+    TRAIN_TIMESTEPS,
+    FlowSchedule,
+    LatentsState,
+    check_shift,
+    check_steps,
+    end_of_flow,
+    shifted,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +47,8 @@ class FlowMatchEuler:
         return LatentsState(noise)
 
     def clean(self, row: FlowSchedule, latents: jax.Array, velocity: jax.Array) -> jax.Array:
-        """The latents at the end of `velocity`, see `Solver.clean`."""
-        return latents - row.sigmas.astype(latents.dtype) * velocity.astype(latents.dtype)
+        """See `Solver.clean`."""
+        return end_of_flow(row.sigmas, latents, velocity)
 
     def step(self, row: FlowSchedule, state: LatentsState, velocity: jax.Array) -> LatentsState:
         """One step along `velocity`, the model's prediction at `state.latents`, in the latents' dtype."""

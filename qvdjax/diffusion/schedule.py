@@ -67,6 +67,16 @@ def weighted_sum(weights: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array
     return sum(weights[i].astype(array.dtype) * array for i, array in enumerate(arrays))
 
 
+def end_of_flow(sigmas: jax.Array, latents: jax.Array, velocity: jax.Array) -> jax.Array:
+    """Where a straight flow leads from latents with a share `sigmas` of noise, in the latents' dtype."""
+    return latents - sigmas.astype(latents.dtype) * velocity.astype(latents.dtype)
+
+
+def clean_of_weights(weights: jax.Array, latents: jax.Array, prediction: jax.Array) -> jax.Array:
+    """The clean latents as a sum of the latents and the prediction, weights (2,), in the latents' dtype."""
+    return weighted_sum(weights, (latents, prediction.astype(latents.dtype)))
+
+
 def shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
     """Move noise levels towards 1, as flow-matching models of high resolution need: s*x / (1 + (s-1)*x).
 

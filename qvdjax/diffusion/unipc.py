@@ -21,6 +21,7 @@ from qvdjax.diffusion.schedule import (
     FlowSchedule,
     check_shift,
     check_steps,
+    end_of_flow,
     shifted,
     weighted_sum,
 )
@@ -118,8 +119,8 @@ class UniPCFlow:
         return UniPCState(noise, noise, (noise,) * self.order)
 
     def clean(self, row: UniPCSchedule, latents: jax.Array, velocity: jax.Array) -> jax.Array:
-        """The latents at the end of `velocity`, see `Solver.clean`."""
-        return latents - row.sigmas.astype(latents.dtype) * velocity.astype(latents.dtype)
+        """See `Solver.clean`."""
+        return end_of_flow(row.sigmas, latents, velocity)
 
     def step(self, row: UniPCSchedule, state: UniPCState, velocity: jax.Array) -> UniPCState:
         """Correct the latents with what the model said about them, then predict the next ones.
