@@ -243,6 +243,20 @@ def pipeline(words: tuple[str, ...], text_dim: int, **fields) -> Pipeline:
     return Pipeline(words=words, embeddings=embeddings, **{**usual, **fields})
 
 
+# A Wan of the latents and texts that `pipeline` has.
+SAMPLED = {
+    "_class_name": "WanTransformer3DModel", "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 12,
+    "out_channels": 12, "text_dim": 8, "freq_dim": 16, "ffn_dim": 48, "num_layers": 2,
+}  # fmt: skip
+
+
+def sampled_folder(path: Path, with_pipeline: Pipeline, **fields) -> Path:
+    """A model folder that samples prompts: `SAMPLED`, with other fields where they are given, and a pipeline."""
+    models.save(models.build({**SAMPLED, **fields}, key=jax.random.key(0)), path)
+    with_pipeline.save(path)
+    return path
+
+
 def wan_with_heavy_text():
     """`wan()` with a few heavy features of the text, undone in the layers that read them: the same function."""
     model = wan()

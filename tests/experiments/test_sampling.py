@@ -23,17 +23,6 @@ from qvdjax.recipes import get
 from qvdjax.video import read_mp4
 
 WORDS = ("a", "red", "blue", "disc", "moving", "left")
-CONFIG = {
-    "_class_name": "WanTransformer3DModel",
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 12,
-    "out_channels": 12,
-    "text_dim": 8,
-    "freq_dim": 16,
-    "ffn_dim": 48,
-    "num_layers": 2,
-}
 PIPELINE = small_models.pipeline(WORDS, 8, tokens=6, width=6)
 # Between batches, devices and loops the same float32 operations are fused and summed in another order.
 # Latents are of size 7, whose last bit is 5e-7. Some ten roundings a step, three steps, and guidance, which
@@ -44,17 +33,14 @@ ROUNDING = 1e-4
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model folder with a pipeline."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    models.save(models.build(CONFIG, key=jax.random.key(0)), path)
-    PIPELINE.save(path)
-    return path
+    return small_models.sampled_folder(tmp_path_factory.mktemp("models") / "tiny", PIPELINE)
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """A model folder without a pipeline, and a file of text embeddings."""
     path = tmp_path_factory.mktemp("models") / "published"
-    models.save(models.build(CONFIG, key=jax.random.key(0)), path)
+    models.save(models.build(small_models.SAMPLED, key=jax.random.key(0)), path)
     context = path.parent / "context.safetensors"
     embeddings = np.random.default_rng(1).standard_normal((3, 6, 8)).astype(np.float32)
     save_file({"context": embeddings[:2], "negative_context": embeddings[2]}, context)
@@ -191,7 +177,7 @@ def test_settings_override_the_folder(folder, tmp_path):
 def stochastic(tmp_path_factory):
     """A model folder whose solver draws noise at every step."""
     path = tmp_path_factory.mktemp("models") / "stochastic"
-    models.save(models.build(CONFIG, key=jax.random.key(0)), path)
+    models.save(models.build(small_models.SAMPLED, key=jax.random.key(0)), path)
     dataclasses.replace(PIPELINE, solver="dpm-sde", shift=None, solver_options={"snr_shift_scale": 1.0}).save(path)
     return path
 

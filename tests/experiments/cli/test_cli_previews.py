@@ -1,6 +1,5 @@
 """Pictures of what is being sampled: which, of what, and what is refused."""
 
-import jax
 import numpy as np
 import pytest
 import small_models
@@ -13,10 +12,6 @@ from qvdjax.diffusion import UniPCFlow, initial_noise, sample
 from qvdjax.errors import UserError
 
 WORDS = ("a", "red", "blue", "disc")
-CONFIG = {
-    "_class_name": "WanTransformer3DModel", "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 12,
-    "out_channels": 12, "text_dim": 8, "freq_dim": 16, "ffn_dim": 48, "num_layers": 1,
-}  # fmt: skip
 PIPELINE = small_models.pipeline(WORDS, 8, tokens=6, width=6)
 SIZES = {"frames": 2, "height": 4, "width": 6}
 
@@ -24,10 +19,7 @@ SIZES = {"frames": 2, "height": 4, "width": 6}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model folder with a pipeline, which samples three frames of 8 x 12 in three steps."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    models.save(models.build(CONFIG, key=jax.random.key(0)), path)
-    PIPELINE.save(path)
-    return path
+    return small_models.sampled_folder(tmp_path_factory.mktemp("models") / "tiny", PIPELINE, num_layers=1)
 
 
 @pytest.fixture(scope="module")
