@@ -13,6 +13,7 @@ from flax import nnx
 
 from experiments.training.objective import Corrupted, Objective
 from qvdjax.errors import UserError
+from qvdjax.nn.variables import leading_shape
 from qvdjax.qat import ClipLogit, LearnedScale, LearnedZeroPoint
 
 
@@ -130,15 +131,20 @@ def _decayed(params: nnx.State) -> nnx.State:
 
 
 def _block_matrices(params: nnx.State) -> nnx.State:
-    """For each parameter, how Muon reads it: weights (layers, out, in) of stacked blocks are matrices, the rest is not.
+    """For each parameter, how Muon reads it: weights (..., out, in, *kernel) of blocks are matrices (out, in * kernel),
+    those of a stack one for each layer; the rest is not.
 
-    By name, because optax hands over trees whose leaves it has masked: what quantization adds (factors, scales) is
-    never called `weight`.
+    By name, because what quantization adds (factors, scales) is never called `weight`. optax also hands over trees
+    whose leaves it has masked; these stay as they are.
     """
-    stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
 
-    def of(path: tuple[Any, ...], leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        name = jax.tree_util.keystr(path)
-        return stacked if "'stacks'" in name and "'weight'" in name and leaf.ndim == 3 else None
+    def of(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
+        name, weight = jax.tree_util.keystr(path), variable.get_value()
+        if isinstance(weight, optax.MaskedNode):
+            return variable
+        within, stacked = len(variable.get_metadata("axes")), len(leading_shape(variable))
+        matrix = "'stacks'" in name and name.endswith("['weight']") and within > 1
+        reduced = tuple(range(stacked + 1, weight.ndim))
+        return variable.replace(optax.contrib.MuonDimensionNumbers(reduced, stacked) if matrix else None)
 
-    return jax.tree_util.tree_map_with_path(of, params)
+    return jax.tree_util.tree_map_with_path(of, params, is_leaf=lambda node: isinstance(node, nnx.Variable))
