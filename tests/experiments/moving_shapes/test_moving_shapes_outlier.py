@@ -1,5 +1,7 @@
 """The outlier variant: the same function, heavy channels where real models have them, and only there."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,26 +12,34 @@ import models
 from experiments.moving_shapes import outlier, train
 from experiments.moving_shapes.outlier import outlier_variant
 from models.pipeline import Pipeline
+from models.unet_motion import UNetMotionModel
 from qvdjax.errors import UserError
-from qvdjax.nn import Linear
+from qvdjax.nn import Conv, Linear
+from qvdjax.nn.variables import iterate, own_shape
 
 CONFIGS = {family: {**train.CONFIGS[family], "num_layers": 2} for family in ("wan", "cogvideox")}
+CONFIGS["animatediff"] = train.CONFIGS["animatediff"]
+_INNER = ("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
 SITES = {
     "wan": ("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_out.0", "ffn.net.0.proj"),
     "cogvideox": ("attn1.to_q", "attn1.to_out.0", "ff.net.0.proj"),
+    "animatediff": (
+        *(f"attentions.0.{layer}" for layer in ("proj_in", *(f"transformer_blocks.0.{layer}" for layer in _INNER))),
+        *(f"motion_modules.0.{layer}" for layer in ("proj_in", *(f"transformer_blocks.0.{layer}" for layer in _INNER))),
+    ),
 }
-BEHIND_THE_NONLINEARITY = {"wan": "ffn.net.2", "cogvideox": "ff.net.2"}
+BEHIND_THE_NONLINEARITY = {"wan": "ffn.net.2", "cogvideox": "ff.net.2", "animatediff": "resnets.0.conv2"}
 families = pytest.mark.parametrize("family", CONFIGS)
 
 
 def random_model(family, dtype) -> nnx.Module:
     """Every parameter random, so that none is hidden behind a zero or a one."""
     model = models.build(CONFIGS[family], dtype=dtype)
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    for _, variable in nnx.to_flat_state(nnx.state(model)):
-        value = variable[...]
-        scale = 1.0 / value.shape[-1] ** 0.5 if value.ndim > 1 else 0.1
-        variable[...] = value + scale * jax.random.normal(next(keys), value.shape, dtype)
+    for number, (_, variable) in enumerate(nnx.to_flat_state(nnx.state(model))):
+        value, own = variable[...], own_shape(variable)
+        scale = 1.0 / math.prod(own[1:]) ** 0.5 if len(own) > 1 else 0.1
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), number), value.shape, dtype)
+        variable[...] = value + scale * noise
     return model
 
 
@@ -57,24 +67,31 @@ def test_the_function_stays_the_same(family, dtype, tolerance):
         assert one.dtype == dtype
         assert relative(other, one) <= tolerance
         # The test can fail: a model with one factor left out is far off.
-        variant.stacks[0].block.attn1.to_v.bias[...] *= 2
+        site = next(layer for _, layer in iterate(variant, Linear) if layer.role == "value")
+        site.weight[...] *= 2
         assert relative(call(variant, *inputs(dtype)), one) > 1e-4
 
 
 def channel_maxima(model, monkeypatch) -> dict[str, np.ndarray]:
-    """|input| of every linear layer of the first block: the largest of each channel over batch and tokens."""
-    stack = model.stacks[0]
-    block = jax.tree.map(lambda leaf: leaf[0], stack.block)
+    """|input| of every layer of the first block: the largest of each channel over batch and tokens."""
+    seen = {}
+
+    def watching(original):
+        def watched(self, x):
+            if id(self) in names:
+                seen[names[id(self)]] = np.abs(np.asarray(x)).max(axis=tuple(range(x.ndim - 1)))
+            return original(self, x)
+
+        return watched
+
+    block = model.stacks[0].block
+    if not isinstance(model, UNetMotionModel):
+        block = jax.tree.map(lambda leaf: leaf[0], block)
     names = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(block)}
-    seen, original = {}, Linear.__call__
-
-    def watched(self, x):
-        seen[names[id(self)]] = np.abs(np.asarray(x)).max(axis=tuple(range(x.ndim - 1)))
-        return original(self, x)
-
     stream, conditioning = model.embed(*inputs("float32"))
     with monkeypatch.context() as patch:
-        patch.setattr(Linear, "__call__", watched)
+        for kind in (Linear, Conv):
+            patch.setattr(kind, "__call__", watching(kind.__call__))
         block(stream, conditioning)
     return seen
 
@@ -100,7 +117,7 @@ def test_the_seed_chooses_the_channels_and_the_model_stays_as_it_is(family):
     model = random_model(family, jnp.float32)
     before = jax.tree.map(np.asarray, nnx.state(model))
     one, same, other = (outlier_variant(model, seed=s) for s in (0, 0, 1))
-    weight = lambda model: np.asarray(model.stacks[0].block.attn1.to_q.weight[...])  # noqa: E731
+    weight = lambda model: next(np.asarray(a.weight[...]) for _, a in iterate(model, Linear) if a.role == "query")  # noqa: E731
     assert (weight(one) == weight(same)).all()
     assert (weight(one) != weight(other)).any()
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, nnx.state(model)))
