@@ -63,7 +63,7 @@ class OpeningTransformer(PartialBlock, TemporalTransformer):
 
     def put(self, stream: UNetStream, made: tuple[jax.Array, ...]) -> UNetStream:
         """Changes the sample and opens a skip connection."""
-        return UNetStream(*made, (*stream.skips, *made))
+        return stream.opened(*made, *made)
 
 
 class TemporalConvLayer(nnx.Module):

@@ -11,6 +11,7 @@ Read in diffusers 0.42 `models/unets/unet_motion_model.py`, `models/unets/unet_3
 `models/upsampling.py` and `models/downsampling.py`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -130,19 +131,27 @@ class DownBlock(_Layer):
 
     def put(self, stream: UNetStream, made: tuple[jax.Array, ...]) -> UNetStream:
         """Changes the sample and opens one or two skip connections, the highest resolution first."""
-        return UNetStream(made[0], (*stream.skips, *reversed(made)))
+        return stream.opened(made[0], *reversed(made))
 
 
 class MidBlock(_Layer):
     """What is done at the lowest resolution, between the two ways."""
 
+    def read(self, stream: UNetStream) -> tuple[jax.Array, ...]:
+        """The sample, and the tokens of a reference image where there is one."""
+        return stream.sample, *stream.references[:1]
+
     def make(self, part: tuple[jax.Array, ...], conditioning: UNetConditioning) -> tuple[jax.Array, ...]:
         """The sample."""
-        return (self.layer(*part, conditioning),)
+        sample, *reference = part
+        return (self.layer(sample, _referring(conditioning, reference)),)
 
     def put(self, stream: UNetStream, made: tuple[jax.Array, ...]) -> UNetStream:
         """Changes the sample alone."""
-        return UNetStream(*made, stream.skips)
+        (sample,) = made
+        if stream.middle is not None:
+            sample = sample + stream.middle.astype(sample.dtype)
+        return dataclasses.replace(stream, sample=sample, middle=None, references=stream.references[1:])
 
 
 class UpBlock(_Layer):
@@ -154,12 +163,14 @@ class UpBlock(_Layer):
         self.upsamplers = None if conv is None else nnx.Dict({"0": nnx.Dict({"conv": conv})})
 
     def read(self, stream: UNetStream) -> tuple[jax.Array, ...]:
-        """The sample and the last skip connection."""
-        return stream.sample, stream.skips[-1]
+        """The sample and the last skip connection; where it attends, a reference image's tokens if there is one."""
+        return stream.sample, stream.skips[-1], *stream.references[: self._attends]
 
     def make(self, part: tuple[jax.Array, ...], conditioning: UNetConditioning) -> tuple[jax.Array, ...]:
         """The sample."""
-        sample = self.layer(jnp.concatenate(part, axis=-1), conditioning)
+        sample, skip, *reference = part
+        both = jnp.concatenate([sample, skip], axis=-1)
+        sample = self.layer(both, _referring(conditioning, reference))
         if self.upsamplers is not None:
             doubled = repeat(sample, "b f h w c -> b f (h two) (w too) c", two=2, too=2)  # to the nearest
             sample = per_frame(self.upsamplers["0"]["conv"], doubled)
@@ -167,7 +178,19 @@ class UpBlock(_Layer):
 
     def put(self, stream: UNetStream, made: tuple[jax.Array, ...]) -> UNetStream:
         """Changes the sample and closes one skip connection."""
-        return UNetStream(*made, stream.skips[:-1])
+        (sample,) = made
+        rest = stream.references[self._attends :]
+        return dataclasses.replace(stream, sample=sample, skips=stream.skips[:-1], references=rest)
+
+    @property
+    def _attends(self) -> int:
+        """How many self-attentions over the tokens of a frame it has: one or none."""
+        return int(hasattr(self, "attentions"))
+
+
+def _referring(conditioning: UNetConditioning, reference: list[jax.Array]) -> UNetConditioning:
+    """The conditioning of a block that sees these tokens of a reference image, one array or none."""
+    return dataclasses.replace(conditioning, reference=reference[0]) if reference else conditioning
 
 
 def _resampler(width: int, stride: tuple[int, int], key: jax.Array, dtype) -> Conv:

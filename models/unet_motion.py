@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from models.unet_additions import check_references, check_residuals
 from models.unet_blocks import Parts, ResnetBlock
 from models.unet_levels import Place, VideoUNet
 from models.unet_motion_config import UNetMotionConfig, check_inputs
@@ -24,19 +25,42 @@ class UNetMotionModel(VideoUNet):
         super().__init__(config, functools.partial(_parts, config), **options)
         self.joint_head = config.resnet_group_norm == "joint"
 
-    def embed(self, latents, timestep, context):
+    def embed(
+        self, latents, timestep, context, *, down_block_additional_residuals=None, mid_block_additional_residual=None,
+        reference_states=None, reference_seen=None,
+    ):  # fmt: skip
         """Latents (batch, frames, height, width, channels) -> the stream and its conditioning.
 
-        Computation is in the type of the weights. `context` is one text a video, (batch, tokens, text_dim).
+        Computation is in the type of the weights.
+
+        Args:
+            latents, timestep, context: See `VideoModel`; `context` is one text a video, (batch, tokens, text_dim).
+            down_block_additional_residuals: What a ControlNet adds to the skip connections: one array (batch, frames,
+                height, width, channels) each, in the order of the way down.
+            mid_block_additional_residual: What it adds behind the middle, likewise.
+            reference_states: As MagicAnimate's appearance encoder gives them: (batch, tokens, channels), what each
+                self-attention of images in the middle and on the way up sees beside a frame's own tokens, in the order
+                in which they run: what goes into its query, key and value in the other network.
+            reference_seen: (batch,) bool, which videos see them; all by default. MagicAnimate's unconditional half
+                does not.
 
         Raises:
             UserError: More frames than the motion modules have positions, a height or width that cannot be halved as
-                often as the model does, other channels or another text width than the checkpoint's, timesteps a token.
+                often as the model does, other channels or another text width than the checkpoint's, timesteps a token,
+                residuals or states of another number or shape.
         """
         check_inputs(self.config, latents.shape, jnp.shape(timestep), context.shape)
-        sample = self.first_sample(latents)
+        check_residuals(self.config, latents.shape, down_block_additional_residuals, mid_block_additional_residual)
+        seen = None if reference_seen is None else jnp.shape(reference_seen)
+        check_references(self.config, latents.shape[0], reference_states, seen)
         embedding = self.time_embedding(timestep, self.dtype).astype(self.dtype)
-        return UNetStream(sample, (sample,)), UNetConditioning(embedding, context.astype(self.dtype))
+        conditioning = UNetConditioning(embedding, context.astype(self.dtype), reference_seen=reference_seen)
+        sample = self.first_sample(latents)
+        stream = UNetStream(
+            sample, (), tuple(down_block_additional_residuals or ()), mid_block_additional_residual,
+            tuple(state.astype(self.dtype) for state in reference_states or ()),
+        )  # fmt: skip
+        return stream.opened(sample, sample), conditioning
 
 
 def _parts(config: UNetMotionConfig, place: Place, *, key: jax.Array, dtype) -> Parts:

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, repeat
 from flax import nnx
 
 from models.blocks import merge_heads, split_heads
@@ -40,10 +40,10 @@ class UNetAttention(nnx.Module):
         self.attention = Attention(keys="context")  # tokens of a frame, a place or a text: never the whole stream
         self.heads = heads
 
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        """x (batch, tokens, width) attends to context (batch, keys, its width)."""
+    def __call__(self, x: jax.Array, context: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """x (batch, tokens, width) attends to context (batch, keys, its width), or to the first `lengths` (batch,)."""
         query, key, value = (split_heads(a, self.heads) for a in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        return self.to_out["0"](merge_heads(self.attention(query, key, value)))
+        return self.to_out["0"](merge_heads(self.attention(query, key, value, lengths)))
 
 
 class GatedFeedForward(nnx.Module):
@@ -84,11 +84,19 @@ class SpatialBlock(_Block):
     def __init__(self, width: int, heads: int, context: int, *, key: jax.Array, dtype):
         super().__init__(width, heads, context, frame_axes=(0, 1, 1), key=key, dtype=dtype)
 
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        """x (batch, frames, positions, width) -> the same; context (batch, text tokens, text_dim)."""
-        batch = x.shape[0]
+    def __call__(
+        self, x: jax.Array, context: jax.Array, reference: jax.Array | None = None, seen: jax.Array | None = None
+    ) -> jax.Array:
+        """x (batch, frames, positions, width) -> the same; context (batch, text tokens, text_dim). Frames also attend
+        to the reference (batch, tokens, width), of those videos for which `seen` (batch,) is true, or of all."""
+        batch, count, positions, _ = x.shape
         frames = rearrange(self.norm1(x).astype(x.dtype), "b f p c -> (b f) p c")
-        x = x + rearrange(self.attn1(frames, frames), "(b f) p c -> b f p c", b=batch)
+        keys, lengths = frames, None
+        if reference is not None:
+            keys = jnp.concatenate([frames, repeat(reference, "b t c -> (b f) t c", f=count)], axis=1)
+            if seen is not None:
+                lengths = repeat(jnp.where(seen, keys.shape[1], positions), "b -> (b f)", f=count)
+        x = x + rearrange(self.attn1(frames, keys, lengths), "(b f) p c -> b f p c", b=batch)
         # All frames of a video see the same text, so they are queries of one attention; nothing is repeated.
         video = rearrange(self.norm2(x).astype(x.dtype), "b f p c -> b (f p) c")
         x = x + self.attn2(video, context).reshape(x.shape)  # b (f p) c -> b f p c
@@ -158,7 +166,8 @@ class SpatialTransformer(nnx.Module):
         """x (batch, frames, height, width, channels) -> the same."""
         inner = per_frame(self.proj_in, per_frame(self.norm, x).astype(x.dtype))
         tokens = rearrange(inner, "b f h w c -> b f (h w) c")
-        tokens = self.transformer_blocks["0"](tokens, conditioning.context)
+        seen = conditioning.reference, conditioning.reference_seen
+        tokens = self.transformer_blocks["0"](tokens, conditioning.context, *seen)
         return x + per_frame(self.proj_out, tokens.reshape(x.shape))  # b f (h w) c -> b f h w c
 
 

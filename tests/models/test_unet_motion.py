@@ -18,6 +18,7 @@ from small_models import UNET, unet, unet_inputs
 import conversion
 import models
 import qvdjax
+from models.unet_additions import middle_shape, reference_widths, skip_shapes
 from models.unet_motion_config import check_inputs
 from models.unet_transformers import PositionTable
 from qvdjax.checkpoint.variables import expected_tensors, parameter_count
@@ -35,6 +36,13 @@ CASES = {
     "v1 as the original has it": (
         {"use_motion_mid_block": False, "resnet_group_norm": "joint", "motion_group_norm": "per_frame"}, (3, 4, 6),
     ),
+    "MagicAnimate": (
+        {
+            "use_motion_mid_block": False, "resnet_group_norm": "joint", "motion_group_norm": "per_frame",
+            "_networks_beside": True,
+        },
+        (3, 4, 6),
+    ),
     "linear projections": (
         {"use_linear_projection": True, "norm_eps": 1e-3, "motion_num_attention_heads": 2}, (4, 6, 2),
     ),
@@ -48,6 +56,7 @@ from diffusers import UNetMotionModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 import models
+from models.unet_additions import middle_shape, reference_widths, skip_shapes
 
 OURS = ("resnet_group_norm", "motion_group_norm")
 
@@ -70,16 +79,47 @@ def place_norms(reference, config, frames):
         joint(reference.conv_norm_out, frames)
     return reference
 
+def frames(array):
+    return torch.tensor(array).flatten(0, 1).permute(0, 3, 1, 2)  # b f h w c -> (b f) c h w
+
+def look_beside(attention, tokens, seen, count):
+    # As MagicAnimate's hacked_basic_transformer_inner_forward.
+    whole, rows = type(attention).forward, torch.tensor(seen).repeat_interleave(count)
+    more = torch.tensor(tokens).repeat_interleave(count, dim=0)
+    def forward(x, **_):
+        y = whole(attention, x, encoder_hidden_states=torch.cat([x, more], dim=1))
+        y[~rows] = whole(attention, x[~rows], encoder_hidden_states=x[~rows])
+        return y
+    attention.forward = forward
+
 @torch.no_grad()
-def apply(reference, latents, timestep, context):
+def apply(reference, latents, timestep, context, more):
+    count = latents.shape[1]
     latents = torch.tensor(latents.transpose(0, 4, 1, 2, 3))  # b f h w c -> b c f h w
-    context = torch.tensor(context).repeat_interleave(latents.shape[2], dim=0)  # b t d -> (b f) t d
-    return reference(latents, torch.tensor(timestep), context).sample.numpy()
+    context = torch.tensor(context).repeat_interleave(count, dim=0)  # b t d -> (b f) t d
+    added = {}
+    if more:
+        layers = [layer for block in (reference.mid_block, *reference.up_blocks)
+                  for layer in getattr(block, "attentions", ())]
+        for layer, tokens in zip(layers, more["reference_states"], strict=True):
+            look_beside(layer.transformer_blocks[0].attn1, tokens, more["reference_seen"], count)
+        added["down_block_additional_residuals"] = tuple(map(frames, more["down_block_additional_residuals"]))
+        added["mid_block_additional_residual"] = frames(more["mid_block_additional_residual"])
+    return reference(latents, torch.tensor(timestep), context, **added).sample.numpy()
+
+def inputs_beside(config, latents):
+    draw = random.standard_normal
+    return {
+        "down_block_additional_residuals": tuple(map(draw, skip_shapes(config, latents))),
+        "mid_block_additional_residual": draw(middle_shape(config, latents)),
+        "reference_states": tuple(draw((latents[0], 5, width)) for width in reference_widths(config)),
+        "reference_seen": np.array([False, True]),
+    }
 
 def error(ours, theirs):
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
-run = jax.jit(lambda model, *inputs: model(*inputs))
+run = jax.jit(lambda model, *inputs, **more: model(*inputs, **more))
 torch.manual_seed(0)
 random, errors = np.random.default_rng(0), {}
 for name, (config, size) in json.loads(sys.argv[1]).items():
@@ -103,13 +143,14 @@ for name, (config, size) in json.loads(sys.argv[1]).items():
     place_norms(reference, config, size[0]), place_norms(back, config, size[0])
     latents = random.standard_normal((2, *size, config["in_channels"]))
     context = random.standard_normal((2, 7, config["cross_attention_dim"]))
+    more = inputs_beside(model.config, latents.shape) if "_networks_beside" in config else {}
     for case, timestep in {"zero": [0.0, 0.0], "ordinary": [999.0, 317.0]}.items():
         timestep = np.asarray(timestep)
-        theirs = apply(reference, latents, timestep, context)
-        ours = run(model, jnp.asarray(latents), timestep, context)
+        theirs = apply(reference, latents, timestep, context, more)
+        ours = run(model, jnp.asarray(latents), timestep, context, **more)
         assert ours.dtype == jnp.float64
         errors[f"{name}: {case}"] = error(np.asarray(ours).transpose(0, 4, 1, 2, 3), theirs)
-    errors[f"{name}: saved by us"] = error(apply(back, latents, timestep, context), theirs)
+    errors[f"{name}: saved by us"] = error(apply(back, latents, timestep, context, more), theirs)
 print(json.dumps(errors))
 """
 
@@ -132,7 +173,7 @@ def check_parity(name: str, *together: str):
     assert found[f"{name}: saved by us"] <= 1e-13, found
 
 
-QUICK = ("v3", "v1 as the original has it")
+QUICK = ("v3", "MagicAnimate")
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -324,6 +365,43 @@ def test_wrong_sizes_are_said(change, message):
 def test_the_model_checks_its_inputs():
     with pytest.raises(UserError, match="9 latent frames"):
         models.abstract({**UNET, **ONE_LEVEL})(**{**unet_inputs(), "latents": jnp.zeros((2, 9, 4, 6, 5))})
+
+
+def beside(latents=(2, 3, 4, 6, 5)):
+    """What networks beside a model of `UNET` give it."""
+    config, zeros = models.parse_config(UNET), jnp.zeros
+    return {
+        "down_block_additional_residuals": tuple(map(zeros, skip_shapes(config, latents))),
+        "mid_block_additional_residual": zeros(middle_shape(config, latents)),
+        "reference_states": tuple(zeros((latents[0], 7, width)) for width in reference_widths(config)),
+        "reference_seen": jnp.array([True, False]),
+    }
+
+
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("down_block_additional_residuals", lambda a: a[:-1], "3 down_block_additional_residuals beside 4 skip"),
+    ("down_block_additional_residuals", lambda a: (*a[:-1], a[0]), r"residuals\[3\] of shape .* does not fit"),
+    ("mid_block_additional_residual", lambda a: a[:1], "mid_block_additional_residual of shape"),
+    ("reference_states", lambda a: a[:-1], "2 reference_states for 3 self-attentions"),
+    ("reference_states", lambda a: (a[0], a[1][..., 1:], a[2]), r"states\[1\] of shape .*\(batch 2, tokens, 16\)"),
+    ("reference_states", lambda a: None, "reference_seen without reference_states"),
+    ("reference_seen", lambda a: a[:1], r"reference_seen of shape \(1,\).*\(2,\)"),
+])  # fmt: skip
+def test_what_does_not_fit_beside_the_model_is_said(name, change, message):
+    given = beside()
+    with pytest.raises(UserError, match=message):
+        models.abstract(UNET)(**unet_inputs(), **{**given, name: change(given[name])})
+
+
+def test_what_is_not_seen_changes_nothing():
+    """A video that does not look at the reference, and residuals of zero, are the model without either."""
+    model, inputs = unet(), unet_inputs()
+    given = beside()
+    given["reference_states"] = tuple(jax.random.normal(jax.random.key(5), a.shape) for a in given["reference_states"])
+    plain, both = run(model, inputs), run(model, {**inputs, **given})
+    # Keys that do not count add exact zeros to sums in another order: float32 rounding through four blocks.
+    np.testing.assert_allclose(both[1], plain[1], rtol=1e-4, atol=1e-5)
+    assert relative(both[:1], plain[:1]) > 1e-3
 
 
 @pytest.mark.parametrize(("change", "message"), [
