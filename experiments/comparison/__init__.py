@@ -1,1 +1,1 @@
-"""Methods against each other on the bench, with everything else alike: `trained` ones and `quantized` ones."""
+"""Methods against each other on the bench, `trained` and `quantized` ones, and ways of `sampling`; all else alike."""

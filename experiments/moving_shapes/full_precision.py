@@ -24,11 +24,12 @@ CHECKPOINTS: Final = Path(__file__).parent / "checkpoints"
 
 def sample_videos(
     model: Any, pipeline: Pipeline, sentences: list[str], seeds: list[int], *, batch: int = 32,
-    steps: int | None = None, guidance_scale: float | None = None, solver: str | None = None,
+    steps: int | None = None, guidance_scale: float | None = None, solver: str | None = None, **how: Any,
 ) -> np.ndarray:  # fmt: skip
     """One clip a sentence, float32 (clips, frames, height, width, rgb) in [0, 1], from the seed beside it.
 
-    The folder's solver settings hold where none are given. The last batch is filled up to full size.
+    The folder's solver settings hold where none are given; `how` goes to `qvdjax.diffusion.sample`. The last batch is
+    filled up to full size.
     """
     videos, batch = [], min(batch, len(sentences))
     for start in range(0, len(sentences), batch):
@@ -39,7 +40,7 @@ def sample_videos(
             model, context, pipeline.encode([pipeline.negative_prompt] * batch),
             noise=initial_noise(own, pipeline.latents_shape), seeds=own,
             solver=pipeline.make_solver(solver), steps=steps or pipeline.steps,
-            guidance_scale=pipeline.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_scale=pipeline.guidance_scale if guidance_scale is None else guidance_scale, **how,
         )  # fmt: skip
         videos.append(pipeline.decode(jax.device_get(result.latents)))
     return np.concatenate(videos)[: len(sentences)]
