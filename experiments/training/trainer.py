@@ -61,11 +61,13 @@ class Trainer:
 
     def start(self, total: int) -> State:
         """The state before the first of `total` steps."""
-        first = self._first
-        if self.mesh is not None:
-            first = jax.jit(first, out_shardings=shardings(jax.eval_shape(first, self.initial, total), self.mesh))
+        described = jax.eval_shape(self._first, self.initial, total)
+        placed = None if self.mesh is None else shardings(described, self.mesh)
+        # As one program, so that all arrays are tied to a device or none is, as behind a step: otherwise the second
+        # call would be another program for the compiler where the weights were read from a folder.
+        first = jax.jit(self._first, out_shardings=placed)(self.initial, total)
         # The state is donated to each step, so nothing in it may be shared with the initial parameters.
-        return jax.tree.map(jnp.copy, first(self.initial, total))
+        return jax.tree.map(jnp.copy, first)
 
     def forget_start(self) -> None:
         """Keep the shapes alone of the parameters training starts from: once there is a state, they cost a model.

@@ -198,3 +198,13 @@ def test_muon_moves_the_blocks_matrices_by_orthogonal_steps(batches):
     )
     # Adam with Nesterov's look-ahead: the first step is the rate times 0.9 x 0.1 / (1 - 0.81) + 1.
     assert np.abs(other).max() == pytest.approx(1.4737e-2, rel=1e-3)
+
+
+def test_weights_from_a_folder_are_compiled_for_once(batches):
+    """Arrays that were read are tied to their device, those made here are not: another program for the compiler."""
+    model = jax.device_put(Tiny(), jax.devices()[0])
+    trainer = Trainer(model, SETTINGS)
+    state = trainer.start(10)
+    for batch in batches:
+        state, _ = trainer.advance_on(state, batch)
+    assert trainer.run_on._cache_size() == 1
