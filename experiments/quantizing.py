@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
+from jax.sharding import Mesh
 
 import models
 import qvdjax
 from experiments.calibrating import calibrate_folder, check_sampled_alike, open_calibration
 from experiments.reconstruction_record import reconstruction_record, record_files
+from models.components import Component, component_of
 from models.pipeline import side_files
 from qvdjax import recipes
 from qvdjax.calibration.selection import SelectedInputs, select
@@ -22,6 +25,7 @@ from qvdjax.errors import UserError
 from qvdjax.nn import VideoModel
 from qvdjax.parallel import check_same, make_mesh, on_first, together, with_the_others
 from qvdjax.ptq.reconstruction import FinishedBlocks
+from qvdjax.recipes import Recipe
 
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total)."""
@@ -39,13 +43,14 @@ def quantize_folder(
     other_sampler: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Quantize a model folder, and take along what sampling needs beside the weights.
+    """Quantize a model folder, and take along what sampling needs beside the weights; or a component of a pipeline.
 
     Several processes (`qvdjax.parallel.initialize_distributed`) all call this with the same arguments and see the same
     folders; the first one writes.
 
     Args:
-        source: Full-precision model folder.
+        source: Full-precision folder of a video model, or of an encoder or a VAE, for which there are no calibration
+            sets.
         target: The new folder; it appears complete or not at all.
         recipe: `<method>-w<bits>a<bits>`, see `qvdjax.recipes.names`.
         overrides: Options of the method by name; text is read as the option's type.
@@ -76,6 +81,12 @@ def quantize_folder(
     if mesh is None and jax.process_count() > 1:
         mesh = {"fsdp": -1}
     devices = None if mesh is None else make_mesh(mesh)
+    if component := together(component_of, source):
+        _refuse_calibration(component, chosen, calibration)
+        model = together(component.load, mesh=devices, progress=progress)
+        quantized = _quantized(model, chosen, devices, None, progress=progress)
+        together(models.save, quantized, target, overwrite=overwrite, progress=progress)
+        return _report(chosen, None, started, quantized, None)
     work = target.absolute().with_name(f"{target.absolute().name}.work")
     finished = batches = None
     if chosen.needs_calibration:
@@ -93,8 +104,7 @@ def quantize_folder(
         if chosen.reconstruction.selection is not None:
             batches = select(batches, chosen.reconstruction.selection)
     model = together(models.load, source, mesh=devices, progress=progress)
-    with contextlib.nullcontext() if devices is None else jax.set_mesh(devices), with_the_others():
-        quantized = qvdjax.quantize(model, chosen, batches, finished=finished, progress=progress)
+    quantized = _quantized(model, chosen, devices, batches, finished=finished, progress=progress)
     record = None
     if finished is not None:
         selected = batches if isinstance(batches, SelectedInputs) else None
@@ -102,6 +112,28 @@ def quantize_folder(
     files = {} if record is None else record_files(record)
     together(save_quantized, quantized, source, target, overwrite=overwrite, progress=progress, files=files)
     on_first(shutil.rmtree, work, ignore_errors=True)  # may not be there
+    return _report(chosen, calibration, started, quantized, record)
+
+
+def _quantized(model: nnx.Module, chosen: Recipe, devices: Mesh | None, batches, **how) -> nnx.Module:
+    """Quantized on the mesh where there is one, together with other processes; `how` goes to `qvdjax.quantize`."""
+    with contextlib.nullcontext() if devices is None else jax.set_mesh(devices), with_the_others():
+        return qvdjax.quantize(model, chosen, batches, **how)
+
+
+def _refuse_calibration(component: Component, chosen: Recipe, calibration: Path | None) -> None:
+    """UserError where a calibration set is needed or given: they are made of a video model's inputs."""
+    if not chosen.needs_calibration and calibration is None:
+        return
+    said = f"{chosen.name} needs a calibration set" if chosen.needs_calibration else f"{calibration} was given"
+    raise UserError(
+        f"{said}, and {component.folder.path} is the {component.kind} {component.architecture}",
+        remedy="calibration sets are of video models; round its weights alone, with rtn-w8a16 or rtn-w4a16",
+    )
+
+
+def _report(chosen: Recipe, calibration: Path | None, started: float, quantized: nnx.Module, record) -> dict[str, Any]:
+    """What `quantize_folder` returns."""
     return {
         "recipe": chosen.name,
         "calibration": None if calibration is None else str(calibration),
@@ -121,7 +153,7 @@ def save_quantized(
     models.save(model, target, side_files=side, overwrite=overwrite, progress=progress)
 
 
-def weights_report(model: VideoModel) -> dict[str, Any]:
+def weights_report(model: nnx.Module) -> dict[str, Any]:
     """{quantized_layers, weight_bytes, float_bytes, ratio, layers} of a quantized model."""
     layers = qvdjax.describe(model)
     weight_bytes, float_bytes = (sum(row[key] for row in layers) for key in ("bytes", "float_bytes"))

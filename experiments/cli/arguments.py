@@ -84,13 +84,13 @@ class Calibrate(Sampler, Prompts, Common):
 
 @dataclass(frozen=True)
 class Quantize(Processes, Common):
-    """Quantize a model folder with a named recipe.
+    """Quantize a model folder with a named recipe; or a pipeline's text encoder, image encoder or VAE.
 
     What is calibrated and reconstructed is kept in OUT.work; the same command goes on where an interrupted one stopped.
     """
 
     dir: Dir
-    """Full-precision model folder."""
+    """Full-precision folder of a model, an encoder or a VAE."""
     out: Out
     """New model folder; must not exist yet."""
     recipe: Annotated[str, arg(metavar="NAME", aliases=["-r"])]

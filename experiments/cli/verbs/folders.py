@@ -92,17 +92,22 @@ def info(arguments: Info, progress: Progress | None) -> Outcome:
     """List the layers of a folder; of its weights only the recorded signal-to-noise ratios are read."""
     import models
     import qvdjax
+    from models.components import component_of
     from qvdjax.checkpoint import CheckpointFolder
     from qvdjax.checkpoint.variables import parameter_count
     from qvdjax.description import weight_bytes
 
-    folder = CheckpointFolder.open(arguments.dir)
-    model = models.skeleton(folder)  # which also checks every tensor's name, shape and type
+    if component := component_of(arguments.dir):
+        folder, model, family = component.folder, component.abstract, component.architecture
+    else:
+        folder = CheckpointFolder.open(arguments.dir)
+        model = models.skeleton(folder)  # which also checks every tensor's name, shape and type
+        family = models.family_of(model.config.to_dict()).name
     layers = qvdjax.describe(model)
     _add_recorded_ratios(layers, folder)
     parameters, size_of_weights = parameter_count(model), weight_bytes(model)
     report = {
-        "family": models.family_of(model.config.to_dict()).name,
+        "family": family,
         "parameters": parameters,
         "weight_bytes": size_of_weights,
         "layers": layers,
