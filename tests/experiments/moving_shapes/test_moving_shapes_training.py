@@ -1,6 +1,8 @@
 """The training command: it writes a folder that loads, also when time runs out; options that make no sense."""
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 
 import models
 from experiments.moving_shapes import data, train
+from experiments.training.settings import Settings
 from models.pipeline import Pipeline
 from qvdjax.nn import Linear, layers_of
 
@@ -78,6 +81,38 @@ def test_time_that_runs_out_still_writes_the_folder(tmp_path, capsys, monkeypatc
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert events[-1]["event"] == "saved"
     assert events[-1]["step"] == 0
+
+
+def test_a_total_that_is_planned_compiles_nothing_anew():
+    """Weights of a folder are tied to a device; so must be everything that is put beside them later."""
+
+    @jax.jit
+    def run(state, steps):
+        return {**state, "step": state["step"] + steps}, {"loss": jnp.float32(1), "gradient_norm": jnp.float32(1)}
+
+    first = {"step": jnp.int32(0), "total": jnp.int32(2**30)}
+    trainer = SimpleNamespace(
+        start=lambda total: jax.device_put(first, jax.devices()[0]), advance=run, check=lambda state: None,
+        settings=Settings(),
+    )  # fmt: skip
+
+    class Clock:
+        """A log by which every look at the time takes half a second."""
+
+        looks = itertools.count()
+        events: list = []
+        seconds = property(lambda self: next(self.looks) / 2)
+
+        def __call__(self, **fields):
+            self.events.append(fields)
+
+    options = SimpleNamespace(
+        steps=0, minutes=0.5, resume=False, checkpoints=None, data=None, chunk=1, save_every=1, batch=1
+    )
+    state = train.train(trainer, options, Clock())
+    (plan,) = (event for event in Clock.events if event["event"] == "plan")
+    assert int(state["total"]) == plan["total"] < 2**30
+    assert run._cache_size() == 1
 
 
 def test_training_starts_from_a_folder_with_the_frames_asked_for(tmp_path, capsys, monkeypatch):
