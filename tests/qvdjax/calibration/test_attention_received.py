@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from small_models import cogvideox, cogvideox_inputs, hunyuanvideo, hunyuanvideo_inputs, wan, wan_inputs
 
 from qvdjax.calibration.attention_received import attention_received, block_attention
+from qvdjax.parallel import topology_mesh
 
 
 def written_out(query, key, lengths=None):
@@ -52,6 +54,23 @@ def test_memory_does_not_grow_with_the_square_of_tokens():
     # Four times the tokens, sixteen times the scores; queries and keys, which are copied, take four times as much.
     assert temporaries(8192) < 4.5 * temporaries(2048)
     assert temporaries(8192) < 8192**2 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compile
+def test_memory_is_linear_in_tokens_on_a_tpu():
+    """Wan 1.3B's heads at the tokens of 81 frames of 480p, and at half of them; compiled for one chip, not run."""
+    mesh = topology_mesh("v5e:1x1")
+
+    def temporaries(tokens):
+        where = NamedSharding(mesh, PartitionSpec())
+        shape = jax.ShapeDtypeStruct((1, tokens, 12, 128), jnp.bfloat16, sharding=where)
+        return jax.jit(attention_received).lower(shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+    half, whole = temporaries(16380), temporaries(32760)
+    # 307 and 556 MiB: copies of queries and keys, and blocks of scores of one size. All scores of a head are 4 GiB.
+    assert whole < 2.05 * half
+    assert whole < 32760**2 * 4 / 5
 
 
 @pytest.mark.parametrize(
