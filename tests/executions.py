@@ -6,11 +6,11 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from qvdjax.nn import QUANTIZED_LAYERS
+from qvdjax.nn import QUANTIZED_LAYERS, Attention
 
 
 def layer_differences(model, inputs) -> list[float]:
-    """For every layer that multiplies codes, how far its two executions are apart on the input that it meets.
+    """For every layer that multiplies codes, and attention that does, how far its two executions are apart.
 
     A whole model says less: one code that float32 rounding flips is a step of some 1/127 of a range, and a network of
     random weights makes it larger with every layer.
@@ -25,20 +25,26 @@ def layer_differences(model, inputs) -> list[float]:
     differences = []
 
     def watched(call):
-        def both(layer, x):
-            y = call(layer, x)
-            if layer.codes is not None and layer.scheme.activation is not None:
+        def both(layer, *arrays):
+            y = call(layer, *arrays)
+            if _multiplies_codes(layer):
                 with mock.patch.object(layer, "execution", "simulate"):
-                    simulated = call(layer, x)
+                    simulated = call(layer, *arrays)
                 differences.append(float(jnp.linalg.norm(y - simulated) / jnp.linalg.norm(simulated)))
             return y
 
         return both
 
     with contextlib.ExitStack() as patches:
-        for kind in QUANTIZED_LAYERS:
+        for kind in (*QUANTIZED_LAYERS, Attention):
             patches.enter_context(mock.patch.object(kind, "__call__", watched(kind.__call__)))
         # Blocks of a scan too then meet arrays instead of tracers.
         patches.enter_context(jax.disable_jit())
         model(**inputs)
     return differences
+
+
+def _multiplies_codes(layer) -> bool:
+    if isinstance(layer, Attention):
+        return bool(layer.scheme.qk_bits or layer.scheme.pv_bits)
+    return layer.codes is not None and layer.scheme.activation is not None

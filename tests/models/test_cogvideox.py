@@ -172,11 +172,13 @@ def test_a_quantized_folder_is_exported(tmp_path):
 
 
 def test_products_of_attention_are_quantized_alike_in_both_executions():
-    model, inputs = cogvideox(), cogvideox_inputs()
+    model, inputs = cogvideox(num_layers=1), cogvideox_inputs()
     recipe = qvdjax.recipes.get("rtn-w8a8", attention_qk_bits=8, attention_pv_bits=8)
-    integer, simulate = (run(qvdjax.quantize(model, recipe, execution=e), inputs) for e in ("integer", "simulate"))
-    # As above, with more to flip.
-    assert relative(integer, simulate) < 5e-3
+    quantized = qvdjax.quantize(model, recipe, execution="integer")
+    differences = layer_differences(quantized, inputs)
+    assert len(differences) == sum(row["activation_bits"] == 8 for row in qvdjax.describe(quantized))
+    # As above; a probability that float32 rounding moves to the next code is one of hundreds that are averaged.
+    assert max(differences) < 1e-3
 
 
 @pytest.mark.parametrize("variant", ["5b-i2v", "1.5-5b-i2v"])

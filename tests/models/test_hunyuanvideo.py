@@ -193,12 +193,11 @@ def test_quantized_models_agree_in_both_executions(tmp_path, model, shallow):
     assert 1e-3 < relative(run(loaded, inputs), run(shallow, inputs)) < 6e-2
 
 
-def test_products_of_attention_are_quantized_alike_in_both_executions(shallow, quantized):
-    recipe = qvdjax.recipes.get("rtn-w8a8", attention_qk_bits=8, attention_pv_bits=8)
-    inputs = hunyuanvideo_inputs()
-    simulate = run(qvdjax.quantize(shallow, recipe, execution="simulate"), inputs)
-    # As above, with more to flip.
-    assert relative(run(quantized, inputs), simulate) < 5e-3
+def test_products_of_attention_are_quantized_alike_in_both_executions(quantized):
+    differences = layer_differences(quantized, hunyuanvideo_inputs())
+    assert len(differences) == sum(row["activation_bits"] == 8 for row in qvdjax.describe(quantized))
+    # As above; a probability that float32 rounding moves to the next code is one of hundreds that are averaged.
+    assert max(differences) < 1e-3
 
 
 def test_a_calibrated_method_sees_all_conditions(model):
