@@ -10,6 +10,7 @@ full-precision model with guidance in all steps.
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,7 +73,7 @@ def measured(found: np.ndarray, reference: np.ndarray, sentences: list[str]) -> 
     }
 
 
-def compare(folder: Path, names: list[str], protocol: Protocol, keep: Any) -> None:
+def compare(folder: Path, names: list[str], protocol: Protocol, keep: Callable[[str, dict[str, Any]], None]) -> None:
     """Sample rows one after the other; `keep(name, facts)` is called with each one's."""
     reference = videos(folder, ROWS[REFERENCE], protocol)
     for name in names:
