@@ -4,9 +4,9 @@ import dataclasses
 from typing import Any, Final
 
 import qvdjax
+from experiments.sampling.running import precise_of
 from qvdjax import recipes
-from qvdjax.diffusion import Precise
-from qvdjax.nn import VideoModel, with_float_attention
+from qvdjax.nn import VideoModel
 
 _ATTENTION: Final = {"attention_qk_bits": 8, "attention_pv_bits": 8}
 
@@ -41,8 +41,7 @@ class SamplingRow:
 
     def arguments(self, model: VideoModel) -> dict[str, Any]:
         """What `qvdjax.diffusion.sample` is told beside what all rows have in common."""
-        ends = self.float_attention
-        precise = Precise(with_float_attention(model), *ends) if any(ends) else None
+        precise = precise_of(model, self.float_attention)
         return {"guidance_until": self.guidance_until, "doubled_batch": self.one_batch, "precise": precise}
 
 
