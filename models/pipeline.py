@@ -14,7 +14,8 @@ Beside name, steps and guidance_scale the solver's part holds fields of the solv
 word_table.safetensors: tensor "embeddings" float32 (words, dim); header metadata "words", a JSON list.
 
 Prompts are looked up word by word in a fixed table, and latents are RGB folded space-to-depth, which a decoder with
-"enlarge": n shows n times as high and wide: enough for models that need neither a text encoder nor an autoencoder.
+"enlarge": n shows n times as high and wide, and one with "frame_factor": n unfolds to n times as many frames: enough
+for models that need neither a text encoder nor an autoencoder.
 Published models' folders have no `pipeline.json`.
 """
 
@@ -59,6 +60,7 @@ class Pipeline:
         negative_prompt: What guidance leads away from; "" is the empty prompt.
         solver_options: Further fields of the default solver by name, as for `get_solver`.
         enlarge: Decoding makes each of those pixels so many times as high and wide, by linear interpolation.
+        frame_factor: So many successive frames of the video are one frame of latents, side by side in its channels.
     """
 
     words: tuple[str, ...]
@@ -77,6 +79,7 @@ class Pipeline:
     negative_prompt: str = ""
     solver_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     enlarge: int = 1
+    frame_factor: int = 1
 
     def __post_init__(self):
         if len(self.embeddings) != len(self.words) or self.embeddings.ndim != 2:
@@ -84,10 +87,12 @@ class Pipeline:
                 f"the word table has {len(self.words)} words and embeddings of shape {self.embeddings.shape}",
                 remedy="store one row a word",
             )
-        if self.channels != 3 * self.factor**2:
+        channels = 3 * self.factor**2 * self.frame_factor
+        if self.channels != channels:
+            of_frames = "" if self.frame_factor == 1 else f" of {self.frame_factor} frames"
             raise UserError(
-                f"latents of {self.channels} channels do not hold {self.factor} x {self.factor} RGB pixels",
-                remedy=f"a factor of {self.factor} needs {3 * self.factor**2} channels",
+                f"latents of {self.channels} channels do not hold {self.factor} x {self.factor} RGB pixels{of_frames}",
+                remedy=f"they need {channels} channels",
             )
         if not self.fps > 0:
             raise UserError(f"fps is {self.fps}", remedy="give a positive number of frames a second")
@@ -126,6 +131,7 @@ class Pipeline:
             **{name: latents.count(name) for name in ("frames", "height", "width", "channels")},
             factor=decoder.count("factor"),
             enlarge=decoder.count("enlarge", default=1),
+            frame_factor=decoder.count("frame_factor", default=1),
             solver=name,
             shift=solver.take("shift", float) if "shift" in options else None,
             steps=solver.count("steps"),
@@ -149,7 +155,7 @@ class Pipeline:
         write_file(folder / WORD_TABLE, [table], {"words": json.dumps(self.words)})
         latents = {name: getattr(self, name) for name in ("frames", "height", "width", "channels")}
         shift = {} if self.shift is None else {"shift": self.shift}
-        enlarge = {} if self.enlarge == 1 else {"enlarge": self.enlarge}
+        more = {name: getattr(self, name) for name in ("enlarge", "frame_factor") if getattr(self, name) != 1}
         solver = {"name": self.solver, **shift, **self.solver_options, "steps": self.steps}
         text = json.dumps(
             {
@@ -157,7 +163,7 @@ class Pipeline:
                 "version": VERSION,
                 "context": {"kind": "word_table", "file": WORD_TABLE, "tokens": self.tokens},
                 "latents": latents,
-                "decoder": {"kind": "depth_to_space", "factor": self.factor, **enlarge},
+                "decoder": {"kind": "depth_to_space", "factor": self.factor, **more},
                 "solver": {**solver, "guidance_scale": self.guidance_scale},
                 "fps": self.fps,
                 "negative_prompt": self.negative_prompt,
@@ -209,7 +215,8 @@ class Pipeline:
         """
         latents = np.asarray(latents, np.float32)
         self._check_channels(latents, self.channels)
-        video = rearrange(latents, "b f h w (p q c) -> b f (h p) (w q) c", p=self.factor, q=self.factor)
+        sizes = {"t": self.frame_factor, "p": self.factor, "q": self.factor}
+        video = rearrange(latents, "b f h w (t p q c) -> b (f t) (h p) (w q) c", **sizes)
         if self.enlarge > 1:
             down, across = (_interpolation(size, self.enlarge) for size in video.shape[2:4])
             video = np.einsum("yh,xw,bfhwc->bfyxc", down, across, video, optimize=True)
@@ -219,7 +226,7 @@ class Pipeline:
         """Video in [0, 1] -> latents in [-1, 1], float32: the inverse of `decode`, where `enlarge` is 1.
 
         Otherwise blocks of `enlarge` x `enlarge` pixels are averaged first. Raises `UserError` when height or width is
-        not a multiple of `factor` times `enlarge`.
+        not a multiple of `factor` times `enlarge`, or the number of frames not one of `frame_factor`.
         """
         video, block = np.asarray(video, np.float32), self.factor * self.enlarge
         self._check_channels(video, 3)
@@ -228,8 +235,14 @@ class Pipeline:
                 f"a video of {video.shape[-3]} x {video.shape[-2]} pixels cannot be folded",
                 remedy=f"make height and width multiples of {block}",
             )
+        if video.shape[1] % self.frame_factor:
+            raise UserError(
+                f"a video of {video.shape[1]} frames cannot be folded",
+                remedy=f"make its frames a multiple of {self.frame_factor}",
+            )
         video = reduce(video, "b f (h n) (w m) c -> b f h w c", "mean", n=self.enlarge, m=self.enlarge)
-        return rearrange(2 * video - 1, "b f (h p) (w q) c -> b f h w (p q c)", p=self.factor, q=self.factor)
+        sizes = {"t": self.frame_factor, "p": self.factor, "q": self.factor}
+        return rearrange(2 * video - 1, "b (f t) (h p) (w q) c -> b f h w (t p q c)", **sizes)
 
     def _check_channels(self, array: np.ndarray, channels: int):
         if array.ndim != 5 or array.shape[-1] != channels:

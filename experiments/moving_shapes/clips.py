@@ -136,10 +136,12 @@ def _clip(caption: jax.Array, key: jax.Array) -> jax.Array:
     return render(scene(caption, key))
 
 
-def fold(video: jax.Array) -> jax.Array:
-    """Video (..., frames, 32, 32, rgb) in [0, 1] to latents (..., frames, 8, 8, 12) in [-1, 1].
+def fold(video: jax.Array, frame_factor: int = 1) -> jax.Array:
+    """Video (..., frames, 32, 32, rgb) in [0, 1] to latents (..., frames / n, 8, 8, 12 n) in [-1, 1].
 
-    Means of 2 x 2 pixels, then space to depth; the pipeline's decoder undoes the second and enlarges again.
+    Means of 2 x 2 pixels, then space to depth, and n = `frame_factor` frames to one; the pipeline's decoder undoes the
+    latter two and enlarges again.
     """
     small = einops.reduce(video, "... (h n) (w m) c -> ... h w c", "mean", n=POOL, m=POOL)
-    return einops.rearrange(small * 2 - 1, "... (h p) (w q) c -> ... h w (p q c)", p=FACTOR, q=FACTOR)
+    sizes = {"t": frame_factor, "p": FACTOR, "q": FACTOR}
+    return einops.rearrange(small * 2 - 1, "... (f t) (h p) (w q) c -> ... f h w (t p q c)", **sizes)

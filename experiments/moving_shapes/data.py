@@ -7,6 +7,7 @@ format).
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -22,26 +23,27 @@ from experiments.moving_shapes.words import caption_contexts
 EPOCH: Final = 2**31 - 1  # grain wants a length; the stream by rule has no other end
 
 
-def example(seed: jax.Array | int, index: jax.Array | int) -> dict[str, jax.Array]:
+def example(seed: jax.Array | int, index: jax.Array | int, frame_factor: int = 1) -> dict[str, jax.Array]:
     """Example number `index` of a seed's endless stream.
 
     Returns:
-        latents float32 (9, 8, 8, 12), context float32 (8, 64), caption int32 () into `all_captions()`.
+        latents float32 (9 / n, 8, 8, 12 n) with n = `frame_factor` frames folded into one, context float32 (8, 64),
+        caption int32 () into `all_captions()`.
     """
     key = jax.random.fold_in(jax.random.key(seed), index)
     caption_key, scene_key = jax.random.split(key)
     caption = jax.random.randint(caption_key, (), 0, len(all_captions()))
     return {
-        "latents": fold(render(scene(caption, scene_key))),
+        "latents": fold(render(scene(caption, scene_key)), frame_factor),
         "context": jnp.asarray(caption_contexts())[caption],
         "caption": caption,
     }
 
 
-def batch(seed: jax.Array | int, step: jax.Array | int, size: int) -> dict[str, jax.Array]:
+def batch(seed: jax.Array | int, step: jax.Array | int, size: int, frame_factor: int = 1) -> dict[str, jax.Array]:
     """Examples step * size ... step * size + size - 1 of the stream, stacked. Works inside jit."""
     indices = jnp.asarray(step, jnp.uint32) * size + jnp.arange(size, dtype=jnp.uint32)
-    return jax.vmap(example, in_axes=(None, 0))(seed, indices)
+    return jax.vmap(lambda index: example(seed, index, frame_factor))(indices)
 
 
 def stream(seed: int) -> Any:
@@ -71,10 +73,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--count", type=int, default=1024, help="clips to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the stream")
+    parser.add_argument(
+        "--frame-factor", type=int, default=1, choices=[1, 3, 9],
+        help="frames folded into one frame of latents: 3 for the AnimateDiff",
+    )  # fmt: skip
     parser.add_argument("--shard", type=int, default=512, help="clips in a file")
     options = parser.parse_args(argv)
 
-    draw = jax.jit(batch, static_argnums=2)
+    draw = jax.jit(functools.partial(batch, frame_factor=options.frame_factor), static_argnums=2)
     captions = [str(caption) for caption in all_captions()]
 
     def examples() -> Any:

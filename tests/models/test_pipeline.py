@@ -144,6 +144,25 @@ def test_prompts_it_cannot_encode(pipeline, prompt, named):
         pipeline.encode([prompt])
 
 
+def test_frames_folded_into_one(pipeline, tmp_path):
+    folded = dataclasses.replace(pipeline, frame_factor=2, channels=54)
+    folded.save(tmp_path)
+    assert json.loads((tmp_path / FILE).read_text())["decoder"] == {
+        "kind": "depth_to_space", "factor": 3, "frame_factor": 2,
+    }  # fmt: skip
+    assert Pipeline.load(tmp_path).frame_factor == 2
+    video = np.random.default_rng(2).uniform(0, 1, (1, 4, 12, 15, 3)).astype(np.float32)
+    latents = folded.fold(video)
+    # The second frame of each pair is the second half of the channels.
+    np.testing.assert_array_equal(latents[..., 27:], pipeline.fold(video[:, 1::2]))
+    # 2 * x - 1 and x / 2 + 0.5 each round once in float32 at size 1.
+    np.testing.assert_allclose(folded.decode(latents), video, atol=2e-7)
+    with pytest.raises(UserError, match="3 frames cannot be folded.*multiple of 2"):
+        folded.fold(video[:, :3])
+    with pytest.raises(UserError, match="54 channels do not hold 3 x 3 RGB pixels of 3 frames"):
+        dataclasses.replace(folded, frame_factor=3)
+
+
 def test_arrays_of_the_wrong_shape(pipeline):
     with pytest.raises(UserError, match=r"\(3, 4, 5, 27\) is not \(batch"):
         pipeline.decode(np.zeros((3, 4, 5, 27)))

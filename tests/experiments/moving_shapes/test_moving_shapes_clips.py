@@ -74,6 +74,10 @@ def test_folding_is_the_pipelines():
     assert np.abs(latents).max() <= 1
     np.testing.assert_allclose(pipeline().fold(video), latents, atol=1e-6)  # sums of four in another order, float32
     assert pipeline().decode(latents).shape == video.shape
+    folded = fold(video, 3)
+    assert folded.shape == (3, FRAMES // 3, 8, 8, 36)
+    np.testing.assert_allclose(pipeline("animatediff").fold(video), folded, atol=1e-6)
+    np.testing.assert_array_equal(folded[:, 1, ..., 12:24], latents[:, 4])
     # Spelled out once: at latent (h, w), channel 6 p + 3 q + c is the mean of 2 x 2 pixels from (4 h + 2 p, 4 w + 2 q).
     mean = video[1, 4, 22:24, 28:30, 2].mean()
     assert latents[1, 4, 5, 7, 6 * 1 + 3 * 0 + 2] == pytest.approx(2 * mean - 1, abs=1e-6)

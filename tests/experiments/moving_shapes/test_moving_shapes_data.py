@@ -14,7 +14,7 @@ from experiments.moving_shapes.train import pipeline
 from experiments.moving_shapes.words import caption_contexts, embeddings
 from experiments.training.latents import DataFolder
 
-batch = jax.jit(data.batch, static_argnums=2)
+batch = jax.jit(data.batch, static_argnums=(2, 3))
 
 
 def test_words_are_orthogonal():
@@ -41,9 +41,11 @@ def test_a_batch_depends_on_seed_and_step_alone():
         assert (one[name] == np.concatenate([part[name] for part in cut])).all()
 
 
-def test_examples_show_their_captions():
-    drawn = batch(11, 0, 64)
-    videos = pipeline().decode(drawn["latents"])
+@pytest.mark.parametrize("family", ["wan", "animatediff"])
+def test_examples_show_their_captions(family):
+    own = pipeline(family)
+    drawn = batch(11, 0, 64, own.frame_factor)
+    videos = own.decode(drawn["latents"])
     for video, caption in zip(videos, np.asarray(drawn["caption"])):
         result = score(video, all_captions()[caption])
         assert result["color"] == result["shape"] == result["direction"] == 1.0
