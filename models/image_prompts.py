@@ -21,7 +21,7 @@ from models.wan import WanConfig
 from qvdjax.checkpoint import Progress, loaded_shapes
 from qvdjax.checkpoint.folder import CONFIG, read_json
 from qvdjax.errors import UserError
-from qvdjax.parallel import bytes_held
+from qvdjax.parallel import bytes_held, free
 
 TOKENS, LATENTS = "encoder_hidden_states_image", "image_latents"
 
@@ -124,7 +124,7 @@ class ImageConditions:
             pixels = for_clip(image, self.processor)
             model = load_encoder(self.encoder, dtype=dtype, progress=progress)
             found[TOKENS] = np.asarray(_tokens(model, pixels[None])[0], np.float32)  # h w c -> 1 h w c -> tokens dim
-            _free(model)
+            free(model)
         video = np.zeros(self._video(size), np.float32)
         video[0] = for_vae(image, *video.shape[1:3])
         vae = load_vae(self.vae, progress=progress)
@@ -133,7 +133,7 @@ class ImageConditions:
         else:
             latents = vae.normalize(vae.encode(jnp.asarray(video)[None], tiling=tiling).mode().astype(jnp.float32))
         latents = np.asarray(latents[0], np.float32)
-        _free(vae)
+        free(vae)
         given = np.zeros((*latents.shape[:3], self.compression[0]), np.float32)
         given[0] = 1
         found[LATENTS] = np.concatenate([given, latents], axis=-1)
@@ -164,8 +164,3 @@ def _encoding_bytes(vae, video: tuple[int, int, int, int], tiling: Tiling | None
     size = (1, frames, min(height, tile[0]), min(width, tile[1]), channels)
     held = bytes_held(_latents.lower(vae, _float32(size)).compile())
     return None if held is None else held + 4 * math.prod(video)
-
-
-def _free(model) -> None:
-    for array in jax.tree.leaves(model):
-        array.delete()  # at once, before something else is read

@@ -74,6 +74,59 @@ def for_clip(image: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
     return pixels
 
 
+def for_clip_smoothed(image: np.ndarray, side: int, config: Mapping[str, Any]) -> np.ndarray:
+    """As Stable Video Diffusion gives pictures to CLIP: blurred, then resized whatever their proportions were.
+
+    As `_resize_with_antialiasing` of diffusers 0.42 `pipelines/stable_video_diffusion/`.
+
+    Args:
+        image: uint8 (height', width', rgb).
+        side: Height and width that the encoder takes.
+        config: As for `for_clip`; only mean and deviation are used.
+
+    Returns:
+        float32 (side, side, rgb) of CLIP's mean and deviation.
+    """
+    settings = {**_CLIP, **{name: value for name, value in config.items() if name in _CLIP and value is not None}}
+    down, across = (_smoothed_resize(size, side) for size in image.shape[:2])
+    pixels = np.einsum("yh,xw,hwc->yxc", down, across, image / 127.5 - 1, optimize=True) / 2 + 0.5
+    try:
+        mean, deviation = (np.asarray(settings[name], np.float32) for name in ("image_mean", "image_std"))
+        return ((pixels - mean) / deviation).astype(np.float32)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{PROCESSOR} does not say how images are prepared ({error})", remedy="restore it") from None
+
+
+def _smoothed_resize(size: int, wanted: int) -> np.ndarray:
+    """Weights [wanted, size]: a Gaussian as wide as the reduction asks for, then cubic interpolation between corners.
+
+    PyTorch's: beyond the edge the Gaussian sees the mirrored picture, the interpolation its last pixel.
+    """
+    deviation = max((size / wanted - 1) / 2, 0.001)
+    reach = int(max(4 * deviation, 3)) // 2
+    offsets = np.arange(-reach, reach + 1)
+    blur = np.exp(-(offsets**2) / (2 * deviation**2))
+    place = np.arange(wanted) * ((size - 1) / (wanted - 1))
+    base = np.floor(place).astype(int)
+    period = max(1, 2 * (size - 1))
+    weights = np.zeros((wanted, size))
+    for tap in (-1, 0, 1, 2):
+        center = np.clip(base + tap, 0, size - 1)
+        cubic = _cubic(np.abs(place - base - tap))
+        for offset, share in zip(offsets, blur / blur.sum(), strict=True):
+            mirrored = np.abs(center + offset) % period
+            np.add.at(weights, (np.arange(wanted), np.minimum(mirrored, period - mirrored)), cubic * share)
+    return weights
+
+
+def _cubic(distance: np.ndarray) -> np.ndarray:
+    """Weight of a pixel so far away, at most 2, of Keys' cubic with -3/4, which is PyTorch's."""
+    a = -0.75
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = a * (((distance - 5) * distance + 8) * distance - 4)
+    return np.where(distance <= 1, near, far)
+
+
 def _resized(image: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
     from PIL import Image
 

@@ -29,7 +29,7 @@ from models.tokenizer import TextTokenizer, Tokens
 from qvdjax.checkpoint import CheckpointFolder, Progress, fingerprint, loaded_shapes
 from qvdjax.description import weight_bytes
 from qvdjax.errors import UserError
-from qvdjax.parallel import bytes_held, to_host
+from qvdjax.parallel import bytes_held, free, to_host
 from qvdjax.recipes import get
 
 try:
@@ -298,7 +298,7 @@ class PromptEncoder:
                     progress("encoding", min(start + batch, count), count)
                 yield embeddings[:, self.rule.crop :]
         finally:
-            _free(model)
+            free(model)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -345,7 +345,7 @@ class PooledEncoder:
             # One text after the other, to compile once for any number of them.
             rows = [to_host(_embed(model, numbers[None], None, "pooled"))[0] for numbers in tokens.numbers]
         finally:
-            _free(model)
+            free(model)
         _check_finite(np.stack(rows), self.encoder)
         return np.stack(rows)
 
@@ -361,11 +361,6 @@ def _check_vocabulary(tokenizer: TextTokenizer, tokens: Tokens, encoder: Path, v
 def _check_finite(embeddings: np.ndarray, encoder: Path) -> None:
     if not np.isfinite(embeddings.astype(np.float32)).all():
         raise UserError(f"{encoder} makes embeddings that are not finite", remedy="encode with --dtype float32")
-
-
-def _free(model) -> None:
-    for array in jax.tree.leaves(model):
-        array.delete()  # at once, before something else is read
 
 
 @functools.partial(jax.jit, static_argnames="output")

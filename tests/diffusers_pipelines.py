@@ -8,7 +8,17 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from published_folders import PIECES, PIPELINES, POOLED, clip_tokenizer, llama_tokenizer
+from published_folders import (
+    PICTURE_ENCODER,
+    PICTURE_MODEL,
+    PICTURE_SCHEDULER,
+    PICTURE_VAE,
+    PIECES,
+    PIPELINES,
+    POOLED,
+    clip_tokenizer,
+    llama_tokenizer,
+)
 from small_models import CLIP_VISION, COGVIDEOX_VARIANTS
 
 # Of each: components by class, how it is called, and how our program is told the same. The sizes are those of the
@@ -92,6 +102,20 @@ DIFFUSERS["hunyuanvideo"] = {
     "scheduler": ["FlowMatchEulerDiscreteScheduler", {"shift": 7.0}],
     "latents": [3, 4, 6, 5], "pixels": [9, 32, 48], "axes": [0, 4, 1, 2, 3], "call": _FRAMES,
 }  # fmt: skip
+# A picture and no text. What diffusers puts on the picture is our noise, and the sizes are those it divides by 8.
+DIFFUSERS["stable-video-diffusion"] = {
+    "pipeline": "StableVideoDiffusionPipeline",
+    "denoiser": ["unet", PICTURE_MODEL],
+    "image_config": {k: value for k, value in PICTURE_ENCODER.items() if k not in ("architectures", "model_type")},
+    "vae": PICTURE_VAE,
+    "scheduler": ["EulerDiscreteScheduler", PICTURE_SCHEDULER],
+    "latents": [3, 4, 6, 5], "pixels": [3, 16, 24], "axes": [0, 1, 4, 2, 3], "image": [20, 28],
+    "call": {
+        "num_inference_steps": 3, "max_guidance_scale": 4.0, "fps": 9, "motion_bucket_id": 60,
+        "noise_aug_strength": 0.3,
+    },
+    "told": ["--guidance-scale", 4.0, "--fps", 9, "--motion-bucket", 60, "--noise-augmentation", 0.3],
+}  # fmt: skip
 PROMPT, NEGATIVE, SEED = "a red cat", "a disc", 3
 
 # Makes the folders and samples them, with PyTorch. The initial noise is ours.
@@ -115,21 +139,55 @@ def randomised(module):
         tensor.data.copy_(torch.randn(tensor.shape) * (spread / 2 if "decoder.conv_out" in name else spread))
     return module.eval()
 
-for family, case in cases.items():
+def save_and_sample(case, parts, **more):
+    pipeline = getattr(diffusers, case["pipeline"])(**parts)
+    pipeline.save_pretrained(case["folder"])
+    noise = np.asarray(initial_noise([seed], case["latents"])).transpose(case["axes"])
+    frames, height, width = case["pixels"]
+    made = pipeline(
+        num_frames=frames, height=height, width=width, output_type="np", latents=torch.tensor(noise), **case["call"],
+        **more,
+    ).frames[0]
+    np.save(case["frames"], made)
+
+def common_parts(case):
     (name, config), vae = case["denoiser"], dict(case["vae"])
+    scheduler, options = case["scheduler"]
+    return {
+        name: randomised(getattr(diffusers, config.pop("_class_name"))(**config)),
+        "vae": randomised(getattr(diffusers, vae.pop("_class_name"))(**vae)),
+        "scheduler": getattr(diffusers, scheduler)(**options),
+    }
+
+def sample_picture_alone(case):
+    from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as module
+    from PIL import Image
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    def ours(shape, **options):
+        return torch.tensor(np.asarray(initial_noise([0], (*shape[2:], 3))).transpose(0, 3, 1, 2))
+
+    module.randn_tensor = ours
+    parts = {
+        **common_parts(case),
+        "image_encoder": randomised(transformers.CLIPVisionModelWithProjection(
+            transformers.CLIPVisionConfig(**case["image_config"]))),
+        "feature_extractor": CLIPImageProcessorPil(),
+    }
+    save_and_sample(case, parts, image=Image.open(case["image"]))
+
+for family, case in cases.items():
+    if "text_encoder" not in case:
+        sample_picture_alone(case)
+        continue
     kind, settings = case["text_encoder"]
     text = getattr(transformers, settings)(**case["text_config"])
     if case["merges"] and "template" not in case:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(case["merges"])
     else:
         tokenizer = transformers.T5Tokenizer(vocab=[tuple(piece[:2]) for piece in case["pieces"]], extra_ids=0)
-    scheduler, options = case["scheduler"]
     parts = {
-        name: randomised(getattr(diffusers, config.pop("_class_name"))(**config)),
-        "text_encoder": randomised(getattr(transformers, kind)(text)),
-        "vae": randomised(getattr(diffusers, vae.pop("_class_name"))(**vae)),
-        "tokenizer": tokenizer,
-        "scheduler": getattr(diffusers, scheduler)(**options),
+        **common_parts(case), "text_encoder": randomised(getattr(transformers, kind)(text)), "tokenizer": tokenizer,
     }
     more = {} if "template" in case else {"negative_prompt": negative}
     if "template" in case:
@@ -150,15 +208,7 @@ for family, case in cases.items():
         parts["image_processor"] = CLIPImageProcessorPil(
             size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
         more["image"] = Image.open(case["image"])
-    pipeline = getattr(diffusers, case["pipeline"])(**parts)
-    pipeline.save_pretrained(case["folder"])
-    noise = np.asarray(initial_noise([seed], case["latents"])).transpose(case["axes"])
-    frames, height, width = case["pixels"]
-    made = pipeline(
-        prompt=prompt, num_frames=frames, height=height, width=width, output_type="np",
-        latents=torch.tensor(noise), **case["call"], **more,
-    ).frames[0]
-    np.save(case["frames"], made)
+    save_and_sample(case, parts, prompt=prompt, **more)
 """
 
 # Runs our program where importing PyTorch, diffusers or transformers raises, and keeps the frames before an mp4 rounds
@@ -204,7 +254,7 @@ def sample_with_diffusers(folder: Path) -> None:
     """Write `<family>`, the folder of a pipeline, and `<family>-theirs.npy`, the frames that diffusers samples."""
     cases, words = {}, llama_tokenizer(folder / "llama") / "tokenizer.json"
     for family, case in DIFFUSERS.items():
-        _, config, text, _ = PIPELINES[family.partition("-")[0]]
+        _, config, text, _ = PIPELINES.get(family.partition("-")[0], (None, {}, {}, None))
         name, more = case["denoiser"]
         clip = family in ("animatediff", "hunyuanvideo")
         cases[family] = {
@@ -232,13 +282,13 @@ def sample_without_pytorch(folder: Path) -> None:
     for family, case in DIFFUSERS.items():
         frames, height, width, _ = case["latents"]
         arguments = [
-            "sample", folder / family, "-o", folder / f"{family}.mp4", "-p", PROMPT, "--seeds", SEED,
+            "sample", folder / family, "-o", folder / f"{family}.mp4", "--seeds", SEED,
             "--steps", case["call"]["num_inference_steps"],
-            "--guidance-scale", case["call"]["guidance_scale"],
+            *case.get("told", ["-p", PROMPT, "--guidance-scale", case["call"].get("guidance_scale")]),
         ]  # fmt: skip
         latents = ["--frames", frames, "--height", height, "--width", width]
         arguments += ["--video", case["video"]] if "video" in case else latents
-        arguments += [] if "template" in case else ["--negative-prompt", NEGATIVE]
+        arguments += [] if case.keys() & {"template", "told"} else ["--negative-prompt", NEGATIVE]
         arguments += ["--sigma-grid", "diffusers"] if family.startswith("wan") else []
         arguments += ["--image", folder / "picture.png"] if "image" in case else []
         runs.append([str(folder / f"{family}-ours.npy"), [str(argument) for argument in arguments]])

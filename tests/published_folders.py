@@ -7,12 +7,14 @@ from pathlib import Path
 import jax
 from small_models import (
     CLIP_TEXT,
+    CLIP_VISION,
     COGVIDEOX,
     HUNYUANVIDEO,
     LLAMA,
     T5,
     UMT5,
     UNET,
+    UNET_SPATIO_TEMPORAL,
     WAN,
     encoder_folder,
     randomised,
@@ -123,5 +125,47 @@ def published_pipeline(folder: Path, family: str, vae: dict | None = None) -> Pa
     if vae is not None:
         models.save_vae(randomised(jax.eval_shape(lambda: build_vae(vae))), folder / "vae")
         index["vae"] = ["diffusers", vae["_class_name"]]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+# Stable Video Diffusion: of the model's 10 channels 5 are the image's; four times the height and width.
+PICTURE_MODEL = {
+    **UNET_SPATIO_TEMPORAL, "in_channels": 10, "block_out_channels": [32], "num_attention_heads": [2],
+    "down_block_types": ["DownBlockSpatioTemporal"], "up_block_types": ["CrossAttnUpBlockSpatioTemporal"],
+}  # fmt: skip
+PICTURE_VAE = {
+    "_class_name": "AutoencoderKLTemporalDecoder", "block_out_channels": [32, 32, 32], "latent_channels": 5,
+    "down_block_types": ["DownEncoderBlock2D"] * 3, "layers_per_block": 2,
+}  # fmt: skip
+PICTURE_ENCODER = {
+    **CLIP_VISION, "architectures": ["CLIPVisionModelWithProjection"], "projection_dim": 24, "image_size": 224,
+    "patch_size": 56,
+}  # fmt: skip
+PICTURE_SCHEDULER = {
+    "prediction_type": "v_prediction", "timestep_type": "continuous", "timestep_spacing": "leading",
+    "use_karras_sigmas": True, "sigma_min": 0.002, "sigma_max": 700.0, "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}  # fmt: skip
+
+
+def picture_pipeline(folder: Path) -> Path:
+    """That of a model that follows a picture and no text."""
+    models.save(randomised(models.abstract(PICTURE_MODEL)), folder / "unet")
+    models.save_vae(randomised(jax.eval_shape(lambda: build_vae(PICTURE_VAE))), folder / "vae")
+    encoder_folder(folder / "image_encoder", PICTURE_ENCODER)
+    for name, file, content in (
+        ("feature_extractor", "preprocessor_config.json", {}),
+        ("scheduler", "scheduler_config.json", {"_class_name": "EulerDiscreteScheduler", **PICTURE_SCHEDULER}),
+    ):
+        (folder / name).mkdir()
+        (folder / name / file).write_text(json.dumps(content))
+    index = {
+        "_class_name": "StableVideoDiffusionPipeline", "unet": ["diffusers", PICTURE_MODEL["_class_name"]],
+        "vae": ["diffusers", PICTURE_VAE["_class_name"]],
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    }  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder

@@ -199,6 +199,12 @@ class EncodePrompts(Common):
     """Picture that becomes the first frame, of a pipeline that follows one; it is encoded beside the prompts."""
     video: hinted(str, "FxHxW", "as the family is published") = None
     """Frames, height and width in pixels of the video that follows the picture."""
+    fps: hinted(float, "X", "7") = None
+    """Frames a second that Stable Video Diffusion is told."""
+    motion_bucket: hinted(float, "X", "127") = None
+    """How much it is to move, 0 to 255."""
+    noise_augmentation: hinted(float, "X", "0.02") = None
+    """Deviation of the noise that is put on its picture."""
     recipe: hinted(str, "NAME", "full precision") = None
     """Quantize the text encoder first, such as rtn-w8a16: weights of 8 bits; it is read in full precision before."""
     dtype: hinted(Dtype, "{float64,float32,bfloat16,float16}", "the file's types") = None
@@ -277,7 +283,11 @@ class Sample(Sampler, Prompts, Common):
     float_attention_last: int = 0
     """The same for the last steps."""
     fps: hinted(float, "X", FOLDERS) = None
-    """Frames a second of the video."""
+    """Frames a second of the video; Stable Video Diffusion is told them."""
+    motion_bucket: hinted(float, "X", "127") = None
+    """How much Stable Video Diffusion is to move, 0 to 255."""
+    noise_augmentation: hinted(float, "X", "0.02") = None
+    """Deviation of the noise that is put on its picture."""
     scale: hinted(int, "N", "small videos to about 288 pixels") = None
     """Enlarge the video by this whole factor."""
 

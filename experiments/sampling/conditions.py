@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from models.image_alone import EncodedImage
 from models.prompts import EncodedPrompts
 from qvdjax.checkpoint import SafetensorsFile
 from qvdjax.errors import UserError
@@ -35,7 +36,7 @@ def check_guidance(settings: Any, *, embedded: bool) -> None:
 
 
 def read_conditions(
-    file: SafetensorsFile | EncodedPrompts, config: Any, texts: tuple[int, int]
+    file: SafetensorsFile | EncodedPrompts | EncodedImage, config: Any, texts: tuple[int, int]
 ) -> dict[str, np.ndarray]:
     """float32 (texts, ...) of what the file says about its texts beside their tokens.
 
@@ -82,7 +83,9 @@ def read_conditions(
     return conditions
 
 
-def read_context(file: SafetensorsFile | EncodedPrompts, name: str, default: np.ndarray | None = None) -> np.ndarray:
+def read_context(
+    file: SafetensorsFile | EncodedPrompts | EncodedImage, name: str, default: np.ndarray | None = None
+) -> np.ndarray:
     """float32 (texts, tokens, dim); without the tensor `default`, or `UserError` where that is None."""
     if name not in file.tensors and default is not None:
         return default

@@ -1,6 +1,7 @@
 """Sampling a model folder: load, compile, sample, write."""
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,14 @@ from experiments.sampling.memory_plan import HOST, MemoryPlan, plan_memory
 from experiments.sampling.opened import Opened, open_sampled
 from experiments.sampling.output import VIDEO, output_paths, write_video
 from experiments.sampling.previews import Previews
-from experiments.sampling.published import beside_picture, check_prompts, find_picture, settings_of_video, stand_ins
+from experiments.sampling.published import (
+    Pictures,
+    beside_picture,
+    check_prompts,
+    find_picture,
+    settings_of_video,
+    stand_ins,
+)
 from experiments.sampling.record import device_record, memory_record, quantization_record, settings_record
 from experiments.sampling.request import (
     Request,
@@ -26,7 +34,7 @@ from experiments.sampling.request import (
 )  # fmt: skip
 from experiments.sampling.running import Progress, inputs_of, precise_of, sample_all
 from models.folders import abstract_model, used_tensors
-from models.image_prompts import ImageConditions
+from models.image_alone import EncodedImage, ImageAlone
 from models.pipeline import FILE
 from models.prompts import AT_ONCE, EncodedPrompts, PromptEncoder
 from models.scheduler import sampling_defaults
@@ -63,6 +71,8 @@ def sample_folder(
     width: int | None = None,
     video: tuple[int, int, int] | None = None,
     fps: float | None = None,
+    motion_bucket: float | None = None,
+    noise_augmentation: float | None = None,
     scale: int | None = None,
     dtype: str | None = None,
     execution: str | None = None,
@@ -96,12 +106,14 @@ def sample_folder(
         first_frame_guidance: Let the guidance rise over the frames from this, see `qvdjax.diffusion.guidance_scales`.
         context_file: Safetensors with `context` and `negative_context`, see `request_from_context`.
         denoiser: A model folder in the place of a published pipeline's own, such as a quantized one.
-        image: A picture that becomes the first frame of every video, of a pipeline that follows one.
+        image: A picture that becomes the first frame of every video, of a pipeline that follows one. Stable Video
+            Diffusion follows nothing else, and is given no prompts.
         names: How several videos are called, see `output_paths`.
         frames, height, width: Of the latents (not of the video); the folder's by default, or its family's published
             ones.
         video: (frames, height, width) of the video instead, in pixels, of a published pipeline with its VAE.
-        fps: Frames a second; by default the folder's, or its family's published ones.
+        fps: Frames a second; by default the folder's, or its family's published ones. Stable Video Diffusion is told.
+        motion_bucket, noise_augmentation: What it is told too, see `models.image_alone.Motion`.
         scale: Enlarge the video by this whole factor; by default small videos to about 288 pixels.
         dtype: Floating type of the weights, a text encoder's too; the file's by default.
         execution: Of quantized layers: "integer", "simulate", or None for the best on this device.
@@ -147,12 +159,14 @@ def sample_folder(
         settings, padding = settings_of_video(settings, opened.whole, skeleton.config, video)
     device_mesh = None if mesh is None else make_mesh(mesh)
     about_texts, plan = {}, None
-    pictures, picture = find_picture(opened.whole if encoder is not None else None, skeleton.config, image)
-    if encoder is None:
+    motion = {"fps": fps, "motion_bucket": motion_bucket, "noise_augmentation": noise_augmentation}
+    encodes = None if context_file is not None else opened.whole
+    pictures, picture = find_picture(encodes, skeleton.config, image, motion)
+    if encoder is None and pictures is None:
         request = _request(folder, skeleton, prompts, seeds, context_file, settings, padding)
     else:
-        check_prompts(folder, skeleton, prompts, seeds, settings)
-        texts = stand_ins(folder, encoder, pictures, prompts, settings, skeleton.config)
+        check_prompts(folder, skeleton, pictures, prompts, seeds, settings)
+        texts = stand_ins(folder, encoder, pictures, image, prompts, settings, skeleton.config)
         request = request_from_embeddings(folder, texts, skeleton.config, seeds, settings, padding)
     paths = output_paths(output, request, names)
     how = {"doubled_batch": one_batch, "float_attention": float_attention}
@@ -174,12 +188,14 @@ def sample_folder(
     tiling = None if plan is None else plan.tiling
     if encoder is not None:
         texts = _encoded(encoder, prompts, settings, plan, dtype=dtype, mesh=device_mesh, progress=progress)
-        if pictures is not None:
-            shown = pictures.encode(picture, request.latents_shape[:3], dtype=dtype, tiling=tiling, progress=progress)
-            texts = beside_picture(texts, shown)
-        request = request_from_embeddings(folder, texts, skeleton.config, seeds, settings, padding)
         about_texts = {"text_encoder": texts.encoder, "cut": texts.cut}
-        about_texts |= {} if image is None else {"image": str(image)}
+    if pictures is not None:
+        shown = pictures.encode(picture, request.latents_shape[:3], dtype=dtype, tiling=tiling, progress=progress)
+        texts = EncodedImage(folder, image.stem, shown) if encoder is None else beside_picture(texts, shown)
+        about_texts |= {"image": str(image)}
+        about_texts |= {"motion": dataclasses.asdict(pictures.motion)} if isinstance(pictures, ImageAlone) else {}
+    if encoder is not None or pictures is not None:
+        request = request_from_embeddings(folder, texts, skeleton.config, seeds, settings, padding)
     check_timesteps(skeleton, request.solver.schedule(request.steps).timesteps)  # before a weight is read
 
     model = models.load(folder, dtype=dtype, mesh=device_mesh, execution=execution, progress=progress)
@@ -209,7 +225,7 @@ def sample_folder(
         **device_record(device_mesh),
         **memory_record(device_mesh),
         "memory": {
-            **({"text_encoder": _memory_of(about_texts["text_encoder"])} if about_texts else {}),
+            **({"text_encoder": _memory_of(about_texts["text_encoder"])} if encoder is not None else {}),
             DENOISER: {"weight_bytes": weights, "peak_bytes": held},
         },
         "memory_plan": None if plan is None else plan.report(),
@@ -235,7 +251,7 @@ def sample_folder(
 
 def _planned(
     limit: int, opened: Opened, request: Request, how: Mapping[str, Any], *, step_loop: bool, batch: int, texts: int,
-    pictures: ImageConditions | None, dtype: Any,
+    pictures: Pictures | None, dtype: Any,
 ) -> MemoryPlan:  # fmt: skip
     """See `plan_memory`, which is told what `opened` and `request` say."""
     stored = used_tensors(CheckpointFolder.open(opened.folder))

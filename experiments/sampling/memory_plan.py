@@ -15,7 +15,7 @@ import jax
 
 import models
 from experiments.sampling.decoding import peak_bytes
-from models.image_prompts import ImageConditions
+from experiments.sampling.published import Pictures
 from models.prompts import AT_ONCE, PromptEncoder
 from models.vae_folders import abstract_vae, open_vae_folder
 from qvdjax.checkpoint import loaded_shapes
@@ -75,7 +75,7 @@ def plan_memory(
     encoder: PromptEncoder | None,
     texts: int,
     vae: Path | None,
-    pictures: ImageConditions | None,
+    pictures: Pictures | None,
     dtype: Any,
 ) -> MemoryPlan:
     """Choose, component by component, the first of the ways that stays below the limit.
@@ -139,7 +139,7 @@ _HOW = {
 
 
 def _around_latents(
-    folder: Path, latents: tuple[int, ...], limit: int, *, decodes: bool, pictures: ImageConditions | None, dtype: Any
+    folder: Path, latents: tuple[int, ...], limit: int, *, decodes: bool, pictures: Pictures | None, dtype: Any
 ) -> tuple[models.Tiling | None, dict[str, float]]:
     """How the VAE decodes and encodes, the first way below the limit or the one that needs least, and what that needs.
 
@@ -162,7 +162,7 @@ def _around_latents(
     return ways[best], found[best]
 
 
-def _encoding(pictures: ImageConditions, size: tuple[int, ...], tiling, dtype: Any) -> dict[str, float]:
+def _encoding(pictures: Pictures, size: tuple[int, ...], tiling, dtype: Any) -> dict[str, float]:
     try:
         needed = pictures.peak_bytes(size, tiling, dtype)
     except jax.errors.JaxRuntimeError as error:

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import models
+from experiments.sampling.conditions import IMAGE_ALONE
 from experiments.sampling.decoding import VAE, check_vae
 from experiments.sampling.output import VIDEO, check_output
 from models.pipeline import FILE
@@ -21,7 +22,7 @@ class Opened:
         folder: Of the model that samples.
         skeleton: The model as shapes.
         whole: The pipeline that it is part of, None for a folder of its own.
-        encoder: What encodes prompts, None where they come otherwise.
+        encoder: What encodes prompts, None where they come otherwise or the model follows none.
         vae: Folder of what makes videos or pictures of latents; None where nothing has to, or a `pipeline.json` does.
         execution: How products are to be computed, see `models.load`.
     """
@@ -41,7 +42,7 @@ def open_sampled(
 
     Args:
         folder, output, denoiser, execution: See `sample_folder`.
-        encodes: Whether prompts are encoded by the pipeline.
+        encodes: Whether the pipeline encodes what the model follows.
         shows: Whether latents become pictures on the way.
 
     Raises:
@@ -52,12 +53,13 @@ def open_sampled(
     if is_pipeline_folder(folder):
         whole = PipelineFolder.open(folder, denoiser)
         folder = whole.denoiser
-        encoder = PromptEncoder.open(whole) if encodes else None
     elif denoiser is not None:
         raise UserError(
             f"{folder} is no pipeline whose model could be replaced", remedy=f"name {denoiser} alone, or a pipeline"
         )
     skeleton = models.skeleton(folder, execution=execution)
+    if whole is not None and encodes and IMAGE_ALONE not in skeleton.config.conditions:
+        encoder = PromptEncoder.open(whole)
     own, has_vae = (folder / FILE).exists(), whole is not None and VAE in whole.components
     check_output(output, decodes=own or has_vae)
     if (output.suffix == VIDEO or shows) and not own:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.sampling.conditions import IMAGE, MASK, POOLED
+from experiments.sampling.conditions import IMAGE, IMAGE_ALONE, MASK, POOLED
 from experiments.sampling.decoding import check_vae
 from experiments.sampling.request import Settings, refuse_repeats, sampler_of
 from experiments.sampling.video_size import padded_latents_of
+from models.image_alone import EncodedImage, ImageAlone, Motion
 from models.image_prompts import ImageConditions
 from models.images import read_image
 from models.pipeline_folder import PipelineFolder
@@ -19,6 +20,8 @@ from models.prompts import EncodedPrompts, PromptEncoder
 from models.scheduler import sampling_defaults
 from qvdjax.errors import UserError
 from qvdjax.nn import check_timesteps
+
+Pictures = ImageConditions | ImageAlone
 
 
 def settings_of_video(
@@ -37,23 +40,46 @@ def settings_of_video(
 
 
 def check_prompts(
-    folder: Path, skeleton, prompts: Sequence[str] | None, seeds: Sequence[int], settings: Settings
-) -> None:
+    folder: Path, skeleton, pictures: Pictures | None, prompts: Sequence[str] | None, seeds: Sequence[int],
+    settings: Settings,
+) -> None:  # fmt: skip
     """Refuse what can be refused before a large encoder is read."""
     if not seeds:
         raise UserError("no seed given", remedy="give one seed per video")
-    if not prompts:
+    if isinstance(pictures, ImageAlone):
+        check_no_prompts(prompts, settings.negative_prompt)
+    elif not prompts:
         raise UserError("no prompt given", remedy="give one with --prompt, or several with --prompts")
-    refuse_repeats("prompts", prompts)
+    else:
+        refuse_repeats("prompts", prompts)
     solver, steps = sampler_of(folder, settings)
     check_timesteps(skeleton, solver.schedule(steps).timesteps)
-    _check_sizes(skeleton, settings.sizes(sampling_defaults(folder, solver_named=True).latents))
+    _check_sizes(skeleton, _sizes(folder, pictures, settings))
+
+
+def check_no_prompts(prompts: Sequence[str] | None, negative_prompt: str | None) -> None:
+    """UserError for texts that are given to a model that follows a picture alone."""
+    if prompts or negative_prompt:
+        raise UserError("this model follows a picture and no text", remedy="leave out the prompts")
+
+
+def _sizes(folder: Path, pictures: Pictures | None, settings: Settings) -> tuple[int, int, int]:
+    """Frames, height and width of the latents."""
+    alone = isinstance(pictures, ImageAlone)
+    return settings.sizes(pictures.usual if alone else sampling_defaults(folder, solver_named=True).latents)
 
 
 def stand_ins(
-    folder: Path, encoder: PromptEncoder, pictures: ImageConditions | None, prompts, settings: Settings, config
-) -> EncodedPrompts:
+    folder: Path, encoder: PromptEncoder | None, pictures: Pictures | None, image: Path | None, prompts,
+    settings: Settings, config,
+) -> EncodedPrompts | EncodedImage:  # fmt: skip
     """Zeros of the shapes of what prompts and a picture become."""
+    shown = {}
+    if pictures is not None:
+        shapes = pictures.shapes((*_sizes(folder, pictures, settings), config.latent_channels))
+        shown = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    if encoder is None:
+        return EncodedImage(folder, image.stem, shown)
     shape = (config.text_tokens, config.text_dim)
     tensors = {"context": np.zeros((len(prompts), *shape), np.float32)}
     if encoder.second is None:
@@ -62,15 +88,28 @@ def stand_ins(
         pooled = {name: config.conditions[name] for name in (POOLED, MASK)}
         tensors |= {name: np.ones((len(prompts), *shape), np.float32) for name, shape in pooled.items()}
     texts = EncodedPrompts(encoder.pipeline.path, tuple(prompts), settings.negative_prompt or "", tensors, {}, {})
-    if pictures is None:
-        return texts
-    sizes = settings.sizes(sampling_defaults(folder, solver_named=True).latents)
-    shapes = pictures.shapes((*sizes, config.latent_channels))
-    return beside_picture(texts, {name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+    return beside_picture(texts, shown)
 
 
-def find_picture(whole: PipelineFolder | None, config, file: Path | None):
-    """What encodes a picture, and the picture; None twice where the model follows none."""
+def find_picture(
+    whole: PipelineFolder | None, config, file: Path | None, motion: Mapping[str, float | None]
+) -> tuple[Pictures | None, np.ndarray | None]:
+    """What encodes a picture, and the picture; None twice where the model follows none.
+
+    Args:
+        whole: The pipeline, None where it encodes nothing.
+        config: Parsed, of the model that is sampled.
+        file: The picture's.
+        motion: What is asked for of the fields of `Motion`; only a model that follows a picture alone is told it.
+
+    Raises:
+        UserError: A picture that is missing, cannot be read or belongs to nothing; see `ImageConditions.open` and
+            `ImageAlone.open`.
+    """
+    told = {name: value for name, value in motion.items() if value is not None}
+    alone = IMAGE_ALONE in config.conditions
+    if whole is None or not alone:
+        _refuse_motion(told)
     if whole is None or IMAGE not in config.conditions:
         if file is not None:
             raise UserError(
@@ -80,7 +119,17 @@ def find_picture(whole: PipelineFolder | None, config, file: Path | None):
         return None, None
     if file is None:
         raise UserError("this model follows an image, and there is none", remedy="give its first frame with --image")
-    return ImageConditions.open(whole, config), read_image(file)
+    pictures = ImageAlone.open(whole, config, Motion(**told)) if alone else ImageConditions.open(whole, config)
+    return pictures, read_image(file)
+
+
+def _refuse_motion(told: Mapping[str, float]) -> None:
+    told = {name: value for name, value in told.items() if name != "fps"}  # which every video has
+    if told:
+        raise UserError(
+            "only Stable Video Diffusion's pipeline is told how much is to move and how noisy its picture is",
+            remedy="leave it out", items=sorted(told),
+        )  # fmt: skip
 
 
 def beside_picture(texts: EncodedPrompts, shown: Mapping[str, np.ndarray]) -> EncodedPrompts:

@@ -11,6 +11,7 @@ import numpy as np
 
 from experiments.sampling.conditions import GUIDANCE, IMAGE, IMAGE_ALONE, check_guidance, read_conditions, read_context
 from models import scheduler
+from models.image_alone import EncodedImage
 from models.pipeline import FILE, Pipeline
 from models.prompts import EncodedPrompts
 from qvdjax.checkpoint import SafetensorsFile
@@ -173,16 +174,16 @@ def request_from_context(
 
 
 def request_from_embeddings(
-    folder: Path, embeddings: SafetensorsFile | EncodedPrompts, config: Any, seeds: Sequence[int], settings: Settings,
-    padding: int | None = None,
+    folder: Path, embeddings: SafetensorsFile | EncodedPrompts | EncodedImage, config: Any, seeds: Sequence[int],
+    settings: Settings, padding: int | None = None,
 ) -> Request:  # fmt: skip
     """Every text embedding at every seed, for a model without a `pipeline.json`; the result stays latents.
 
     Args:
         folder: The model's, whose scheduler or family says how it is sampled, see `models.scheduler`.
-        embeddings: Prompts that were encoded, or a file with `context` (tokens, dim) or (texts, tokens, dim), made by
-            the model's own text encoder, and with `negative_context` (tokens, dim) unless guidance is off or a
-            condition. Of the model's further conditions it holds those of texts, (...) or (texts, ...), see
+        embeddings: Prompts or a picture that were encoded, or a file with `context` (tokens, dim) or (texts, tokens,
+            dim), made by the model's own text encoder, and with `negative_context` (tokens, dim) unless guidance is off
+            or a condition. Of the model's further conditions it holds those of texts, (...) or (texts, ...), see
             `experiments.sampling.conditions.read_conditions`. A model that follows an image takes latents of its size,
             and zeros are its negative context where there is none. Any floating type.
         config: The model's parsed configuration.
@@ -228,6 +229,8 @@ def request_from_embeddings(
     prompts, names = (None,) * texts, tuple(f"text{text}" for text in range(texts))
     if isinstance(embeddings, EncodedPrompts):
         prompts, names = embeddings.prompts, tuple(_file_names(embeddings.prompts).values())
+    if isinstance(embeddings, EncodedImage):
+        names = tuple(_file_names([embeddings.name]).values())
     return Request(
         prompts=tuple(prompts[row] for row in rows),
         names=tuple(names[row] for row in rows),

@@ -1,7 +1,8 @@
 """Meshes, one rule table from logical to mesh axes, multi-host start-up, and plans made by compiling only."""
 
+from qvdjax.parallel.memory import bytes_held, free
 from qvdjax.parallel.mesh import MESH_AXES, make_mesh, parse_mesh
-from qvdjax.parallel.planning import bytes_held, plan
+from qvdjax.parallel.planning import plan
 from qvdjax.parallel.processes import check_same, on_first, to_host, together, with_the_others
 from qvdjax.parallel.program import Program
 from qvdjax.parallel.row_parallel import row_parallel
@@ -30,6 +31,7 @@ __all__ = [
     "check_same",
     "chip_bytes",
     "constrain",
+    "free",
     "initialize_distributed",
     "left_whole",
     "make_mesh",

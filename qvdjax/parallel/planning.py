@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from qvdjax.parallel.memory import bytes_held
 from qvdjax.parallel.program import Program
 from qvdjax.parallel.topology import chip_bytes
 
@@ -79,16 +80,6 @@ def plan(
         "unknown_loops": program.unknown_loops, "compiler_flops": cost.get("flops"),
         "compiler_bytes": cost.get("bytes accessed"),
     }  # fmt: skip
-
-
-def bytes_held(compiled: jax.stages.Compiled) -> int | None:
-    """What a compiled program holds of one device: arguments + temporaries + outputs - aliased; None where the backend
-    says nothing."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return None
-    parts = (memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes)
-    return sum(parts) - memory.alias_size_in_bytes
 
 
 def _stated_memory(message: str) -> tuple[int | None, int | None]:

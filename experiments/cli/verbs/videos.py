@@ -25,6 +25,9 @@ def encode_prompts(arguments: EncodePrompts, progress: Progress | None) -> Outco
         negative_prompt=arguments.negative_prompt,
         image=arguments.image,
         video=values.video(arguments.video),
+        fps=arguments.fps,
+        motion_bucket=arguments.motion_bucket,
+        noise_augmentation=arguments.noise_augmentation,
         recipe=arguments.recipe,
         dtype=arguments.dtype,
         mesh=values.mesh(arguments.mesh),
@@ -32,6 +35,9 @@ def encode_prompts(arguments: EncodePrompts, progress: Progress | None) -> Outco
         progress=progress,
     )
     encoder = report["text_encoder"]
+    if encoder is None:
+        made = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in report["image"].items())
+        return Outcome(report, [f"{report['file']}: {made}"])
     recipe = "" if encoder["recipe"] is None else f", {encoder['recipe']}"
     made = f"{report['file']}: {report['texts']} texts of {report['tokens']} tokens, {report['dim']} features each"
     return Outcome(report, [made, *_cut(report), f"{encoder['class']}{recipe}: {size(encoder['weight_bytes'])}"])
@@ -84,6 +90,8 @@ def sample(arguments: Sample, progress: Progress | None) -> Outcome:
         names=arguments.names,
         video=values.video(arguments.video),
         fps=arguments.fps,
+        motion_bucket=arguments.motion_bucket,
+        noise_augmentation=arguments.noise_augmentation,
         scale=arguments.scale,
         dtype=arguments.dtype,
         execution=arguments.execution,
