@@ -19,6 +19,7 @@ from qvdjax.checkpoint import TensorSource
 from qvdjax.errors import UserError
 from qvdjax.nn import LayerScheme
 from qvdjax.numerics import Quantizer
+from qvdjax.numerics.float8 import as_float8
 from qvdjax.numerics.packing import pack_bits
 
 
@@ -43,7 +44,7 @@ def refuse_transforms(layers: Iterable[StoredLayer]):
 
     def unsaid(scheme: LayerScheme) -> list[str]:
         quantizers = (scheme.weight, scheme.activation)
-        books = any(quantizer is not None and quantizer.codebook is not None for quantizer in quantizers)
+        books = any(quantizer is not None and quantizer.grid.by_deviation for quantizer in quantizers)
         named = ("input_clip", "low_rank", "feature_grid", "estimator", "centering")
         parts = [part for part in named if getattr(scheme, part) is not None]
         several = scheme.activation is not None and scheme.activation.granularity in ("frame", "step")
@@ -77,6 +78,8 @@ def _weight(layer: StoredLayer) -> list[TensorSource]:
     scale, zero_point = layer.tensor("weight_scale"), layer.tensor("weight_zero_point")
     parts = ("weight",) if bits == 8 else ("weight_packed", "weight_shape")
     tensors = [_copy(layer, part) for part in parts]
+    if layer.scheme.weight.grid.floating:
+        tensors = [_ready(layer, "weight", as_float8(layer.codes()))]
     tensors.append(_ready(layer, "weight_scale", scale.reshape(1) if per_tensor else scale))
     if zero_point is not None:
         zero_point = _rounded(zero_point, bits)  # [out or 1, groups]
@@ -155,6 +158,8 @@ def quantization_config(layers: Iterable[StoredLayer], ignore: Iterable[str]) ->
 def _format(weight: Quantizer | None) -> str:
     if weight is None:
         return "dense"
+    if weight.grid.floating:
+        return "float-quantized"
     return "int-quantized" if weight.bits == 8 else "pack-quantized"
 
 
@@ -164,7 +169,7 @@ def _args(quantizer: Quantizer | None, row: str) -> dict[str, Any] | None:
         return None
     return {
         "num_bits": quantizer.bits,
-        "type": "int",
+        "type": "float" if quantizer.grid.floating else "int",
         "symmetric": quantizer.symmetric,
         "strategy": row if quantizer.granularity in ("channel", "token") else quantizer.granularity,
         "group_size": quantizer.group_size,

@@ -10,6 +10,7 @@ from qvdjax.checkpoint import CheckpointFolder, expected_tensors
 from qvdjax.nn import QUANTIZED_LAYERS, LayerScheme, layers_of
 from qvdjax.nn.conv import QuantizedConv
 from qvdjax.numerics import hadamard
+from qvdjax.numerics.float8 import as_float8
 from qvdjax.numerics.packing import unpack_bits
 
 
@@ -56,7 +57,9 @@ class StoredLayer:
             return self._untransformed(self.tensor("weight"))
         codes, scale, zero_point = self.codes(), self.tensor("weight_scale"), self.tensor("weight_zero_point")
         grid = self.scheme.weight.grid
-        if grid.codebook is not None:
+        if grid.floating:
+            codes = as_float8(codes)
+        elif grid.codebook is not None:
             codes = grid.levels[codes.astype(np.int32) - grid.low]
         if self.scheme.split is not None:  # [out, parts] -> [out, in]: each column has its part's
             widths = np.array(self.scheme.split) * math.prod(self.shape[2:])

@@ -55,8 +55,9 @@ def quantization_args(quantizer: Quantizer | None) -> dict[str, Any] | None:
     if quantizer is None:
         return None
     return {
-        "num_bits": quantizer.bits, "type": "int", "symmetric": quantizer.symmetric, "strategy": quantizer.granularity,
-        "group_size": quantizer.group_size, "dynamic": quantizer.dynamic,
+        "num_bits": quantizer.bits, "type": "float" if quantizer.grid.floating else "int",
+        "symmetric": quantizer.symmetric, "strategy": quantizer.granularity, "group_size": quantizer.group_size,
+        "dynamic": quantizer.dynamic,
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from qvdjax.errors import UserError
 Implementation = Literal["xla", "mapped", "bfloat16", "simulate", "pallas_tpu", "mosaic_gpu", "cudnn"]
 """How an operation can be computed; no operation has them all.
 
-xla: What the compiler makes of plain jnp. mapped: The same, one head after the other. bfloat16: Integer codes that are
+xla: What the compiler makes of plain jnp. mapped: The same, one head after the other. bfloat16: Codes that are
 multiplied as bfloat16, which holds them exactly. simulate: As float32. pallas_tpu, mosaic_gpu: Kernels of our own or of
 jax's for that device. cudnn: NVIDIA's.
 """

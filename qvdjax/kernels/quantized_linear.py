@@ -66,7 +66,8 @@ def quantized_linear_choice(
     groups = x.shape[-1] // (activation.group_size or x.shape[-1])
     scale = jax.ShapeDtypeStruct((*x.shape[:-1], groups), jnp.float32)
     codes = QTensor(
-        jax.ShapeDtypeStruct(x.shape, jnp.int8), scale, None if activation.symmetric else scale, activation.bits
+        jax.ShapeDtypeStruct(x.shape, jnp.int8), scale, None if activation.symmetric else scale, activation.bits,
+        activation.codebook,
     )  # fmt: skip
     product = quantized_matmul_choice(codes, weight)
     others = [name for name in ("xla", "bfloat16", "simulate") if name != product.implementation]

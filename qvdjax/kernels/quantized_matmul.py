@@ -1,4 +1,4 @@
-"""The product of two quantized matrices, by integer arithmetic or by simulation in floats."""
+"""The product of two quantized matrices, of integers or of float8, or by simulation in floats."""
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ def quantized_matmul(x: QTensor, weight: QTensor, *, implementation: Implementat
         weight: Weight codes, two axes; per tensor, output channel or group.
         implementation: None for what `quantized_matmul_choice` says, or by name:
             "xla": multiplies int8 codes into int32 and applies scales and zero points afterwards; exact but for the
-                final float32 operations.
+                final float32 operations. Of float8, sums in float32; one group.
             "bfloat16": the same codes as bfloat16, which holds them exactly, summed in float32: for devices whose
-                products of integers are slow. No zero points, one group.
+                products of integers, or of float8, are slow. No zero points, one group.
             "simulate": multiplies dequantized floats. The reference.
 
     Raises:
@@ -33,7 +33,9 @@ def quantized_matmul(x: QTensor, weight: QTensor, *, implementation: Implementat
     if chosen == "simulate":
         return _contract_float(x.dequantize(), weight.dequantize())
     if chosen == "bfloat16":
-        return _contract_bfloat16(x, weight)
+        return _contract_as(x, weight, jnp.bfloat16)
+    if x.grid.floating:
+        return _contract_as(x, weight, jnp.float8_e4m3fn)
     groups = max(x.groups, weight.groups)
     if x.shape[-1] // groups > MAXIMUM_WIDTH:
         raise ValueError(f"a sum over {x.shape[-1]} products does not fit int32; the limit is {MAXIMUM_WIDTH}")
@@ -54,19 +56,31 @@ def quantized_matmul_choice(x: QTensor, weight: QTensor, *, asked: Implementatio
         refusal = "zero points take large sums off each other, which float32 rounds"
     elif max(x.groups, weight.groups) > 1:
         refusal = "groups have scales of their own"
-    emulated = None if row.get("integer_products", True) else row["reason"]
+    floating = (x.grid.floating, weight.grid.floating)
+    if all(floating):
+        fast = None if refusal is None else f"float8 in {refusal}"
+        alone = "neither bfloat16 nor float8 products take the arrays"
+        emulated = row.get("float8_reason")
+        reason = f"{device.kind} multiplies float8 into float32"
+    elif any(floating):
+        refusal = fast = alone = "one side is integers, the other float8"
+        emulated, reason = None, ""
+    else:
+        fast, alone, reason = None, None, f"{device.kind} multiplies int8 codes into int32"
+        emulated = None if row.get("integer_products", True) else row["reason"]
     return choose("quantized product", [
         Option("bfloat16", refusal, emulated),
-        Option("xla", None, f"{device.kind} multiplies int8 codes into int32"),
-        Option("simulate"),
+        Option("xla", fast, reason),
+        Option("simulate", None, alone),
         Option("pallas_tpu", "the kernel begins at floats: see quantized_linear"),
         Option("mosaic_gpu", "no such kernel was written for quantized products"),
     ], asked)  # fmt: skip
 
 
-def _contract_bfloat16(x: QTensor, weight: QTensor) -> jax.Array:
-    """One range a row of either: float32 sums of whole numbers, exact until they pass 2^24."""
-    left, right = (a.operands.astype(jnp.bfloat16) for a in (x, weight))
+def _contract_as(x: QTensor, weight: QTensor, dtype) -> jax.Array:
+    """One range a row of either, in a type that holds the codes: float32 sums, of integers exact until they pass
+    2^24."""
+    left, right = (a.operands.astype(dtype) for a in (x, weight))
     contraction = (((left.ndim - 1,), (1,)), ((), ()))
     total = jax.lax.dot_general(left, right, contraction, preferred_element_type=jnp.float32)
     return total.astype(x.scale.dtype) * x.scale * weight.scale[..., 0]

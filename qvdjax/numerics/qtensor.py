@@ -21,7 +21,8 @@ class QTensor:
       2. `scale` is floating, at least float32, positive and finite, shaped [..., rows or 1, groups], where
          groups * group width = width; leading axes are those of `codes`, or 1.
       3. `zero_point` is None (symmetric) or has the shape and type of `scale`; it is in units of codes.
-      4. real = (codes - zero_point) * scale, group by group along the last axis; with a `codebook`, level * scale.
+      4. real = (codes - zero_point) * scale, group by group along the last axis; with a `codebook`, level * scale,
+         or float8 * scale.
       5. Quantizing the real values again with the same scale and zero point gives the same codes.
       6. `bits` is the logical width: `logical_bits` and every reported size use it, never `nbytes`, because
          some devices keep one sub-byte code in a whole byte.
@@ -35,7 +36,7 @@ class QTensor:
 
     @property
     def operands(self) -> jax.Array:
-        """The int8 that integer products multiply."""
+        """What products multiply: int8, or float8."""
         return self.grid.operands(self.codes)
 
     @property

@@ -35,7 +35,8 @@ class Quantizer:
             scale and zero point of least squared error (DVD-Quant, `qvdjax.numerics.refinement`).
         range_norm: Exponent of the searched error.
         codebook: Levels that are not evenly spaced (`qvdjax.numerics.codebook`), scaled by the root mean square of the
-            values that share a range; None for an even grid. Symmetric, "minmax", and for activations dynamic.
+            values that share a range; "float8_e4m3fn" for floating-point numbers, scaled by their largest; None for an
+            even grid. Symmetric, "minmax", and for activations dynamic.
         frames: Of granularity "frame", how many there are; None until calibration has counted them.
         timesteps: Of granularity "step", those that have ranges, ascending; a call at another one takes the nearest's.
             None until calibration has met them.
@@ -110,7 +111,7 @@ class Quantizer:
 
         `clip` narrows the range: factors of its low and its high end, each broadcastable to [..., rows or 1, groups].
         """
-        if self.codebook is not None:
+        if self.grid.by_deviation:
             wide = self.split_groups(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
             mean = self._total(jnp.square(wide)) / self._total(jnp.ones_like(wide))
             deviation = jnp.sqrt(mean)[..., 0]

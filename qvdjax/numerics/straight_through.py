@@ -36,7 +36,7 @@ def fake_quantize(x: jax.Array, grid: Grid, scale: jax.Array, zero_point: jax.Ar
         # The nearest level straight through. Inside, towards x 1 and towards the scale level - x / scale; beyond the
         # outermost levels, as on even grids, 0 and the level: passed on there, training would drive values further out.
         level = jax.lax.stop_gradient(grid.decode(grid.encode(grouped, scale, None), jnp.ones_like(scale), None))
-        ratio = clip_inclusive(grouped / scale, float(grid.levels[0]), float(grid.levels[-1]))
+        ratio = clip_inclusive(grouped / scale, *grid.outermost)
         codes = ratio + jax.lax.stop_gradient(level - ratio)
         return rearrange(codes * scale, "... groups size -> ... (groups size)")
     codes = grouped / scale

@@ -1,6 +1,7 @@
 """Methods as compositions: ordered rules over roles and paths, one file a method."""
 
-from qvdjax.recipes.registry import METHODS, PRESET_BITS, get, method_of, names
+from qvdjax.recipes.method import PRESET_BITS
+from qvdjax.recipes.registry import METHODS, get, method_of, names
 from qvdjax.recipes.rules import Decision, Recipe, Rule, decide
 from qvdjax.recipes.training import Auxiliary, Training
 

@@ -5,6 +5,7 @@ import dataclasses
 from qvdjax.nn import AttentionScheme, Centering, InputClip, LayerScheme, LowRank, TimestepIntervals, TokenEstimator
 from qvdjax.numerics import FeatureGrid, Quantizer
 from qvdjax.numerics.codebook import MOST_BITS
+from qvdjax.numerics.float8 import FLOAT8
 from qvdjax.ptq.bit_switch import SwitchBits
 from qvdjax.ptq.channel_bits import ChannelBits
 from qvdjax.ptq.feature_grids import ChooseGrid
@@ -17,6 +18,7 @@ from qvdjax.recipes.training import Training
 
 PRODUCTS = ("query", "key", "value", "attention_output", "feed_forward_in", "feed_forward_out", "projection")
 FLOAT_ACTIVATION_BITS = 16
+PRESET_BITS = ((8, 8), (6, 6), (4, 8), (4, 6), (4, 4), (3, 3))  # of weights and activations
 _OF_THE_WHOLE = ("frame", "step")  # granularities that leave no axis of a product with ranges of its own
 _ONE_VECTOR = "weights only: its input is one vector a step"
 
@@ -45,7 +47,8 @@ class Method:
         attention_key_block: Neighbouring keys that share a range; None for a range each.
         skip: Regular expression of further paths that stay float; empty for none.
         codebook: "gaussian" for the levels of least error for a normal distribution in the place of even grids, up to 7
-            bits (`qvdjax.numerics.codebook`); for rotated inputs and weights, which are nearly normal.
+            bits (`qvdjax.numerics.codebook`); for rotated inputs and weights, which are nearly normal. "float8_e4m3fn"
+            for floating-point numbers of 8 bits (`qvdjax.numerics.float8`); convolutions then stay float.
         temporal_features: How the inputs of layers that add the timestep to a UNet's blocks are rounded, at
             `activation_bits`: "float" not at all; "symmetric", "asymmetric", "log2", "log" or "mixed" on one grid for
             all timesteps (`qvdjax.numerics.FeatureGrid`); "auto" on the one of these that tells timesteps apart best
@@ -77,6 +80,7 @@ class Method:
     centered: bool = False
 
     name = ""  # of the method, as recipes spell it
+    preset_bits = PRESET_BITS  # those that are listed
     transformed = PRODUCTS  # roles whose inputs pass through `transform`
     transforms_convolutions = False  # whether the inputs of convolutions pass through `transform` too
     calibrates_on_all = False  # whether all but reconstruction sees the whole calibration set (see `Recipe`)
@@ -103,8 +107,15 @@ class Method:
         return Quantizer(bits, symmetric, granularity, size, dynamic=True, codebook=self._codebook_of(bits))
 
     def _codebook_of(self, bits: int) -> str | None:
-        """int8 has no finer levels to choose from for codes of 8 bits."""
-        return self.codebook if bits <= MOST_BITS else None
+        """int8 has no finer levels to choose from for codes of 8 bits, and float8 has no others."""
+        if self._floating and bits != 8:
+            raise ValueError(f"{FLOAT8} has 8 bits, not {bits}")
+        return self.codebook if self._floating or bits <= MOST_BITS else None
+
+    @property
+    def _floating(self) -> bool:
+        """Whether codes are floating-point numbers."""
+        return self.codebook == FLOAT8
 
     def transform(self):
         """What fits the transform of a product's input; None for none."""
@@ -178,8 +189,8 @@ class Method:
         transforms, rotation, kronecker = (), None, None
         if transform is not None:
             transforms, rotation, kronecker = transform.names, transform.rotation, transform.kronecker
-        # Codebooks are for rotated inputs and weights alone.
-        plain = dataclasses.replace(weight, codebook=None)
+        # Levels of a normal distribution are for rotated inputs and weights alone.
+        plain = weight if self._floating else dataclasses.replace(weight, codebook=None)
         tensor = None
         if activation is not None:
             whole = activation.granularity if activation.granularity in _OF_THE_WHOLE else "tensor"
@@ -187,6 +198,8 @@ class Method:
         channel = dataclasses.replace(plain, granularity="channel", group_size=None)
         feature, grids = self._temporal_feature(plain)
         intervals, reason = self.intervals(), "a product over all tokens"
+        if self._floating:
+            reason += f"; codes are {FLOAT8}"
         if intervals is not None:
             reason += f"; codes for each of {len(intervals)} intervals of timesteps"
         product = LayerScheme(weight, activation, transforms, reason, self.input_clip(), rotation,
@@ -204,7 +217,8 @@ class Method:
             Rule(LayerScheme(plain, reason=_ONE_VECTOR), roles=("modulation",)),
             Rule(feature, roles=("temporal_feature",)),
             *([Rule(product, roles=self.transformed)] if self.transformed else []),
-            Rule(LayerScheme(channel, tensor, transforms if self.transforms_convolutions else (),
+            Rule(LayerScheme(reason=f"no convolution of {FLOAT8} is here") if self._floating else
+                 LayerScheme(channel, tensor, transforms if self.transforms_convolutions else (),
                              "a product over all positions: one range for the input"),
                  roles=("convolution",)),
         ]  # fmt: skip

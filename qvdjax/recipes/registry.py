@@ -13,6 +13,7 @@ from qvdjax.recipes.dsaquant import DSAQuant
 from qvdjax.recipes.dvd_quant import DVDQuant
 from qvdjax.recipes.efficientdm import EfficientDM
 from qvdjax.recipes.flatquant import FlatQuant
+from qvdjax.recipes.fp8 import Float8
 from qvdjax.recipes.gptq import GPTQ
 from qvdjax.recipes.lsq import LearnedStepSize
 from qvdjax.recipes.method import FLOAT_ACTIVATION_BITS, Method
@@ -42,16 +43,16 @@ from qvdjax.recipes.vidit_q import ViDiTQ
 POST_TRAINING = (
     RoundToNearest, MinMax, MSE, SmoothQuant, QuaRot, GPTQ, AdaRound, SVDQuant, PTQ4DiT, ViDiTQ, QDiT, DVDQuant,
     OrbitQuant, FlatQuant, S2QVDiT, Best, QVDiT, PTQ4DM, QDiffusion, TFMQDM, TDQ, TCAQDM, MPQDM, QVD,
-    QVDPaper,
+    QVDPaper, Float8,
 )  # fmt: skip
 TRAINED = (LearnedStepSize, QDM, EfficientDM, QVGen, QVGenPaper, QVGenCode, DSAQuant)
 METHODS = {method.name: method for method in (*POST_TRAINING, *TRAINED)}
-PRESET_BITS = ((8, 8), (6, 6), (4, 8), (4, 6), (4, 4), (3, 3))
 
 
 def names() -> list[str]:
     """The presets; `get` also takes any other bits from 2 to 8, and `a16` for float activations."""
-    return [method(weight_bits=w, activation_bits=a).recipe_name for method in METHODS.values() for w, a in PRESET_BITS]
+    every = METHODS.values()
+    return [method(weight_bits=w, activation_bits=a).recipe_name for method in every for w, a in method.preset_bits]
 
 
 def method_of(name: str) -> tuple[type[Method], int, int]:
