@@ -50,7 +50,7 @@ def run(job: str, *arguments) -> dict:
     environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)  # nor compiled in a hurry
     done = subprocess.run(
         [sys.executable, "-c", MEASURE + job, *map(str, arguments)],
-        env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=600,
+        env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=1800,
     )  # fmt: skip
     report = json.loads(done.stdout.splitlines()[-1])
     print(job.strip().splitlines()[-1], {name: f"{value:,.0f}" for name, value in report.items()})

@@ -158,7 +158,7 @@ def test_processes_killed_and_told_to_stop_go_on_to_the_same_bits(whole, model_f
             assert time.monotonic() < until
             time.sleep(0.02)
         process.send_signal(number)
-        return process.wait(timeout=300), process.stderr.read()
+        return process.wait(timeout=900), process.stderr.read()
 
     code, _ = start_and_send(signal.SIGKILL, 6)
     assert code == -signal.SIGKILL
@@ -169,7 +169,7 @@ def test_processes_killed_and_told_to_stop_go_on_to_the_same_bits(whole, model_f
     assert "told to stop after step" in error
     assert f"{saved()};" in error or f"{saved()} " in error
     assert not (tmp_path / "out").exists()
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (whole["folder"] / WEIGHTS).read_bytes()
 
