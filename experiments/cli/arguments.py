@@ -439,6 +439,9 @@ class Plan(Common):
     """Recipe by which the teacher of a training step is quantized."""
     teacher_cache: bool = False
     """Read the teacher's predictions with the batch, so that a training step has no teacher."""
+    effort: hinted(float, "X", "the compiler's usual one") = None
+    """How much the compiler tries, -1 to 1: with -1 a UNet takes a minute in the place of many, and its program more
+    memory and time."""
 
 
 @dataclass(frozen=True)

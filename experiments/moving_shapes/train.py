@@ -64,11 +64,11 @@ CONFIGS: Final = {
         "sample_height": SIDE, "sample_width": SIDE, "temporal_compression_ratio": 1,
         "use_rotary_positional_embeddings": True,
     },
-    # Two levels of resolution, as v1 without a motion module in the middle; one head, of 40 and of 80 features. A UNet
+    # Two levels of resolution, as v1 without a motion module in the middle; one head, of 64 and of 56 features. A UNet
     # knows no patches, so the three frames are one frame of latents, as a VAE that compresses time makes them.
     "animatediff": {
         "_class_name": "UNetMotionModel", "in_channels": 3 * CHANNELS, "out_channels": 3 * CHANNELS,
-        "sample_size": SIDE, "block_out_channels": [40, 80],
+        "sample_size": SIDE, "block_out_channels": [64, 56],
         "down_block_types": ["CrossAttnDownBlockMotion", "DownBlockMotion"],
         "up_block_types": ["UpBlockMotion", "CrossAttnUpBlockMotion"], "layers_per_block": 1, "norm_num_groups": 8,
         "cross_attention_dim": WIDTH, "num_attention_heads": 1, "motion_num_attention_heads": 1,
@@ -80,8 +80,11 @@ _SOLVERS = {
     "wan": ("unipc", 3.0, {}),
     # That of version 1.5 and of the 5B; the 2B shifts to more noise, where no shape can be told from another.
     "cogvideox": ("ddim", None, {"snr_shift_scale": 1.0}),
-    # AnimateDiff's betas, but nothing of the clip left at the last: otherwise backgrounds follow the noise (README.md).
-    "animatediff": ("ddim", None, {"beta_schedule": "linear", "snr_shift_scale": 1.0}),
+    # AnimateDiff's betas, but nothing of the clip left at the last: otherwise backgrounds follow the noise. The clip is
+    # predicted, because what is predicted has to pass through few features (README.md).
+    "animatediff": ("ddim", None, {
+        "beta_schedule": "linear", "snr_shift_scale": 1.0, "prediction_type": "sample",
+    }),
 }  # fmt: skip
 
 

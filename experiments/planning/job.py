@@ -45,6 +45,7 @@ def plan(
     layers: int | None = None,
     teacher: str | None = None,
     teacher_cache: bool = False,
+    effort: float | None = None,
 ) -> dict:
     """Does one step fit a slice, and what do its chips exchange? Only compiles.
 
@@ -66,11 +67,12 @@ def plan(
         layers: Compile a model of so many blocks (HunyuanVideo: of each kind) in the place of all.
         teacher: Recipe by which a training step's teacher is quantized; None leaves it in bfloat16.
         teacher_cache: Whether the teacher's predictions come with the batch, as from `qvdjax train --teacher-cache`.
+        effort: The compiler's, see `qvdjax.parallel.plan`.
 
     Returns:
         What `qvdjax.parallel.plan` reports, and `model`, `recipe`, `overrides`, `topology`, `mesh`, `batch`, `step`,
-        `size`, `accumulate`, `layers`, `teacher`, `teacher_cache`, `left_whole` (weights that this mesh cannot split as
-        the rules ask); `model_flops`, `bound_seconds` and `bound_by`, which are arithmetic (see
+        `size`, `accumulate`, `layers`, `teacher`, `teacher_cache`, `effort`, `left_whole` (weights that this mesh
+        cannot split as the rules ask); `model_flops`, `bound_seconds` and `bound_by`, which are arithmetic (see
         `experiments.planning.bounds`).
 
     Raises:
@@ -107,20 +109,21 @@ def plan(
     if step == "sample":
         weights = jax.eval_shape(lambda: _build(config, chosen))
         arguments = parallel.abstract(weights, described)
-        report = parallel.plan(_sample_step, arguments, latents, timestep, context, conditions, mesh=described)
+        inputs = (latents, timestep, context, conditions)
+        report = parallel.plan(_sample_step, arguments, *inputs, mesh=described, effort=effort)
     elif step == "reconstruct":
         if chosen is None:
             raise UserError(f"{recipe} reconstructs no blocks", remedy="choose one that does, such as flatquant")
         given = {"latents": latents, "timestep": timestep, "context": context, **conditions}
         function, arguments, weights, waiting = planned_reconstruction(config, chosen, described, given)
-        report = parallel.plan(function, *arguments, mesh=described, resident=waiting)
+        report = parallel.plan(function, *arguments, mesh=described, resident=waiting, effort=effort)
     else:
         data = {"latents": latents, "context": context}
         training = planned_step(
             config, chosen, described, data, accumulate=accumulate, teacher=taught_by, teacher_cache=teacher_cache
         )
         weights = training.weights
-        report = parallel.plan(training.function, *training.arguments, mesh=described)
+        report = parallel.plan(training.function, *training.arguments, mesh=described, effort=effort)
     shape = Shape(model, config, (*latents.shape[1:],), context.shape[1])
     kind = described.devices.flat[0].device_kind
     blocks = sum(map(len, jax.eval_shape(lambda: _build(config, None)).stacks))
@@ -133,7 +136,7 @@ def plan(
     return {
         **report, **least, "model": model, "recipe": recipe, "overrides": dict(overrides or {}), "topology": topology,
         "mesh": dict(described.shape), "batch": batch, "step": step, "size": size, "accumulate": accumulate,
-        "layers": blocks, "teacher": teacher, "teacher_cache": teacher_cache,
+        "layers": blocks, "teacher": teacher, "teacher_cache": teacher_cache, "effort": effort,
         "left_whole": parallel.left_whole(weights, described),
     }  # fmt: skip
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.planning import overhead
+from experiments.planning import overhead, vae
 from experiments.planning.overhead import FOLDER
 
 _TRAIN = {"recipe": "qvgen-w4a4", "step": "train"}
@@ -47,7 +47,9 @@ PLANS = {
             ("wan-14b", _WAN, "v5e:2x4"), ("wan-1.3b", _SMALL_WAN, "v5e:2x2"),
         )
     },
-    "animatediff-sample-v5e-2x2": {"model": "animatediff", "topology": "v5e:2x2", "recipe": "qvd-w8a8", "batch": 4},
+    "animatediff-sample-v5e-2x2": {
+        "model": "animatediff", "topology": "v5e:2x2", "recipe": "qvd-w8a8", "batch": 4, "effort": -1.0,
+    },
 }  # fmt: skip
 COLUMNS = (
     "model", "recipe", "slice", "mesh", "videos", "a chip", "fits", "gathered", "other collectives", "bound",
@@ -67,6 +69,8 @@ was compiled for a TPU slice by the TPU compiler itself, on a machine without a 
   exchange that it has cut into a loop counts as often as that turns. Between slices they are no measure of time.
 - **bound** is arithmetic, not a measurement: model FLOPs at the published peak of all chips, or the bytes a chip holds
   at its memory's rate, whichever is longer. Real steps take longer; how much is for a slice to say.
+- AnimateDiff's UNet is compiled with the compiler's least effort: its convolutions take more than twenty minutes
+  otherwise, for a program that may need less memory and time.
 - **compiled in** is wall clock on two cores, in brackets the time that all cores spent on it: where the first is much
   longer, the machine had other work.
 - Reconstruction is one step of one block of `qvdjax quantize`, on one model input, with the float model beside it; a
@@ -94,8 +98,8 @@ def compile_missing(folder: Path, again: Sequence[str] = ()) -> None:
         print(f"{name}: {answer}; compiled in {report['compile_seconds']:.0f} s", flush=True)
 
 
-def page(reports: dict[str, dict], phi: dict | None = None) -> str:
-    """The page as Markdown; `phi` is what `overhead.count` found."""
+def page(reports: dict[str, dict], phi: dict | None = None, decoding: dict | None = None) -> str:
+    """The page as Markdown; `phi` is what `overhead.count` found, `decoding` what `vae.compare` did."""
     versions = sorted({f"jax {r['versions']['jax']}, libtpu {r['versions']['libtpu']}" for r in reports.values()})
     lines = [INTRODUCTION, f"Compiled with {'; '.join(versions)}.", ""]
     titles = {"train": "Training steps", "sample": "Sampling steps", "reconstruct": "Steps of block reconstruction"}
@@ -104,7 +108,7 @@ def page(reports: dict[str, dict], phi: dict | None = None) -> str:
             f"## {title}", "", f"| {' | '.join(COLUMNS)} |", f"| {' | '.join('---' for _ in COLUMNS)} |",
             *(_row(report) for report in reports.values() if report["step"] == step), "",
         ]  # fmt: skip
-    return "\n".join([*lines, *(overhead.section(phi) if phi else ())])
+    return "\n".join([*lines, *(overhead.section(phi) if phi else ()), *(vae.section(decoding) if decoding else ())])
 
 
 def _row(report: dict) -> str:
@@ -141,9 +145,10 @@ def write(folder: Path) -> Path:
     """Write the page from the files of the folder, in the order of `PLANS`."""
     found = {name: folder / f"{name}.json" for name in PLANS}
     reports = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
-    target, phi = folder / "README.md", folder / overhead.FILE
-    target.write_text(page(reports, json.loads(phi.read_text()) if phi.exists() else None))
-    return target
+    others = (folder / overhead.FILE, folder / vae.FILE)
+    found = [json.loads(path.read_text()) if path.exists() else None for path in others]
+    (folder / "README.md").write_text(page(reports, *found))
+    return folder / "README.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

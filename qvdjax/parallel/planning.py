@@ -16,7 +16,8 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def plan(
-    step: Callable, *abstract_args: Any, mesh: Mesh, donate: tuple[int, ...] = (), resident: int = 0
+    step: Callable, *abstract_args: Any, mesh: Mesh, donate: tuple[int, ...] = (), resident: int = 0,
+    effort: float | None = None,
 ) -> dict:  # fmt: skip
     """Compile a step for a mesh, described or real, and report what one device needs.
 
@@ -26,6 +27,8 @@ def plan(
         mesh: In scope while the step is traced, so that `constrain` takes hold.
         donate: Positions of arguments whose memory the results may reuse; a jitted step has its own.
         resident: Bytes that lie on a device beside the step, and count in `bytes_per_chip`.
+        effort: The compiler's, -1 to 1; None for its usual one. With less it takes minutes less, and the program more
+            memory and time.
 
     Returns:
         `fits`: whether the program compiles and stays below `chip_bytes`.
@@ -59,7 +62,8 @@ def plan(
 
     try:
         with jax.set_mesh(mesh):
-            compiled = jitted.lower(*abstract_args).compile()
+            options = None if effort is None else {"exec_time_optimization_effort": effort}
+            compiled = jitted.lower(*abstract_args).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

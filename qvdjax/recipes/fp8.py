@@ -17,7 +17,7 @@ class Float8(Method):
     Source: Micikevicius et al., FP8 formats for deep learning (arXiv 2209.05433).
     Command: `qvdjax quantize DIR OUT --recipe fp8-w8a8`.
     Expected: an error of about 31.5 dB below a number whatever its size: behind rtn-w8a8 where values are alike, ahead
-    of it where a few are some dozen times as large as the rest.
+    of it where a few are some dozen times as large as the rest (docs/quantize.md has both).
     """
 
     codebook: str | None = FLOAT8

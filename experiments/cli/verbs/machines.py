@@ -32,6 +32,7 @@ def plan(arguments: Plan, progress: Progress | None) -> Outcome:
         overrides=values.overrides(arguments.set),
         teacher=arguments.teacher,
         teacher_cache=arguments.teacher_cache,
+        effort=arguments.effort,
     )
     answer = "fits" if report["fits"] else "does not fit"
     needs, has = (size(report[key]) if report[key] else "?" for key in ("bytes_per_chip", "chip_bytes"))

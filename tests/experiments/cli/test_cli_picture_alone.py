@@ -6,8 +6,13 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from published_folders import picture_pipeline
+from published_folders import PICTURE_MODEL, picture_pipeline
 from safetensors.numpy import load_file
+
+import models
+from models.image_alone import ImageAlone, Motion
+from models.pipeline_folder import PipelineFolder
+from qvdjax.errors import UserError
 
 SIZES = ("--steps", "2", "--video", "3x16x24")
 
@@ -76,7 +81,6 @@ def test_what_cannot_be_followed_is_said(qvdjax, pipeline, picture, tmp_path, op
     ("image_encoder", {"projection_dim": 20}, "makes 20 features of a picture, the model in"),
     ("image_encoder", {"architectures": ["CLIPVisionModel"]}, "makes no vector of a picture"),
     ("vae", {"latent_channels": 4}, "latents of 4 channels, and the model samples 5"),
-    ("unet", {"in_channels": 9}, "makes 5 channels of a picture, the model in"),
     ("feature_extractor", None, "lacks the folder feature_extractor, of its CLIPImageProcessor; download it too"),
 ])  # fmt: skip
 def test_parts_of_another_model_are_said(qvdjax, pipeline, picture, tmp_path, folder, change, message):
@@ -89,6 +93,16 @@ def test_parts_of_another_model_are_said(qvdjax, pipeline, picture, tmp_path, fo
     done = qvdjax("sample", copy, "-o", tmp_path / "x.safetensors", "--image", picture, *SIZES)
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert message in done.err
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"in_channels": 9}, "makes 5 channels of a picture, the model in .* takes 4"),
+    ({"projection_class_embeddings_input_dim": 16}, "takes 2 numbers beside a picture; 3 are known"),
+])  # fmt: skip
+def test_a_model_of_other_inputs_is_said(pipeline, change, message):
+    config = models.parse_config({**PICTURE_MODEL, **change})
+    with pytest.raises(UserError, match=message):
+        ImageAlone.open(PipelineFolder.open(pipeline), config, Motion())
 
 
 def test_motion_is_refused_where_no_model_is_told_it(qvdjax, pipeline, tmp_path):

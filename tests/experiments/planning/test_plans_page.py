@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments.planning import overhead, page, plan
+from experiments.planning import overhead, page, plan, vae
 from experiments.planning.page import FOLDER, PLANS, main
 
 REPORT = {
@@ -25,10 +25,13 @@ def test_the_committed_page_is_the_one_its_files_make():
     files = {name: FOLDER / f"{name}.json" for name in PLANS}
     reports = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
     assert reports
-    phi = FOLDER / overhead.FILE
-    assert {path.stem for path in FOLDER.glob("*.json")} <= {*PLANS, phi.stem}
-    counted = json.loads(phi.read_text()) if phi.exists() else None
-    assert (FOLDER / "README.md").read_text() == page.page(reports, counted)
+    others = [FOLDER / name for name in (overhead.FILE, vae.FILE)]
+    assert {path.stem for path in FOLDER.glob("*.json")} <= {*PLANS, *(path.stem for path in others)}
+    found = [json.loads(path.read_text()) for path in others]
+    assert (FOLDER / "README.md").read_text() == page.page(reports, *found)
+    # What users are told: by the scan a chip needs a quarter of what one pass does, or less.
+    assert found[1]["size"] == [81, 480, 832]
+    assert found[1]["ratio"] <= 0.25
 
 
 @pytest.mark.parametrize("name", PLANS)
