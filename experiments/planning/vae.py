@@ -1,7 +1,7 @@
 """`python -m experiments.planning.vae`: the memory in which Wan's VAE decodes, a frame at a time and in one pass.
 
 Both forms of `AutoencoderKLWan.decode` are compiled for one chip of a TPU slice, with the published configuration in
-float32. That takes six minutes of one core, and with `--effort -1` one, for other numbers. Nothing is run.
+float32. That takes some ten minutes of one core, and with `--effort -1` one, for other numbers. Nothing is run.
 """
 
 import argparse
