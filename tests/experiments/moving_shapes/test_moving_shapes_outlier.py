@@ -43,9 +43,9 @@ def random_model(family, dtype) -> nnx.Module:
     return model
 
 
-def inputs(dtype):
+def inputs(dtype, model):
     keys = jax.random.split(jax.random.key(2), 2)
-    latents = jax.random.normal(keys[0], (2, 3, 4, 6, train.CHANNELS), dtype)
+    latents = jax.random.normal(keys[0], (2, 3, 4, 6, model.config.latent_channels), dtype)
     context = jax.random.normal(keys[1], (2, 8, 64), dtype).at[:, 5:].set(0)
     return latents, jnp.array([30.0, 900.0], dtype), context
 
@@ -63,13 +63,14 @@ def test_the_function_stays_the_same(family, dtype, tolerance):
         model = random_model(family, jnp.dtype(dtype))
         variant = outlier_variant(model, seed=3)
         call = jax.jit(lambda model, *args: model(*args))
-        one, other = call(model, *inputs(dtype)), call(variant, *inputs(dtype))
+        given = inputs(dtype, model)
+        one, other = call(model, *given), call(variant, *given)
         assert one.dtype == dtype
         assert relative(other, one) <= tolerance
         # The test can fail: a model with one factor left out is far off.
         site = next(layer for _, layer in iterate(variant, Linear) if layer.role == "value")
         site.weight[...] *= 2
-        assert relative(call(variant, *inputs(dtype)), one) > 1e-4
+        assert relative(call(variant, *given), one) > 1e-4
 
 
 def channel_maxima(model, monkeypatch) -> dict[str, np.ndarray]:
@@ -88,7 +89,7 @@ def channel_maxima(model, monkeypatch) -> dict[str, np.ndarray]:
     if not isinstance(model, UNetMotionModel):
         block = jax.tree.map(lambda leaf: leaf[0], block)
     names = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(block)}
-    stream, conditioning = model.embed(*inputs("float32"))
+    stream, conditioning = model.embed(*inputs("float32", model))
     with monkeypatch.context() as patch:
         for kind in (Linear, Conv):
             patch.setattr(kind, "__call__", watching(kind.__call__))
@@ -135,5 +136,6 @@ def test_the_command_writes_a_bench_folder(tmp_path):
     train.save_folder(model, tmp_path / "plain")
     outlier.main([str(tmp_path / "plain"), str(tmp_path / "heavy"), "--seed", "3"])
     heavy = models.load(tmp_path / "heavy")
-    np.testing.assert_allclose(heavy(*inputs("float32")), model(*inputs("float32")), rtol=1e-2, atol=1e-4)
+    given = inputs("float32", model)
+    np.testing.assert_allclose(heavy(*given), model(*given), rtol=1e-2, atol=1e-4)
     assert Pipeline.load(tmp_path / "heavy").words == train.pipeline().words
