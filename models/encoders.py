@@ -22,7 +22,7 @@ from models.config_fields import check_field
 from models.folders import abstract_model
 from models.text_llama import LlamaConfig, LlamaEncoder
 from models.text_t5 import T5Config, T5Encoder, UMT5Config
-from qvdjax.checkpoint import CheckpointFolder, Progress, load_variables
+from qvdjax.checkpoint import CheckpointFolder, Progress, load_variables, loaded_shapes
 from qvdjax.checkpoint.folder import STEM
 from qvdjax.checkpoint.header import TensorInfo
 from qvdjax.errors import UserError
@@ -161,6 +161,18 @@ def _alike(folder: CheckpointFolder, one: str, other: str, rows: int = 4096) -> 
         return False
     parts = (slice(start, start + rows) for start in range(0, shape[0], rows))
     return all(np.array_equal(folder.read(one, (part,)), folder.read(other, (part,))) for part in parts)
+
+
+def encoder_shapes(path: str | os.PathLike, *, dtype: Any = None) -> nnx.Module:
+    """The encoder as shapes and types, as `load_encoder` will read it; no weight is read.
+
+    Args:
+        path: Its folder.
+        dtype: Floating type asked for; the file's by default.
+    """
+    folder = EncoderFolder.open(path)
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    return loaded_shapes(abstract_model(folder, None, build=build_encoder), folder, dtype=dtype)
 
 
 def load_encoder(

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.encoders import EncoderFolder, build_encoder, load_encoder, parse_encoder_config
+from models.encoders import EncoderFolder, encoder_shapes, load_encoder, parse_encoder_config
 from models.image_prompts import LATENTS
 from models.images import PROCESSOR, for_clip_smoothed, for_vae
 from models.pipeline_folder import PipelineFolder
 from models.unet_spatio_temporal_config import IDS, UNetSpatioTemporalConfig
-from models.vae_folders import abstract_vae, load_vae, open_vae_folder, parse_vae_config
+from models.vae_folders import load_vae, parse_vae_config, vae_shapes
 from models.vae_tiling import Tiling
-from qvdjax.checkpoint import Progress, loaded_shapes
+from qvdjax.checkpoint import Progress
 from qvdjax.checkpoint.folder import CONFIG, read_json
 from qvdjax.diffusion import initial_noise
 from qvdjax.errors import UserError
@@ -136,10 +136,7 @@ class ImageAlone:
         self, size: tuple[int, int, int], tiling: Tiling | None = None, dtype: Any = None
     ) -> dict[str, int | None]:
         """What each encoder needs of a device, weights too, by the compiler's account; arguments as for `encode`."""
-        folder = EncoderFolder.open(self.encoder)
-        clip = loaded_shapes(jax.eval_shape(lambda: build_encoder(folder.config)), folder, dtype=dtype)
-        folder = open_vae_folder(self.vae)
-        vae = loaded_shapes(abstract_vae(folder), folder)
+        clip, vae = encoder_shapes(self.encoder, dtype=dtype), vae_shapes(self.vae)
         pixels = jax.ShapeDtypeStruct((1, self.side, self.side, 3), jnp.float32)
         video = jax.ShapeDtypeStruct((1, 1, *self._sides(vae, size), 3), jnp.float32)
         return {

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.encoders import EncoderFolder, build_encoder, load_encoder, parse_encoder_config
+from models.encoders import EncoderFolder, encoder_shapes, load_encoder, parse_encoder_config
 from models.images import PROCESSOR, for_clip, for_vae
 from models.pipeline_folder import PipelineFolder
-from models.vae_folders import abstract_vae, load_vae, open_vae_folder, parse_vae_config
+from models.vae_folders import load_vae, parse_vae_config, vae_shapes
 from models.vae_tiling import Tiling
 from models.wan import WanConfig
-from qvdjax.checkpoint import Progress, loaded_shapes
+from qvdjax.checkpoint import Progress
 from qvdjax.checkpoint.folder import CONFIG, read_json
 from qvdjax.errors import UserError
 from qvdjax.parallel import bytes_held, free
@@ -88,13 +88,10 @@ class ImageConditions:
         """What each encoder needs of a device, weights too, by the compiler's account; arguments as for `encode`."""
         found = {}
         if self.encoder is not None:
-            folder = EncoderFolder.open(self.encoder)
-            shapes = loaded_shapes(jax.eval_shape(lambda: build_encoder(folder.config)), folder, dtype=dtype)
+            shapes = encoder_shapes(self.encoder, dtype=dtype)
             pixels = (1, *[shapes.config.image_size] * 2, shapes.config.num_channels)
             found["image_encoder"] = bytes_held(_tokens.lower(shapes, _float32(pixels)).compile())
-        folder = open_vae_folder(self.vae)
-        shapes = loaded_shapes(abstract_vae(folder), folder)
-        found["vae_encoder"] = _encoding_bytes(shapes, self._video(size), tiling)
+        found["vae_encoder"] = _encoding_bytes(vae_shapes(self.vae), self._video(size), tiling)
         return found
 
     def _video(self, size: tuple[int, int, int]) -> tuple[int, int, int, int]:

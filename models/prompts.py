@@ -21,12 +21,11 @@ from flax import nnx
 
 import qvdjax
 from models.clip_text import CLIPTextConfig
-from models.encoders import EncoderFolder, build_encoder, load_encoder, parse_encoder_config
+from models.encoders import EncoderFolder, encoder_shapes, load_encoder, parse_encoder_config
 from models.families import family_of, parse_config
-from models.folders import abstract_model
 from models.pipeline_folder import PipelineFolder
 from models.tokenizer import TextTokenizer, Tokens
-from qvdjax.checkpoint import CheckpointFolder, Progress, fingerprint, loaded_shapes
+from qvdjax.checkpoint import CheckpointFolder, Progress, fingerprint
 from qvdjax.description import weight_bytes
 from qvdjax.errors import UserError
 from qvdjax.parallel import bytes_held, free, to_host
@@ -249,9 +248,7 @@ class PromptEncoder:
 
     def abstract(self, dtype: Any = None) -> nnx.Module:
         """The text encoder as shapes and types, as `encode` loads it."""
-        folder = EncoderFolder.open(self.encoder)
-        dtype = None if dtype is None else jnp.dtype(dtype)
-        return loaded_shapes(abstract_model(folder, None, build=build_encoder), folder, dtype=dtype)
+        return encoder_shapes(self.encoder, dtype=dtype)
 
     def peak_bytes(self, model, batch: int) -> int | None:
         """What encoding so many texts at once needs of one device, weights too, by the compiler's account.

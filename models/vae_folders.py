@@ -22,7 +22,7 @@ from models.vae_image import AutoencoderKL, ImageVAEConfig
 from models.vae_protocol import VideoVAE
 from models.vae_temporal import AutoencoderKLTemporalDecoder, TemporalVAEConfig
 from models.vae_wan import AutoencoderKLWan, WanVAEConfig
-from qvdjax.checkpoint import CheckpointFolder, Progress, load_variables
+from qvdjax.checkpoint import CheckpointFolder, Progress, load_variables, loaded_shapes
 from qvdjax.checkpoint.header import TensorInfo
 from qvdjax.errors import UserError
 
@@ -100,6 +100,12 @@ def save_vae(
 def abstract_vae(folder: CheckpointFolder) -> VideoVAE:
     """The VAE that a folder's config describes, quantized layers in place, without a look at its tensors."""
     return abstract_model(folder, None, build=build_vae)
+
+
+def vae_shapes(path: str | os.PathLike) -> VideoVAE:
+    """A folder's VAE as shapes and types, as `load_vae` will read it; no weight is read."""
+    folder = open_vae_folder(path)
+    return loaded_shapes(abstract_vae(folder), folder)
 
 
 # Parts of an attention's names until diffusers 0.15 -> today's (`ModelMixin._fix_state_dict_keys_on_load`).

@@ -17,8 +17,7 @@ import models
 from experiments.sampling.decoding import peak_bytes
 from experiments.sampling.published import Pictures
 from models.prompts import AT_ONCE, PromptEncoder
-from models.vae_folders import abstract_vae, open_vae_folder
-from qvdjax.checkpoint import loaded_shapes
+from models.vae_folders import vae_shapes
 from qvdjax.diffusion import compile_sampler
 from qvdjax.errors import UserError
 
@@ -145,8 +144,7 @@ def _around_latents(
 
     A way is one for both, because a picture's latents should have the seams that the video's will have.
     """
-    opened = open_vae_folder(folder)
-    vae = loaded_shapes(abstract_vae(opened), opened)
+    vae = vae_shapes(folder)
     ways = [None]
     if usual := getattr(vae.config, "default_tiling", None):
         ways += [tiling for tiling in (usual, _halved(usual), _halved(_halved(usual))) if _cuts(tiling, latents)]

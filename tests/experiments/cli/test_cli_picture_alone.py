@@ -59,6 +59,20 @@ def test_what_encodes_a_picture_is_planned(qvdjax, pipeline, picture, tmp_path):
     assert done.report["memory_plan"]["texts"] is None
 
 
+def test_an_encoder_of_codes_is_planned_as_it_is_read(qvdjax, pipeline, picture, tmp_path):
+    def peak(folder):
+        done = qvdjax("sample", folder, "-o", tmp_path / "x.safetensors", "--image", picture, *SIZES,
+                      "--memory-limit", "1GiB", "--json")  # fmt: skip
+        assert done.code == 0, done.err
+        return done.report["memory_plan"]["peak_bytes"]["image_encoder"]
+
+    copy = shutil.copytree(pipeline, tmp_path / "pipeline")
+    shutil.rmtree(copy / "image_encoder")
+    done = qvdjax("quantize", pipeline / "image_encoder", copy / "image_encoder", "--recipe", "rtn-w8a16")
+    assert done.code == 0, done.err
+    assert peak(copy) != peak(pipeline)
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ((), "follows an image, and there is none; give its first frame with --image"),
     (("--image", "PICTURE", "-p", "a cat"), "follows a picture and no text; leave out the prompts"),
