@@ -76,10 +76,10 @@ def layer_tensors(layer: StoredLayer) -> list[TensorSource]:
 def _weight(layer: StoredLayer) -> list[TensorSource]:
     bits, per_tensor = layer.scheme.weight.bits, layer.scheme.weight.granularity == "tensor"
     scale, zero_point = layer.tensor("weight_scale"), layer.tensor("weight_zero_point")
-    parts = ("weight",) if bits == 8 else ("weight_packed", "weight_shape")
-    tensors = [_copy(layer, part) for part in parts]
     if layer.scheme.weight.grid.floating:
         tensors = [_ready(layer, "weight", as_float8(layer.codes()))]
+    else:
+        tensors = [_copy(layer, part) for part in (("weight",) if bits == 8 else ("weight_packed", "weight_shape"))]
     tensors.append(_ready(layer, "weight_scale", scale.reshape(1) if per_tensor else scale))
     if zero_point is not None:
         zero_point = _rounded(zero_point, bits)  # [out or 1, groups]

@@ -15,8 +15,7 @@ import models
 from experiments.sampling.conditions import IMAGE_ALONE
 from experiments.sampling.decoding import check_vae
 from experiments.sampling.output import LATENTS, check_output
-from experiments.sampling.published import Pictures, check_no_prompts, find_picture
-from experiments.sampling.request import refuse_repeats
+from experiments.sampling.published import Pictures, check_given, check_no_prompts, find_picture
 from experiments.sampling.video_size import Size, latents_of, usual_video
 from models.image_alone import ImageAlone
 from models.pipeline_folder import PipelineFolder
@@ -84,9 +83,7 @@ def encode_prompts(
         check_no_prompts(prompts, negative_prompt)
         pictures, picture = find_picture(whole, config, image, motion)
         return _encode_picture(pictures, picture, _size(whole, config, pictures, video), output, dtype, progress)
-    if not prompts:
-        raise UserError("no prompt given", remedy="give one with --prompt, or several with --prompts")
-    refuse_repeats("prompts", prompts)
+    check_given(prompts)
     if fps is not None:
         raise UserError("this model is told no frames a second", remedy="leave out --fps")
     encoder = PromptEncoder.open(whole)

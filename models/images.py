@@ -59,19 +59,16 @@ def for_clip(image: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
     Raises:
         UserError: Settings that do not describe such a processor.
     """
-    settings = {**_CLIP, **{name: value for name, value in config.items() if name in _CLIP and value is not None}}
+    settings = _settings(config)
     try:
         if settings["do_resize"]:
             image = _resized(image, *_sides(image, settings["size"]), int(settings["resample"]))
         if settings["do_center_crop"]:
             image = _cropped(image, *_rectangle(settings["crop_size"]))
         pixels = image.astype(np.float32) * np.float32(settings["rescale_factor"] if settings["do_rescale"] else 1)
-        if settings["do_normalize"]:
-            mean, deviation = (np.asarray(settings[name], np.float32) for name in ("image_mean", "image_std"))
-            pixels = (pixels - mean) / deviation
+        return _normalized(pixels, settings) if settings["do_normalize"] else pixels
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{PROCESSOR} does not say how images are prepared ({error})", remedy="restore it") from None
-    return pixels
+        raise _unclear(error) from None
 
 
 def for_clip_smoothed(image: np.ndarray, side: int, config: Mapping[str, Any]) -> np.ndarray:
@@ -86,15 +83,30 @@ def for_clip_smoothed(image: np.ndarray, side: int, config: Mapping[str, Any]) -
 
     Returns:
         float32 (side, side, rgb) of CLIP's mean and deviation.
+
+    Raises:
+        UserError: Settings that do not describe such a processor.
     """
-    settings = {**_CLIP, **{name: value for name, value in config.items() if name in _CLIP and value is not None}}
     down, across = (_smoothed_resize(size, side) for size in image.shape[:2])
     pixels = np.einsum("yh,xw,hwc->yxc", down, across, image / 127.5 - 1, optimize=True) / 2 + 0.5
     try:
-        mean, deviation = (np.asarray(settings[name], np.float32) for name in ("image_mean", "image_std"))
-        return ((pixels - mean) / deviation).astype(np.float32)
+        return _normalized(pixels, _settings(config)).astype(np.float32)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{PROCESSOR} does not say how images are prepared ({error})", remedy="restore it") from None
+        raise _unclear(error) from None
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a `preprocessor_config.json` that decide the result, with transformers' defaults."""
+    return {**_CLIP, **{name: value for name, value in config.items() if name in _CLIP and value is not None}}
+
+
+def _normalized(pixels: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
+    mean, deviation = (np.asarray(settings[name], np.float32) for name in ("image_mean", "image_std"))
+    return (pixels - mean) / deviation
+
+
+def _unclear(error: Exception) -> UserError:
+    return UserError(f"{PROCESSOR} does not say how images are prepared ({error})", remedy="restore it")
 
 
 def _smoothed_resize(size: int, wanted: int) -> np.ndarray:

@@ -21,6 +21,12 @@ from published_folders import (
 )
 from small_models import CLIP_VISION, COGVIDEOX_VARIANTS
 
+
+def _settings(config: dict) -> dict:
+    """What transformers' configuration of an encoder is made of, without what its `config.json` says beside."""
+    return {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
+
+
 # Of each: components by class, how it is called, and how our program is told the same. The sizes are those of the
 # published VAEs, 4 (AnimateDiff 1) x 8 x 8 pixels to one of latents, except AnimateDiff's 4 x 4.
 _NORM = {"qk_norm": "rms_norm_across_heads"}
@@ -84,14 +90,14 @@ DIFFUSERS["wan-i2v"] = {
     **DIFFUSERS["wan"], "pipeline": "WanImageToVideoPipeline",
     # Of the model's 14 channels 5 are the latents', 4 say which frames are given, and 5 are those.
     "denoiser": ["transformer", {"in_channels": 14, "image_dim": 24, "added_kv_proj_dim": 64, **_NORM}],
-    "image_config": {key: value for key, value in CLIP_VISION.items() if key not in ("architectures", "model_type")},
+    "image_config": _settings(CLIP_VISION),
     "image": [20, 28],
 }  # fmt: skip
 # A short request to the language model: the small tokenizer cuts the real one into more tokens than are cut off.
 DIFFUSERS["hunyuanvideo"] = {
     "pipeline": "HunyuanVideoPipeline",
     "text_encoder": ["LlamaModel", "LlamaConfig"],
-    "pooled_config": {key: value for key, value in POOLED.items() if key not in ("architectures", "model_type")},
+    "pooled_config": _settings(POOLED),
     "template": {"template": "a s {} red", "crop_start": 2},
     "denoiser": ["transformer", {}],
     "vae": {
@@ -106,7 +112,7 @@ DIFFUSERS["hunyuanvideo"] = {
 DIFFUSERS["stable-video-diffusion"] = {
     "pipeline": "StableVideoDiffusionPipeline",
     "denoiser": ["unet", PICTURE_MODEL],
-    "image_config": {k: value for k, value in PICTURE_ENCODER.items() if k not in ("architectures", "model_type")},
+    "image_config": _settings(PICTURE_ENCODER),
     "vae": PICTURE_VAE,
     "scheduler": ["EulerDiscreteScheduler", PICTURE_SCHEDULER],
     "latents": [3, 4, 6, 5], "pixels": [3, 16, 24], "axes": [0, 1, 4, 2, 3], "image": [20, 28],
@@ -260,7 +266,7 @@ def sample_with_diffusers(folder: Path) -> None:
         cases[family] = {
             **case,
             "denoiser": [name, {**config, **more}],
-            "text_config": {key: value for key, value in text.items() if key not in ("architectures", "model_type")},
+            "text_config": _settings(text),
             "merges": str(clip_tokenizer(folder / f"{family}-clip")) if clip else None,
             "tokens": str(words),
             "pieces": PIECES,

@@ -5,7 +5,6 @@ float32. That takes some ten minutes of one core, and with `--effort -1` one, fo
 """
 
 import argparse
-import functools
 import importlib.metadata
 import json
 import os
@@ -47,8 +46,9 @@ def compare(size: tuple[int, int, int] = SIZE, topology: str = TOPOLOGY, effort:
     arguments = jax.tree.map(describe, (vae, jax.ShapeDtypeStruct(shape, jnp.float32)))
     reports = {}
     for name, scan in (("scan", True), ("single_pass", False)):
-        decode = functools.partial(lambda vae, latents, scan: vae.decode(latents, scan=scan), scan=scan)
-        report = parallel.plan(decode, *arguments, mesh=mesh, effort=effort)
+        report = parallel.plan(
+            lambda vae, latents, scan=scan: vae.decode(latents, scan=scan), *arguments, mesh=mesh, effort=effort
+        )
         kept = ("fits", "reason", "bytes_per_chip", "temporary_bytes", "compile_seconds")
         reports[name] = {key: report[key] for key in kept}
         print(f"{name}: {reports[name]}", file=sys.stderr, flush=True)

@@ -48,13 +48,18 @@ def check_prompts(
         raise UserError("no seed given", remedy="give one seed per video")
     if isinstance(pictures, ImageAlone):
         check_no_prompts(prompts, settings.negative_prompt)
-    elif not prompts:
-        raise UserError("no prompt given", remedy="give one with --prompt, or several with --prompts")
     else:
-        refuse_repeats("prompts", prompts)
+        check_given(prompts)
     solver, steps = sampler_of(folder, settings)
     check_timesteps(skeleton, solver.schedule(steps).timesteps)
     _check_sizes(skeleton, _sizes(folder, pictures, settings))
+
+
+def check_given(prompts: Sequence[str] | None) -> None:
+    """UserError where there is no prompt, or one twice."""
+    if not prompts:
+        raise UserError("no prompt given", remedy="give one with --prompt, or several with --prompts")
+    refuse_repeats("prompts", prompts)
 
 
 def check_no_prompts(prompts: Sequence[str] | None, negative_prompt: str | None) -> None:
