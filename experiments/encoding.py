@@ -16,7 +16,7 @@ from experiments.sampling.conditions import IMAGE_ALONE
 from experiments.sampling.decoding import check_vae
 from experiments.sampling.output import LATENTS, check_output
 from experiments.sampling.published import Pictures, check_given, check_no_prompts, find_picture
-from experiments.sampling.video_size import Size, latents_of, usual_video
+from experiments.sampling.video_size import Size, padded_latents_of
 from models.image_alone import ImageAlone
 from models.pipeline_folder import PipelineFolder
 from models.prompts import PromptEncoder
@@ -52,7 +52,7 @@ def encode_prompts(
         output: FILE.safetensors: `context` (texts, tokens, dim) and `negative_context` (tokens, dim), in the type that
             the encoder computes in; the texts stand in its header. Of a picture alone, what its encoders make of it.
         prompts: Different texts, at least one; none for a model that follows a picture alone.
-        negative_prompt: What guidance leads away from; by default the empty text.
+        negative_prompt: What guidance leads away from; by default the family's published text, often the empty one.
         image: A picture that becomes the first frame, of a pipeline that follows one; what its encoders make of it is
             written too, for all texts.
         video: (frames, height, width) of the video that follows it, in pixels; the family's by default.
@@ -87,11 +87,13 @@ def encode_prompts(
     if fps is not None:
         raise UserError("this model is told no frames a second", remedy="leave out --fps")
     encoder = PromptEncoder.open(whole)
+    if negative_prompt is None:
+        negative_prompt = sampling_defaults(whole.denoiser, solver_named=True).negative_prompt
     pictures, picture, size = _beside_texts(whole, config, image, video, motion)
     started, devices = time.perf_counter(), None if mesh is None else make_mesh(mesh)
     with contextlib.nullcontext() if devices is None else jax.set_mesh(devices):
         texts = encoder.encode(
-            prompts, negative_prompt or "", recipe=recipe, dtype=dtype, mesh=devices, batch=batch, progress=progress
+            prompts, negative_prompt, recipe=recipe, dtype=dtype, mesh=devices, batch=batch, progress=progress
         )
     shown = {} if pictures is None else pictures.encode(picture, size, dtype=dtype, progress=progress)
     said = {"prompts": json.dumps(texts.prompts), "negative_prompt": texts.negative_prompt}
@@ -144,9 +146,9 @@ def _beside_texts(whole: PipelineFolder, config, file: Path | None, video, motio
 
 
 def _size(whole: PipelineFolder, config, pictures: Pictures, video: Size | None) -> Size:
-    """Of the latents, for a video in pixels or as the family is published."""
+    """Of the latents, for a video in pixels or as the family is published; also frames that belong to no video."""
     if video is None and isinstance(pictures, ImageAlone):
         return pictures.usual
-    vae = check_vae(whole, config)
-    usual = sampling_defaults(whole.denoiser, solver_named=True).latents
-    return latents_of(vae, usual_video(vae, usual) if video is None else video, config)
+    if video is None:
+        return sampling_defaults(whole.denoiser, solver_named=True).latents
+    return padded_latents_of(check_vae(whole, config), video, config)[0]

@@ -70,6 +70,11 @@ class CogVideoXConfig:
                 f"ofs_embed_dim {self.ofs_embed_dim} is not time_embed_dim {self.time_embed_dim}",
                 remedy="the two embeddings are added, so make them equal",
             )
+        if self.in_channels < self.out_channels:
+            raise UserError(
+                f"{self.in_channels} channels become {self.out_channels}",
+                remedy="in_channels are out_channels, or more of an image",
+            )
         if min(self.sample_height, self.sample_width) < self.patch_size:
             raise UserError(
                 f"sample_height {self.sample_height} and sample_width {self.sample_width} are less than a patch",
@@ -128,7 +133,12 @@ class CogVideoXConfig:
     @property
     def latent_channels(self) -> int:
         """Channels of the latents that are sampled."""
-        return self.in_channels
+        return self.out_channels
+
+    @property
+    def image_channels(self) -> int:
+        """Channels that an image's latents add to those that are sampled; 0 without one."""
+        return self.in_channels - self.out_channels
 
     @property
     def text_tokens(self) -> int:
@@ -137,8 +147,9 @@ class CogVideoXConfig:
 
     @property
     def conditions(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of one sample's part of the inputs beside latents, timestep and context, by diffusers' names."""
-        return {}
+        """Shapes of one sample's part of the inputs beside latents, timestep and context, by diffusers' names; of an
+        image's latents for the smallest latents."""
+        return {"image_latents": (*self.least_size, self.image_channels)} if self.image_channels else {}
 
     @property
     def patch(self) -> tuple[int, int, int]:
@@ -193,8 +204,8 @@ def check_sizes(config: CogVideoXConfig, latents: tuple[int, ...], context: tupl
 
 
 def _about_images(config: CogVideoXConfig) -> str:
-    images = config.in_channels - config.out_channels
-    return f", of which {images} may come as image_latents" if images > 0 else ""
+    images = config.image_channels
+    return f", of which {images} may come as image_latents" if images else ""
 
 
 def _check_tables(config: CogVideoXConfig, size: tuple[int, ...], tokens: int):

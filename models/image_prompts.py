@@ -1,4 +1,4 @@
-"""From a picture to what an image-to-video model is given beside its text: its CLIP tokens and its latents.
+"""From a picture to what Wan's image-to-video models are given beside their text: its CLIP tokens and its latents.
 
 As diffusers 0.42 `pipelines/wan/pipeline_wan_i2v.py` does it.
 """
@@ -91,7 +91,7 @@ class ImageConditions:
             shapes = encoder_shapes(self.encoder, dtype=dtype)
             pixels = (1, *[shapes.config.image_size] * 2, shapes.config.num_channels)
             found["image_encoder"] = bytes_held(_tokens.lower(shapes, _float32(pixels)).compile())
-        found["vae_encoder"] = _encoding_bytes(vae_shapes(self.vae), self._video(size), tiling)
+        found["vae_encoder"] = encoding_bytes(_latents, vae_shapes(self.vae), self._video(size), tiling)
         return found
 
     def _video(self, size: tuple[int, int, int]) -> tuple[int, int, int, int]:
@@ -152,12 +152,19 @@ def _float32(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _encoding_bytes(vae, video: tuple[int, int, int, int], tiling: Tiling | None) -> int | None:
-    """Of a VAE's shapes and types. Of tiles it is the program of one, and beside it the video."""
+def encoding_bytes(latents_of, vae, video: tuple[int, int, int, int], tiling: Tiling | None) -> int | None:
+    """What a VAE's encoding of a video needs of a device, weights too, by the compiler's account.
+
+    Args:
+        latents_of: The compiled function (VAE, video (batch, frames, height, width, rgb)) -> latents.
+        vae: Its shapes and types.
+        video: (frames, height, width, rgb).
+        tiling: None for whole frames. Of tiles it is the program of one, and beside it the video.
+    """
     if tiling is None:
-        return bytes_held(_latents.lower(vae, _float32((1, *video))).compile())
+        return bytes_held(latents_of.lower(vae, _float32((1, *video))).compile())
     frames, height, width, channels = video
     tile = tiling.larger(vae.config.compression[1:]).tile
     size = (1, frames, min(height, tile[0]), min(width, tile[1]), channels)
-    held = bytes_held(_latents.lower(vae, _float32(size)).compile())
+    held = bytes_held(latents_of.lower(vae, _float32(size)).compile())
     return None if held is None else held + 4 * math.prod(video)

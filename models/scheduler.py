@@ -26,6 +26,7 @@ class SamplingDefaults:
         fps: Frames a second.
         latents: (frames, height, width); None for a model whose image says it.
         padding: So many first frames of these are sampled to fill a patch, and belong to no video.
+        negative_prompt: What guidance leads away from.
     """
 
     solver: Solver
@@ -35,11 +36,20 @@ class SamplingDefaults:
     latents: tuple[int, int, int] | None
     first_frame_guidance: float | None = None
     padding: int = 0
+    negative_prompt: str = ""
 
+
+# Wan-Video/Wan2.1:wan/configs/shared_config.py: oversaturated, overexposed, static, without detail, subtitles, ...
+_WAN_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+_WAN_SHAKING = "镜头晃动，"  # wan/configs/wan_i2v_14B.py, before it: a shaking camera
 
 PUBLISHED = {
     # Wan-Video/Wan2.1:generate.py, text to video.
-    "wan": SamplingDefaults(UniPCFlow(5.0), 50, 5.0, 16, (21, 60, 104)),
+    "wan": SamplingDefaults(UniPCFlow(5.0), 50, 5.0, 16, (21, 60, 104), negative_prompt=_WAN_NEGATIVE),
     # CogVideoX-2B; THUDM/CogVideo:inference/cli_demo.py, diffusers:pipelines/cogvideo/pipeline_cogvideox.py.
     "cogvideox": SamplingDefaults(DDIM(), 50, 6.0, 8, (13, 60, 90)),
     # Tencent-Hunyuan/HunyuanVideo:hyvideo/config.py; the guidance is embedded, so that there is one pass.
@@ -195,7 +205,9 @@ def sampling_defaults(folder: str | os.PathLike, *, solver_named: bool = False) 
         # Version 1.5, 81 frames of 768 x 1360. Its patches are of two frames, so that one is put before the video's 21.
         published = dataclasses.replace(published, latents=(22, 96, 170), padding=1, fps=16)
     if config.get("image_dim") is not None:
-        published = dataclasses.replace(published, steps=40)  # Wan-Video/Wan2.1:generate.py, image to video
+        # Wan-Video/Wan2.1:generate.py, image to video
+        negative = _WAN_SHAKING + published.negative_prompt
+        published = dataclasses.replace(published, steps=40, negative_prompt=negative)
     path = scheduler_file(folder)
     if path is None or (solver_named and not _is_known(read_json(path))):
         return published

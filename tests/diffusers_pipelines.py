@@ -85,7 +85,18 @@ DIFFUSERS["cogvideox-1.5"] = {
     **DIFFUSERS["cogvideox"], "denoiser": ["transformer", COGVIDEOX_VARIANTS["1.5-5b"]], "latents": [4, 8, 6, 5],
     "video": "9x64x48",
 }  # fmt: skip
-# Image-to-video: a picture of other proportions than the video, which CLIP sees at 8 x 8.
+# Image-to-video: a picture of other proportions than the video. What is drawn from the VAE's Gaussian is our noise; of
+# version 1.5 the VAE's factor divides what the model is shown.
+DIFFUSERS["cogvideox-i2v"] = {
+    **DIFFUSERS["cogvideox"], "pipeline": "CogVideoXImageToVideoPipeline",
+    "denoiser": ["transformer", COGVIDEOX_VARIANTS["5b-i2v"]], "image": [20, 28],
+}
+DIFFUSERS["cogvideox-1.5-i2v"] = {
+    **DIFFUSERS["cogvideox-1.5"], "pipeline": "CogVideoXImageToVideoPipeline",
+    "denoiser": ["transformer", COGVIDEOX_VARIANTS["1.5-5b-i2v"]], "image": [20, 28],
+    "vae": {**DIFFUSERS["cogvideox"]["vae"], "invert_scale_latents": True},
+}
+# CLIP sees it at 8 x 8.
 DIFFUSERS["wan-i2v"] = {
     **DIFFUSERS["wan"], "pipeline": "WanImageToVideoPipeline",
     # Of the model's 14 channels 5 are the latents', 4 say which frames are given, and 5 are those.
@@ -128,11 +139,16 @@ PROMPT, NEGATIVE, SEED = "a red cat", "a disc", 3
 _REFERENCE = """
 import importlib, json, sys
 from types import SimpleNamespace
-import diffusers, numpy as np, torch, transformers
+import diffusers, jax, numpy as np, torch, transformers
 from qvdjax.diffusion import initial_noise
 
 cases, (prompt, negative, seed) = json.loads(sys.argv[1])
 torch.manual_seed(0)
+def drawn(shape, **options):
+    ours = np.asarray(jax.random.normal(jax.random.key(0), [shape[axis] for axis in (0, 2, 3, 4, 1)]))
+    return torch.tensor(ours.transpose(0, 4, 1, 2, 3))
+
+importlib.import_module("diffusers.models.autoencoders.vae").randn_tensor = drawn  # of CogVideoX's pictures alone
 wan_i2v = importlib.import_module("diffusers.pipelines.wan.pipeline_wan_i2v")
 if not hasattr(wan_i2v, "ftfy"):  # which may not be installed; these prompts have nothing to be mended
     wan_i2v.ftfy = SimpleNamespace(fix_text=str)
@@ -207,13 +223,15 @@ for family, case in cases.items():
         parts["motion_adapter"] = None  # its weights are the UNet's
     if "image" in case:
         from PIL import Image
+
+        more["image"] = Image.open(case["image"])
+    if "image_config" in case:
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         parts["image_encoder"] = randomised(transformers.CLIPVisionModel(
             transformers.CLIPVisionConfig(**case["image_config"])))
         parts["image_processor"] = CLIPImageProcessorPil(
             size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-        more["image"] = Image.open(case["image"])
     save_and_sample(case, parts, prompt=prompt, **more)
 """
 

@@ -193,7 +193,7 @@ class EncodePrompts(Common):
     """A prompt; may be repeated."""
     prompts: hinted(Path, "FILE", "those given by --prompt") = None
     """Text file with one prompt a line; empty lines are left out."""
-    negative_prompt: Annotated[str, arg(metavar="TEXT")] = ""
+    negative_prompt: hinted(str, "TEXT", "the family's published one") = None
     """What guidance moves away from."""
     image: hinted(Path, "FILE", "none") = None
     """Picture that becomes the first frame, of a pipeline that follows one; it is encoded beside the prompts."""

@@ -151,6 +151,9 @@ def sample_folder(
         folder, output, denoiser, encodes=context_file is None, execution=execution, shows=previews is not None
     )
     folder, skeleton, encoder = opened.folder, opened.skeleton, opened.encoder
+    if encoder is not None and negative_prompt is None:
+        usual = sampling_defaults(folder, solver_named=solver is not None).negative_prompt
+        settings = dataclasses.replace(settings, negative_prompt=usual)
     if previews is not None and previews < 1:
         raise UserError(f"a preview every {previews} steps", remedy="give a whole number of at least 1")
     step_loop = step_loop or previews is not None
@@ -280,7 +283,7 @@ def _encoded(
     at_once = AT_ONCE if plan is None else plan.texts_at_once
     with contextlib.nullcontext() if where is None else jax.set_mesh(where):
         return encoder.encode(
-            prompts, settings.negative_prompt or "", dtype=dtype, mesh=where, batch=at_once, progress=progress
+            prompts, settings.negative_prompt, dtype=dtype, mesh=where, batch=at_once, progress=progress
         )
 
 

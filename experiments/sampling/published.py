@@ -12,7 +12,9 @@ from experiments.sampling.conditions import IMAGE, IMAGE_ALONE, MASK, POOLED
 from experiments.sampling.decoding import check_vae
 from experiments.sampling.request import Settings, refuse_repeats, sampler_of
 from experiments.sampling.video_size import padded_latents_of
+from models.cogvideox_config import CogVideoXConfig
 from models.image_alone import EncodedImage, ImageAlone, Motion
+from models.image_latents import ImageLatents
 from models.image_prompts import ImageConditions
 from models.images import read_image
 from models.pipeline_folder import PipelineFolder
@@ -21,7 +23,7 @@ from models.scheduler import sampling_defaults
 from qvdjax.errors import UserError
 from qvdjax.nn import check_timesteps
 
-Pictures = ImageConditions | ImageAlone
+Pictures = ImageConditions | ImageLatents | ImageAlone
 
 
 def settings_of_video(
@@ -92,7 +94,7 @@ def stand_ins(
     else:
         pooled = {name: config.conditions[name] for name in (POOLED, MASK)}
         tensors |= {name: np.ones((len(prompts), *shape), np.float32) for name, shape in pooled.items()}
-    texts = EncodedPrompts(encoder.pipeline.path, tuple(prompts), settings.negative_prompt or "", tensors, {}, {})
+    texts = EncodedPrompts(encoder.pipeline.path, tuple(prompts), settings.negative_prompt, tensors, {}, {})
     return beside_picture(texts, shown)
 
 
@@ -108,8 +110,8 @@ def find_picture(
         motion: What is asked for of the fields of `Motion`; only a model that follows a picture alone is told it.
 
     Raises:
-        UserError: A picture that is missing, cannot be read or belongs to nothing; see `ImageConditions.open` and
-            `ImageAlone.open`.
+        UserError: A picture that is missing, cannot be read or belongs to nothing; see `ImageConditions.open`,
+            `ImageLatents.open` and `ImageAlone.open`.
     """
     told = {name: value for name, value in motion.items() if value is not None}
     alone = IMAGE_ALONE in config.conditions
@@ -124,7 +126,11 @@ def find_picture(
         return None, None
     if file is None:
         raise UserError("this model follows an image, and there is none", remedy="give its first frame with --image")
-    pictures = ImageAlone.open(whole, config, Motion(**told)) if alone else ImageConditions.open(whole, config)
+    if alone:
+        pictures = ImageAlone.open(whole, config, Motion(**told))
+    else:
+        encoded_by = ImageLatents if isinstance(config, CogVideoXConfig) else ImageConditions
+        pictures = encoded_by.open(whole, config)
     return pictures, read_image(file)
 
 

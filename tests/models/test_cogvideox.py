@@ -306,6 +306,7 @@ def test_wrong_sizes_are_said(variant, change, message):
     ({"attention_head_dim": 12}, "width 24 is no multiple"),
     ({"ofs_embed_dim": 512}, "ofs_embed_dim 512 is not time_embed_dim 20"),
     ({"sample_height": 1}, "less than a patch"),
+    ({"in_channels": 4}, "4 channels become 5"),
     ({**COGVIDEOX_VARIANTS["5b-i2v"], "sample_frames": 8}, "no whole number of latent frames"),
     ({**COGVIDEOX_VARIANTS["5b-i2v"], "sample_width": 2**20, "sample_height": 2**20}, "tokens; check sample_height"),
     ({"norm_eps": 0.0}, "norm_eps is 0.0"),
@@ -320,3 +321,5 @@ def test_a_config_survives_the_round_trip(variant):
     config = models.parse_config({**COGVIDEOX, **COGVIDEOX_VARIANTS[variant]})
     assert models.parse_config(config.to_dict()) == config
     assert sum(config.rope_widths) == config.attention_head_dim
+    images = {"image_latents": (*config.least_size, 5)} if variant.endswith("i2v") else {}
+    assert (config.latent_channels, config.conditions) == (5, images)

@@ -106,9 +106,13 @@ def sample(arguments: Sample, progress: Progress | None) -> Outcome:
     )
     frames, height, width = report["latents"][:3]
     lines = [*map(str, report["files"]), *_cut(report)]
+    rate = report["videos"][0].get("fps") if report["videos"] else None  # latents have none
     lines.append(
         f"latents of {frames} x {height} x {width}, {report['solver']}, guidance {number(report['guidance_scale'])}"
+        + ("" if rate is None else f", {number(rate)} frames a second")
     )
+    if report["negative_prompt"]:
+        lines.append(f"guided away from {report['negative_prompt']!r}")
     lines.append(
         f"{report['steps']} steps, {number(report['seconds_per_step'])} s a step, "
         f"compiled in {number(report['compile_seconds'])} s on {report['device']}"

@@ -60,6 +60,21 @@ def test_prompts_become_what_a_model_is_sampled_from(qvdjax, pipeline, prompts, 
         np.testing.assert_array_equal(one, other)  # the same program on the same numbers
 
 
+def test_wan_is_guided_away_from_its_published_text(qvdjax, pipeline, tmp_path):
+    common = ("sample", pipeline, "-o", tmp_path / "x.safetensors", "-p", "a cat", *SIZES)
+    done = qvdjax(*common)
+    assert done.code == 0, done.err
+    assert "guided away from '色调艳丽，过曝，" in done.out
+    published = load_file(tmp_path / "x.safetensors")["latents"]
+    done = qvdjax(*common, "--negative-prompt", "")  # as diffusers has it
+    assert (done.code, "guided away" in done.out) == (0, False), done.err
+    assert np.abs(published - load_file(tmp_path / "x.safetensors")["latents"]).max() > 1e-3
+    done = qvdjax("encode-prompts", pipeline, tmp_path / "texts.safetensors", "-p", "a cat")
+    assert done.code == 0, done.err
+    with safe_open(tmp_path / "texts.safetensors", "np") as file:
+        assert file.metadata()["negative_prompt"].startswith("色调艳丽")
+
+
 def test_the_encoder_is_gone_before_the_model_is_read(qvdjax, pipeline, tmp_path, monkeypatch):
     read, seen = models.load, []
 

@@ -161,6 +161,7 @@ def test_a_video_follows_its_image(qvdjax, image_pipeline, tmp_path, shown):
                       "--image", tmp_path / f"{name}.png", *SIZES, "--json")  # fmt: skip
         assert done.code == 0, done.err
         assert done.report["videos"][0]["image"] == str(tmp_path / f"{name}.png")
+        assert done.report["negative_prompt"].startswith("镜头晃动，色调艳丽")
     assert [video.shape for video in shown] == [SHOWN] * 4
     assert np.abs(shown[0] - shown[2]).max() > 0.01
 
