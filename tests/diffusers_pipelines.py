@@ -88,12 +88,16 @@ DIFFUSERS["cogvideox-1.5"] = {
 # Image-to-video: a picture of other proportions than the video. What is drawn from the VAE's Gaussian is our noise; of
 # version 1.5 the VAE's factor divides what the model is shown.
 DIFFUSERS["cogvideox-i2v"] = {
-    **DIFFUSERS["cogvideox"], "pipeline": "CogVideoXImageToVideoPipeline",
-    "denoiser": ["transformer", COGVIDEOX_VARIANTS["5b-i2v"]], "image": [20, 28],
+    **DIFFUSERS["cogvideox"],
+    "pipeline": "CogVideoXImageToVideoPipeline",
+    "denoiser": ["transformer", COGVIDEOX_VARIANTS["5b-i2v"]],
+    "image": [20, 28],
 }
 DIFFUSERS["cogvideox-1.5-i2v"] = {
-    **DIFFUSERS["cogvideox-1.5"], "pipeline": "CogVideoXImageToVideoPipeline",
-    "denoiser": ["transformer", COGVIDEOX_VARIANTS["1.5-5b-i2v"]], "image": [20, 28],
+    **DIFFUSERS["cogvideox-1.5"],
+    "pipeline": "CogVideoXImageToVideoPipeline",
+    "denoiser": ["transformer", COGVIDEOX_VARIANTS["1.5-5b-i2v"]],
+    "image": [20, 28],
     "vae": {**DIFFUSERS["cogvideox"]["vae"], "invert_scale_latents": True},
 }
 # CLIP sees it at 8 x 8.

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 
 from qvdjax.numerics import Grid, QTensor
+from qvdjax.numerics.float8 import FLOAT8
 from qvdjax.numerics.quantizer import largest_magnitude
+
+CODEBOOKS = (None, FLOAT8)
 
 
 def prepared(
@@ -29,18 +32,27 @@ def prepared(
     return key, value
 
 
-def key_scales(key: jax.Array, bits: int, block: int | None) -> jax.Array:
+def check_codebook(codebook: str | None, qk_bits: int | None, pv_bits: int | None) -> None:
+    """Raise ValueError for codes that the products of attention do not have."""
+    if codebook not in CODEBOOKS:
+        raise ValueError(f"products of attention have no codebook {codebook!r}; leave it out or give {FLOAT8}")
+    for bits in (qk_bits, pv_bits):
+        if bits is not None:
+            Grid(bits, codebook=codebook)  # which has a word on its bits
+
+
+def key_scales(key: jax.Array, grid: Grid, block: int | None) -> jax.Array:
     """Scales [batch, keys, heads, 1] of keys [batch, keys, heads, head_dim], one for each or for `block` neighbours."""
     if block is None:
-        return Grid(bits).from_largest(largest_magnitude(key, axis=-1, keepdims=True))
+        return grid.from_largest(largest_magnitude(key, axis=-1, keepdims=True))
     keys = key.shape[1]
     whole = jnp.pad(key, ((0, 0), (0, -keys % block), (0, 0), (0, 0)))
     blocks = rearrange(whole, "b (n c) h d -> b n c h d", c=block)
-    scale = Grid(bits).from_largest(largest_magnitude(blocks, axis=(2, 4)))  # [batch, n, heads]
+    scale = grid.from_largest(largest_magnitude(blocks, axis=(2, 4)))  # [batch, n, heads]
     return repeat(scale, "b n h -> b (n c) h 1", c=block)[:, :keys]
 
 
-def quantize_keys(key: jax.Array, bits: int, block: int | None) -> QTensor:
+def quantize_keys(key: jax.Array, grid: Grid, block: int | None) -> QTensor:
     """Codes of keys [batch, heads, keys, head_dim]; see `key_scales`."""
-    scale = rearrange(key_scales(rearrange(key, "b h t d -> b t h d"), bits, block), "b t h 1 -> b h t 1")
-    return QTensor(Grid(bits).encode(key, scale, None).astype(jnp.int8), scale, None, bits)
+    scale = rearrange(key_scales(rearrange(key, "b h t d -> b t h d"), grid, block), "b t h 1 -> b h t 1")
+    return QTensor(grid.encode(key, scale, None).astype(jnp.int8), scale, None, grid.bits, grid.codebook)

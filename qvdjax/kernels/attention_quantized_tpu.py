@@ -1,10 +1,11 @@
-"""Flash attention on TPU whose products are of int8 codes: scores and probabilities never leave the chip.
+"""Flash attention on TPU whose products are of codes, int8 or float8: scores and probabilities never leave the chip.
 
 One pass over the keys (Dao et al. 2022, arXiv 2205.14135), with the numerics of `qvdjax.kernels.quantized_attention`:
 
 - Queries are quantized inside, once a block of them: one range a token, so no pass over memory makes their codes.
 - Keys and values are quantized before, in XLA, which reads each twice and writes codes of one byte.
-- A block of scores is int32; a row's range, the keys' and 1 / sqrt(head_dim) make floats of it in one or two products.
+- A block of scores is int32, of float8 float32; a row's range, the keys' and 1 / sqrt(head_dim) make scores of it in
+  one or two products.
 - Probabilities of a query and a block of keys are quantized by their largest, which a pass over the keys knows; blocks
   are then weighed by how far their largest is below the largest of all.
 """
@@ -22,6 +23,7 @@ from qvdjax.kernels.attention_preparation import key_scales, prepared
 from qvdjax.kernels.dispatch import Device, target
 from qvdjax.kernels.head_split import over_heads
 from qvdjax.numerics import Grid
+from qvdjax.numerics.float8 import LARGEST
 from qvdjax.numerics.quantizer import largest_magnitude
 
 LANES, ROWS = 128, 32  # what an array of int8 is tiled by
@@ -48,7 +50,7 @@ class Blocks:
 
 def flash_refusal(
     query_shape: tuple[int, ...], dtype, keys: int, device: Device, *, qk_bits: int | None, pv_bits: int | None,
-    key_block: int | None, pv_block: int | None,
+    codebook: str | None, key_block: int | None, pv_block: int | None,
 ) -> str | None:  # fmt: skip
     """Why the kernel cannot take queries of a shape [batch, queries, heads, head_dim] and so many keys; else None."""
     if qk_bits is None and pv_bits is None:
@@ -57,9 +59,11 @@ def flash_refusal(
         return f"it takes bfloat16 and float32, not {jnp.dtype(dtype).name}"
     if query_shape[-1] > 256:
         return f"heads of {query_shape[-1]} features are more than 256"
-    row = tuning.settings("quantized_attention", device)
-    if row is not None and not row.get("integer_products", True):
+    row = tuning.settings("quantized_attention", device) or {}
+    if codebook is None and not row.get("integer_products", True):
         return f"{device.kind} has no products of integers"
+    if codebook is not None and not row.get("float8_products", False):
+        return f"{device.kind} has no products of {codebook}"
     if pv_bits is not None and (pv_block is None or pv_block % LANES) and keys > (pv_block or 0):
         return f"probabilities share a range over {pv_block or 'all'} keys; it needs a multiple of {LANES}"
     block = _blocks(device, keys, pv_bits, pv_block, key_block).scores
@@ -70,8 +74,8 @@ def flash_refusal(
 
 def flash_quantized(
     query: jax.Array, key: jax.Array, value: jax.Array, key_lengths: jax.Array | None = None, *, qk_bits: int | None,
-    pv_bits: int | None, smooth_key: bool = True, key_block: int | None = None, pv_block: int | None = None,
-    interpret: bool = False, query_block: int | None = None,
+    pv_bits: int | None, codebook: str | None = None, smooth_key: bool = True, key_block: int | None = None,
+    pv_block: int | None = None, interpret: bool = False, query_block: int | None = None,
 ) -> jax.Array:  # fmt: skip
     """Attention of quantized arrays; see `quantized_attention` for everything but these.
 
@@ -85,8 +89,8 @@ def flash_quantized(
     if query_block is not None:
         blocks = dataclasses.replace(blocks, queries=query_block)
     attend = functools.partial(
-        _on_one_device, qk_bits=qk_bits, pv_bits=pv_bits, smooth_key=smooth_key, key_block=key_block, blocks=blocks,
-        interpret=interpret,
+        _on_one_device, qk_bits=qk_bits, pv_bits=pv_bits, codebook=codebook, smooth_key=smooth_key,
+        key_block=key_block, blocks=blocks, interpret=interpret,
     )  # fmt: skip
     return over_heads(attend, query, key, value, key_lengths)
 
@@ -104,7 +108,7 @@ def _blocks(device: Device, keys: int, pv_bits: int | None, pv_block: int | None
 
 
 def _on_one_device(
-    query, key, value, key_lengths=None, *, qk_bits, pv_bits, smooth_key, key_block, blocks: Blocks, interpret
+    query, key, value, key_lengths=None, *, qk_bits, pv_bits, codebook, smooth_key, key_block, blocks: Blocks, interpret
 ):
     """All [batch, tokens, heads, head_dim], but for `key_lengths` [batch]."""
     dtype, heads, head_dim, keys = query.dtype, query.shape[2], query.shape[3], key.shape[1]
@@ -120,15 +124,16 @@ def _on_one_device(
     k, v = prepared(k.astype(jnp.float32), v.astype(jnp.float32), key_lengths, smooth_key=smooth_key, axis=1)
     key_scale = jnp.ones((key.shape[0], heads, 1, keys), jnp.float32)
     if qk_bits is not None:
-        scale = key_scales(rearrange(k, "b t (h d) -> b t h d", h=heads), qk_bits, key_block)  # [batch, keys, heads, 1]
+        grid = Grid(qk_bits, codebook=codebook)
+        scale = key_scales(rearrange(k, "b t (h d) -> b t h d", h=heads), grid, key_block)  # [batch, keys, heads, 1]
         spread = repeat(scale, "b t h 1 -> b t (h d)", d=head_dim + wide)
-        k, key_scale = Grid(qk_bits).encode(k, spread, None).astype(jnp.int8), rearrange(scale, "b t h 1 -> b h 1 t")
+        k, key_scale = grid.operands(grid.encode(k, spread, None)), rearrange(scale, "b t h 1 -> b h 1 t")
     value_scale = jnp.ones((value.shape[0], heads, 1, head_dim + wide), jnp.float32)
     if pv_bits is not None:
-        grid = Grid(pv_bits)
+        grid = Grid(pv_bits, codebook=codebook)
         scale = grid.from_largest(largest_magnitude(v, axis=1, keepdims=True))  # [batch, 1, heads x head_dim]
-        v, value_scale = grid.encode(v, scale, None).astype(jnp.int8), rearrange(scale, "b 1 (h d) -> b h 1 d", h=heads)
-    k, v = (a if a.dtype == jnp.int8 else a.astype(dtype) for a in (k, v))
+        v, value_scale = grid.operands(grid.encode(v, scale, None)), rearrange(scale, "b 1 (h d) -> b h 1 d", h=heads)
+    k, v = k if qk_bits is not None else k.astype(dtype), v if pv_bits is not None else v.astype(dtype)
     k, v = (jnp.pad(a, ((0, 0), (0, padding), (0, 0))) for a in (k, v))
     key_scale = jnp.pad(key_scale, ((0, 0), (0, 0), (0, 0), (0, padding)))
     lengths = jnp.full(query.shape[:1], keys, jnp.int32) if key_lengths is None else key_lengths.astype(jnp.int32)
@@ -163,7 +168,7 @@ def _call(lengths, q, k, key_scale, v, value_scale, *, heads, qk_bits, pv_bits, 
         ],
         out_specs=pl.BlockSpec((None, rows, head_dim), lambda b, h, i, j, _: (b, i, h)),
         scratch_shapes=[
-            pltpu.VMEM((rows, head_dim), q.dtype if qk_bits is None else jnp.int8),
+            pltpu.VMEM((rows, head_dim), q.dtype if qk_bits is None else k.dtype),
             pltpu.VMEM((rows, 1), jnp.float32),  # the factor that makes scores of a row's products
             pltpu.VMEM((rows, 1), jnp.float32),  # the largest score so far
             pltpu.VMEM((rows, 1), jnp.float32),  # the sum of probabilities over it
@@ -203,13 +208,17 @@ def _kernel(
             codes_ref[...] = q
             factor_ref[...] = jnp.full_like(factor_ref, factor)
         else:
-            high = 2 ** (qk_bits - 1) - 1
+            floating = k_ref.dtype == jnp.float8_e4m3fn
+            high = LARGEST if floating else 2 ** (qk_bits - 1) - 1
             q = q.astype(jnp.float32)
             scale = jnp.max(jnp.abs(q), axis=-1, keepdims=True) / high
             # Zero, or NaN where the row has one, whatever its largest is said to be: the row becomes NaN.
             scale = jnp.where(scale > 0, scale, 1) + jnp.sum(0 * q, axis=-1, keepdims=True)
-            codes = jnp.clip(jnp.round(q / scale), -high - 1, high)
-            codes_ref[...] = codes.astype(jnp.int32).astype(jnp.int8)
+            if floating:
+                codes_ref[...] = jnp.clip(q / scale, -high, high).astype(codes_ref.dtype)
+            else:
+                codes = jnp.clip(jnp.round(q / scale), -high - 1, high)
+                codes_ref[...] = codes.astype(jnp.int32).astype(jnp.int8)
             factor_ref[...] = scale * factor
         most_ref[...] = jnp.full_like(most_ref, -jnp.inf)
         total_ref[...] = jnp.zeros_like(total_ref)
@@ -217,7 +226,7 @@ def _kernel(
 
     def weigh(part: int, ragged: bool):
         here = pl.ds(part * size, size)
-        kind = jnp.float32 if qk_bits is None else jnp.int32
+        kind = jnp.int32 if k_ref.dtype == jnp.int8 else jnp.float32
         product = jax.lax.dot_general(
             codes_ref[...], k_ref[here, :], (((1,), (1,)), ((), ())), preferred_element_type=kind
         )  # [rows, size]
@@ -238,6 +247,11 @@ def _kernel(
             probabilities = jnp.exp2(scores - most)
             total = jnp.sum(probabilities, axis=-1, keepdims=True)
             out = jnp.dot(probabilities.astype(v_ref.dtype), v_ref[here, :], preferred_element_type=jnp.float32)
+        elif v_ref.dtype == jnp.float8_e4m3fn:
+            codes = jnp.exp2(scores - (block_most - math.log2(LARGEST))).astype(v_ref.dtype)
+            share = jnp.exp2(block_most - most)
+            total = jnp.sum(codes.astype(jnp.float32), axis=-1, keepdims=True) * share
+            out = jnp.dot(codes, v_ref[here, :], preferred_element_type=jnp.float32) * share
         else:
             # exp2 of a score plus this is a probability in codes, 0 to 2^bits - 1.
             levels = jnp.round(jnp.exp2(scores - (block_most - math.log2(2**pv_bits - 1))))

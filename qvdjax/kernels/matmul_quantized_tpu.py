@@ -1,7 +1,7 @@
 """One kernel from floats to floats on TPU: round each token, multiply by the codes of a weight, apply scales and more.
 
 What XLA does in several passes over memory is one here: a block of tokens is read once, its ranges and codes are made
-in the chip and kept while all output channels go by; int32 sums become floats, get their scales, bias, gate and
+in the chip and kept while all output channels go by; sums, int32 or of float8 float32, get their scales, bias, gate and
 residual, and only the result is written. Four-bit codes are widened in the chip, so that memory is read for half a byte
 each. Scales of groups are applied to the sum of each group, one after the other.
 """
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from qvdjax.kernels import tuning
 from qvdjax.kernels.dispatch import Device, target
 from qvdjax.numerics import QTensor, Quantizer
+from qvdjax.numerics.float8 import LARGEST
 
 LANES, ROWS = 128, 32  # what an array of int8 is tiled by
 COLUMNS = 512  # of a block of tokens that are rounded at a time: 16 registers
@@ -36,8 +37,13 @@ class Blocks:
 def fused_refusal(x, weight: QTensor, activation: Quantizer, gate, device: Device) -> str | None:
     """Why the kernel cannot take these (see `quantized_linear`); None where it can. Looks at no values."""
     row = tuning.settings("quantized_matmul", device) or {}
-    if not row.get("integer_products", True):
+    floating = weight.grid.floating
+    if floating != activation.grid.floating:
+        return "one side is integers, the other float8"
+    if not floating and not row.get("integer_products", True):
         return f"{device.kind} has no products of integers"
+    if floating and "float8_reason" in row:
+        return f"{device.kind} has no products of float8"
     mesh = jax.sharding.get_abstract_mesh()
     if jax.sharding.AxisType.Auto in mesh.axis_types and mesh.size > 1:
         return "the compiler cannot split a kernel over a mesh"
@@ -45,7 +51,7 @@ def fused_refusal(x, weight: QTensor, activation: Quantizer, gate, device: Devic
         return f"it takes bfloat16 and float32, not {jnp.dtype(x.dtype).name}"
     if not (activation.dynamic and activation.symmetric and activation.granularity == "token"):
         return "it rounds with one dynamic symmetric range a token"
-    if activation.range_method != "minmax" or activation.codebook or weight.codebook:
+    if activation.range_method != "minmax" or not (floating or activation.codebook is weight.codebook is None):
         return "it knows even grids and ranges that cover every value"
     if weight.zero_point is not None:
         return "it knows no zero points of weights"
@@ -130,6 +136,7 @@ def _call(x, weight: QTensor, bias, gate, residual, bits: int, dtype, blocks: Bl
     rows, columns = min(blocks.tokens, tokens), blocks.outputs
     scale = jnp.broadcast_to(weight.scale.astype(jnp.float32), (outputs, weight.groups)).T  # [groups, outputs]
     token, channel = lambda b, i, j: (b, i, 0), lambda b, i, j: (j, 0)
+    floating = weight.grid.floating
     operands = {"x": x, "codes": weight.codes, "scale": scale}
     specs = {
         "x": pl.BlockSpec((None, rows, inputs), token),
@@ -155,9 +162,10 @@ def _call(x, weight: QTensor, bias, gate, residual, bits: int, dtype, blocks: Bl
         out_specs=pl.BlockSpec((None, rows, columns), lambda b, i, j: (b, i, j)),
         out_shape=jax.ShapeDtypeStruct((batch, tokens, outputs), dtype),
         scratch_shapes=[
-            pltpu.VMEM((-(-rows // ROWS) * ROWS, inputs), jnp.int8),  # codes of the tokens
+            # Codes of the tokens.
+            pltpu.VMEM((-(-rows // ROWS) * ROWS, inputs), jnp.float8_e4m3fn if floating else jnp.int8),
             pltpu.VMEM((-(-rows // ROWS) * ROWS, 1), jnp.float32),  # their scales
-            pltpu.VMEM((rows, columns), jnp.float32 if weight.groups > 1 else jnp.int32),
+            pltpu.VMEM((rows, columns), jnp.float32 if floating or weight.groups > 1 else jnp.int32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=limit,
@@ -174,6 +182,7 @@ def _call(x, weight: QTensor, bias, gate, residual, bits: int, dtype, blocks: Bl
 def _kernel(names, *refs, bits: int, chunk: int, grouped: bool):
     """One block of tokens [rows, inputs] by one of output channels [columns, inputs]."""
     from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
 
     ref = dict(zip(names, refs))
     out_ref, codes_ref, token_scale_ref, sum_ref = refs[len(names) :]
@@ -184,10 +193,12 @@ def _kernel(names, *refs, bits: int, chunk: int, grouped: bool):
 
     def add(part, _):
         here = pl.ds(pl.multiple_of(part * chunk, LANES), chunk)
+        codes, kind = ref["codes"][:, here].astype(jnp.int8), jnp.int32
+        if codes_ref.dtype != jnp.int8:  # as in XLA this is a copy, the bits are read as float8 here
+            codes, kind = pltpu.bitcast(codes, codes_ref.dtype), jnp.float32
         product = jax.lax.dot_general(
-            codes_ref[:rows, here], ref["codes"][:, here].astype(jnp.int8), (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.int32,
-        )  # fmt: skip
+            codes_ref[:rows, here], codes, (((1,), (1,)), ((), ())), preferred_element_type=kind
+        )
         if grouped:
             product = product.astype(jnp.float32) * ref["scale"][pl.ds(part, 1), :]
         sum_ref[...] += product
@@ -208,7 +219,8 @@ def _round(x_ref, codes_ref, scale_ref, bits: int):
     """Ranges and codes of all tokens of a block, some rows and columns at a time so that they stay in registers."""
     from jax.experimental import pallas as pl
 
-    high, (rows, inputs) = 2 ** (bits - 1) - 1, x_ref.shape
+    whole = codes_ref.dtype == jnp.int8
+    high, (rows, inputs) = 2 ** (bits - 1) - 1 if whole else LARGEST, x_ref.shape
     size = min(ROWS, rows)
     parts = [(start, min(COLUMNS, inputs - start)) for start in range(0, inputs, COLUMNS)]
 
@@ -223,8 +235,12 @@ def _round(x_ref, codes_ref, scale_ref, bits: int):
         scale = jnp.where(largest > 0, largest / high, 1) + nothing
         scale_ref[here, :] = scale
         for place, width in parts:
-            codes = jnp.clip(jnp.round(read(place, width) / scale), -high - 1, high)
-            codes_ref[here, place : place + width] = codes.astype(jnp.int32).astype(jnp.int8)
+            real = read(place, width) / scale
+            if whole:
+                codes = jnp.clip(jnp.round(real), -high - 1, high).astype(jnp.int32).astype(jnp.int8)
+            else:
+                codes = jnp.clip(real, -high, high).astype(codes_ref.dtype)
+            codes_ref[here, place : place + width] = codes
 
     def step(i, _):
         round_rows(pl.multiple_of(i * size, size), size)

@@ -1,20 +1,22 @@
 """Attention whose two products are of quantized arrays: one function, its plain reference, and its kernels."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from qvdjax.kernels.attention import by_query_blocks, mask_uncounted, scaled
-from qvdjax.kernels.attention_preparation import prepared, quantize_keys
+from qvdjax.kernels.attention_preparation import check_codebook, prepared, quantize_keys
 from qvdjax.kernels.attention_quantized_tpu import flash_quantized, flash_refusal
-from qvdjax.kernels.dispatch import Choice, Device, Implementation, Option, choose, target
+from qvdjax.kernels.dispatch import Choice, Implementation, Option, choose, target
 from qvdjax.numerics import Grid, QTensor, Quantizer, quantize
 
 
 def quantized_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, key_lengths: jax.Array | None = None, *,
-    qk_bits: int | None, pv_bits: int | None, smooth_key: bool = True, key_block: int | None = None,
-    pv_block: int | None = None, implementation: Implementation | None = None,
+    qk_bits: int | None, pv_bits: int | None, codebook: str | None = None, smooth_key: bool = True,
+    key_block: int | None = None, pv_block: int | None = None, implementation: Implementation | None = None,
 ) -> jax.Array:  # fmt: skip
     """softmax(q k^T / sqrt(head_dim)) v, its products of quantized arrays; scores and softmax are float32.
 
@@ -29,12 +31,14 @@ def quantized_attention(
         pv_bits: Of values (one symmetric range a channel, over tokens) and probabilities: those of a query and
             `pv_block` neighbouring keys lie in [0, 1] after division by their largest, an unsigned range; they are
             summed as quantized, so that a row still averages. None multiplies floats.
+        codebook: "float8_e4m3fn" for float8 in the place of integers, of 8 bits: the largest of a range becomes 448,
+            of probabilities too, and products are summed in float32.
         smooth_key: Subtract the mean key over tokens first, which leaves the softmax unchanged and takes away the
             channel offsets that waste the range (SageAttention, arXiv 2410.02367 section 3.1).
         key_block: So many neighbouring keys of a head share a range; None for a range each.
         pv_block: See `pv_bits`; None for all keys of a query.
         implementation: None for what `quantized_attention_choice` says, or by name:
-            "xla": int8 products into int32, scores in memory, blocks of queries where they would be too large.
+            "xla": products of codes, scores in memory, blocks of queries where they would be too large.
             "simulate": the same codes multiplied as floats. The reference.
             "pallas_tpu": a flash kernel, see `qvdjax.kernels.attention_quantized_tpu`.
 
@@ -43,8 +47,10 @@ def quantized_attention(
 
     Raises:
         UserError: An implementation that is not there or cannot take the arrays.
+        ValueError: Another codebook, or float8 of other bits.
     """
-    blocks = {"key_block": key_block, "pv_block": pv_block}
+    check_codebook(codebook, qk_bits, pv_bits)
+    blocks = {"codebook": codebook, "key_block": key_block, "pv_block": pv_block}
     choice = quantized_attention_choice(
         query, key, qk_bits=qk_bits, pv_bits=pv_bits, **blocks, asked=implementation
     )  # fmt: skip
@@ -56,15 +62,16 @@ def quantized_attention(
     query, key, value = (rearrange(_wide(a), "b t h d -> b h t d") for a in (query, key, value))
     key, value = prepared(key, value, key_lengths, smooth_key=smooth_key, axis=2)
     if qk_bits is not None:
-        key = quantize_keys(key, qk_bits, key_block)
+        key = quantize_keys(key, Grid(qk_bits, codebook=codebook), key_block)
     if pv_bits is not None:
         # One range a channel: the contraction of the second product runs over tokens, so these come last.
-        value = quantize(rearrange(value, "b h t d -> b h d t"), Quantizer(pv_bits), jnp.int8)
+        value = quantize(rearrange(value, "b h t d -> b h d t"), Quantizer(pv_bits, codebook=codebook), jnp.int8)
 
     def attend(block):  # [batch, queries, heads, head_dim]
         q = rearrange(block, "b t h d -> b h t d")
         if qk_bits is not None:
-            product = _batched(quantize(q, Quantizer(qk_bits, granularity="token"), jnp.int8), key, exact)
+            quantizer = Quantizer(qk_bits, granularity="token", codebook=codebook)
+            product = _batched(quantize(q, quantizer, jnp.int8), key, exact)
         else:
             product = _einsum_transposed(q, key)
         scores = mask_uncounted(scaled(q, product), key_lengths)
@@ -72,45 +79,41 @@ def quantized_attention(
             unnormalised = jnp.exp(scores - scores.max(axis=-1, keepdims=True))  # [b, h, q, k] in (0, 1]
             out, total = jnp.einsum("bhqk,bhkd->bhqd", unnormalised, value), unnormalised.sum(axis=-1, keepdims=True)
         else:
-            out, total = _weigh(scores, value, pv_bits, pv_block, exact)
+            out, total = _weigh(scores, value, pv_block, exact)
         return rearrange(out / total, "b h t d -> b t h d").astype(dtype)
 
     return by_query_blocks(attend, rearrange(query, "b h t d -> b t h d"), key.shape[-2])
 
 
 def quantized_attention_choice(
-    query: jax.Array, key: jax.Array, *, qk_bits: int | None, pv_bits: int | None, key_block: int | None = None,
-    pv_block: int | None = None, asked: Implementation | None = None,
+    query: jax.Array, key: jax.Array, *, qk_bits: int | None, pv_bits: int | None, codebook: str | None = None,
+    key_block: int | None = None, pv_block: int | None = None, asked: Implementation | None = None,
 ) -> Choice:  # fmt: skip
     """What computes `quantized_attention` of such arrays on the device that the program is for, and why.
 
     Raises `UserError` as `choose` does. No values are looked at.
     """
     device = target()
-    refusal = _tpu_refusal(query, key, device, qk_bits, pv_bits, key_block, pv_block)
+    refusal = f"the program is for {device.kind}"
+    if device.platform == "tpu":
+        refusal = flash_refusal(
+            query.shape, query.dtype, key.shape[1], device, qk_bits=qk_bits, pv_bits=pv_bits, codebook=codebook,
+            key_block=key_block, pv_block=pv_block,
+        )  # fmt: skip
     return choose("quantized attention", [
         Option("pallas_tpu", refusal, "scores stay in the chip"),
         Option("xla", None, "takes everything, and no kernel takes these arrays here"),
         Option("simulate"),
         Option("mosaic_gpu", "no such kernel was written for quantized attention"),
-        Option("cudnn", "its attention multiplies fp8, not int8"),
+        Option("cudnn", "its fp8 attention is not called here"),
     ], asked)  # fmt: skip
-
-
-def _tpu_refusal(query, key, device: Device, qk_bits, pv_bits, key_block, pv_block) -> str | None:
-    if device.platform != "tpu":
-        return f"the program is for {device.kind}"
-    return flash_refusal(
-        query.shape, query.dtype, key.shape[1], device, qk_bits=qk_bits, pv_bits=pv_bits, key_block=key_block,
-        pv_block=pv_block,
-    )  # fmt: skip
 
 
 def _wide(x):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _weigh(scores, value: QTensor, bits: int, block: int | None, exact: bool):
+def _weigh(scores, value: QTensor, block: int | None, exact: bool):
     """sum_k p_k v_k [b, h, q, d] and sum_k p_k [b, h, q, 1] over quantized p and v, both over the largest p.
 
     scores [b, h, q, k]; value [b, h, d, k].
@@ -122,13 +125,15 @@ def _weigh(scores, value: QTensor, bits: int, block: int | None, exact: bool):
     codes = jnp.pad(value.codes, ((0, 0),) * 3 + ((0, padding),))
     scores = rearrange(scores, "b h q (n c) -> b h n q c", c=size)
     codes = rearrange(codes, "b h d (n c) -> b h n d c", c=size)
-    value = QTensor(codes, value.scale[:, :, None], None, bits)
+    bits, codebook = value.bits, value.codebook
+    value = dataclasses.replace(value, codes=codes, scale=value.scale[:, :, None])
     largest = scores.max(axis=-1, keepdims=True)  # [b, h, n, q, 1]
-    grid = Grid(bits, symmetric=False)
-    scale = jnp.full((1,) * 5, 1 / (2**bits - 1), scores.dtype)
-    zero_point = jnp.full_like(scale, grid.low)  # probability 0 is the lowest code
+    grid = Grid(bits, symmetric=codebook is not None, codebook=codebook)
+    scale = jnp.full((1,) * 5, 1 / (2**bits - 1 if codebook is None else grid.largest), scores.dtype)
+    zero_point = jnp.full_like(scale, grid.low) if codebook is None else None  # probability 0 is the lowest code
     unnormalised = jnp.exp(scores - largest)  # in [0, 1]
-    quantized = QTensor(grid.encode(unnormalised, scale, zero_point).astype(jnp.int8), scale, zero_point, bits)
+    codes = grid.encode(unnormalised, scale, zero_point).astype(jnp.int8)
+    quantized = QTensor(codes, scale, zero_point, bits, codebook)
     share = jnp.exp(largest - largest.max(axis=2, keepdims=True))  # of a block, [b, h, n, q, 1]
     total = quantized.dequantize().sum(axis=-1, keepdims=True)
     # The codes of NaN are some number, so the sum says it.
@@ -141,12 +146,13 @@ def _einsum_transposed(a, b):
 
 
 def _batched(a: QTensor, b: QTensor, exact: bool) -> jax.Array:
-    """a [..., m, n] times b [..., k, n], b symmetric -> float [..., m, k]; in integers if `exact`, else in floats."""
+    """a [..., m, n] times b [..., k, n], b symmetric -> float [..., m, k]; of codes if `exact`, else of floats."""
     if not exact:
         return _einsum_transposed(a.dequantize(), b.dequantize())
     leading = tuple(range(a.codes.ndim - 2))
     contraction = (((a.codes.ndim - 1,), (b.codes.ndim - 1,)), (leading, leading))
-    total = jax.lax.dot_general(a.codes, b.codes, contraction, preferred_element_type=jnp.int32)  # [..., m, k]
+    kind = jnp.float32 if a.grid.floating else jnp.int32
+    total = jax.lax.dot_general(a.operands, b.operands, contraction, preferred_element_type=kind)  # [..., m, k]
     if a.zero_point is not None:
         b_sum = b.codes.astype(jnp.int32).sum(axis=-1)  # [..., k]
         total = total - a.zero_point.astype(jnp.int32) * b_sum[..., None, :]

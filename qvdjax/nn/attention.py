@@ -76,11 +76,11 @@ def quantized_attention(
 ) -> jax.Array:  # fmt: skip
     """Attention whose products are quantized as `scheme` says; shapes as in `Attention`.
 
-    Integer and simulated execution use the same codes: the first multiplies int8 into int32, by `implementation` or
-    what suits the device best. See `qvdjax.kernels.quantized_attention`.
+    Integer and simulated execution use the same codes: the first multiplies int8 into int32 (or float8 into float32),
+    by `implementation` or what suits the device best. See `qvdjax.kernels.quantized_attention`.
     """
     return kernels.quantized_attention(
         query, key, value, key_lengths, qk_bits=scheme.qk_bits, pv_bits=scheme.pv_bits, smooth_key=scheme.smooth_key,
-        key_block=scheme.key_block, pv_block=scheme.pv_block,
+        key_block=scheme.key_block, pv_block=scheme.pv_block, codebook=scheme.codebook,
         implementation="simulate" if execution == "simulate" else implementation,
     )  # fmt: skip

@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 from qvdjax.errors import UserError
+from qvdjax.kernels.attention_preparation import check_codebook
 from qvdjax.nn.bit_switch import BitSwitch
 from qvdjax.nn.centering import Centering
 from qvdjax.nn.input_clip import InputClip
@@ -150,6 +151,7 @@ class AttentionScheme:
         reason: Why, in words.
         key_block: So many neighbouring keys of a head share a range, None for a range each.
         pv_block: See `pv_bits`; None for all keys of a query.
+        codebook: "float8_e4m3fn" for float8 in the place of integers, of 8 bits.
     """
 
     qk_bits: int | None = None
@@ -159,8 +161,10 @@ class AttentionScheme:
     key_block: int | None = None
     # No step is coarser than with one range a query, and one pass over the keys knows the largest of a block.
     pv_block: int | None = 512
+    codebook: str | None = None
 
     def __post_init__(self):
+        check_codebook(self.codebook, self.qk_bits, self.pv_bits)
         for name, size in (("key_block", self.key_block), ("pv_block", self.pv_block)):
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be positive, not {size}")

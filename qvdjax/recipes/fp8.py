@@ -12,8 +12,8 @@ class Float8(Method):
     Hopper on. Elsewhere the same numbers are multiplied as bfloat16, which holds them exactly.
 
     One range an output channel of a weight and a token of an input, the largest value of which becomes 448. There are
-    only fp8-w8a8, and fp8-w8a16 for float inputs. Convolutions stay float, and products within attention are of
-    integers where they are asked for. Needs no calibration.
+    only fp8-w8a8, and fp8-w8a16 for float inputs. Convolutions stay float, and products within attention are of float8
+    where they are asked for. Needs no calibration.
     Source: Micikevicius et al., FP8 formats for deep learning (arXiv 2209.05433).
     Command: `qvdjax quantize DIR OUT --recipe fp8-w8a8`.
     Expected: an error of about 31.5 dB below a number whatever its size: behind rtn-w8a8 where values are alike, ahead
@@ -21,6 +21,7 @@ class Float8(Method):
     """
 
     codebook: str | None = FLOAT8
+    attention_codebook: str | None = FLOAT8
 
     name = "fp8"
     preset_bits = ((8, 8), (8, FLOAT_ACTIVATION_BITS))

@@ -45,6 +45,7 @@ class Method:
         attention_qk_bits, attention_pv_bits: Bits of the products of attention; None leaves them float, as
             the papers do.
         attention_key_block: Neighbouring keys that share a range; None for a range each.
+        attention_codebook: "float8_e4m3fn" for float8 in the place of integers there, of 8 bits.
         skip: Regular expression of further paths that stay float; empty for none.
         codebook: "gaussian" for the levels of least error for a normal distribution in the place of even grids, up to 7
             bits (`qvdjax.numerics.codebook`); for rotated inputs and weights, which are nearly normal. "float8_e4m3fn"
@@ -72,6 +73,7 @@ class Method:
     attention_qk_bits: int | None = None
     attention_pv_bits: int | None = None
     attention_key_block: int | None = None
+    attention_codebook: str | None = None
     skip: str = ""
     codebook: str | None = None
     temporal_features: str = "float"
@@ -228,7 +230,7 @@ class Method:
         if self.attention_qk_bits or self.attention_pv_bits:
             products = AttentionScheme(
                 self.attention_qk_bits, self.attention_pv_bits, reason="the option attention_*_bits",
-                key_block=self.attention_key_block,
+                key_block=self.attention_key_block, codebook=self.attention_codebook,
             )  # fmt: skip
             rules.append(Rule(products, roles=("attention",)))
         mixed = None if self.average_bits is None else MixedPrecision(self.average_bits)

@@ -39,6 +39,7 @@ def distance(a, b):
 
 
 BITS = [(8, 8), (8, None), (None, 8), (4, 6)]
+FLOAT8 = "float8_e4m3fn"
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,18 @@ def test_equals_the_reference(qk_bits, pv_bits, key_block):
     allowed = 1e-5 if pv_bits is None else 3 / (2**pv_bits - 1)
     np.testing.assert_allclose(got, plain, atol=allowed)
     assert np.abs(got - plain).mean() < 1e-4
+
+
+@pytest.mark.parametrize(("qk_bits", "pv_bits", "key_block"), [(8, 8, None), (8, None, 2 * BLOCK), (None, 8, None)])
+def test_equals_the_reference_in_float8(qk_bits, pv_bits, key_block):
+    arrays = inputs()
+    given = {"qk_bits": qk_bits, "pv_bits": pv_bits, "key_block": key_block, "codebook": FLOAT8}
+    got, plain = flash(*arrays, **given), reference(*arrays, **given)
+    # A probability or a code at the edge of two float8 moves by an eighth of itself, of values of about 3.
+    np.testing.assert_allclose(got, plain, atol=3 / 8)
+    assert np.abs(got - plain).mean() < 1e-4
+    # Three bits of mantissa: each operand is rounded by 2^-4 of itself at most, two thirds of that typically.
+    assert distance(got, exact(*arrays)) < 0.08
 
 
 @pytest.mark.parametrize(("queries", "keys", "head_dim"), [(1, 1, 8), (64, 128, 128), (65, 129, 72), (130, 600, 136)])
@@ -89,20 +102,22 @@ def test_heavy_tails_and_offsets():
     assert error(key_block=BLOCK) < 2 * error()
 
 
-def test_zero_rows():
+@pytest.mark.parametrize("codebook", [None, FLOAT8])
+def test_zero_rows(codebook):
     query, key, value = inputs()
     query, value = query.at[:, 5].set(0), value.at[..., 3].set(0)
-    got = flash(query, key, value, qk_bits=8, pv_bits=8)
+    got = flash(query, key, value, qk_bits=8, pv_bits=8, codebook=codebook)
     # A query of zeros averages all values; probabilities of one are exact, values are rounded.
     np.testing.assert_allclose(got[:, 5], value.mean(axis=1), atol=0.01)
     assert (np.asarray(got)[..., 3] == 0).all()
-    nothing = flash(*(jnp.zeros_like(a) for a in (query, key, value)), qk_bits=8, pv_bits=8)
+    nothing = flash(*(jnp.zeros_like(a) for a in (query, key, value)), qk_bits=8, pv_bits=8, codebook=codebook)
     assert (np.asarray(nothing) == 0).all()
 
 
-def test_nan_comes_through():
+@pytest.mark.parametrize("codebook", [None, FLOAT8])
+def test_nan_comes_through(codebook):
     query, key, value = inputs()
-    attend = lambda *a: np.isnan(flash(*a, qk_bits=8, pv_bits=8))  # noqa: E731
+    attend = lambda *a: np.isnan(flash(*a, qk_bits=8, pv_bits=8, codebook=codebook))  # noqa: E731
     spoilt = attend(query.at[0, 3, 1, 2].set(jnp.nan), key, value)
     assert spoilt[0, 3, 1].all()
     assert spoilt.sum() == query.shape[-1]  # no other row
@@ -146,21 +161,21 @@ def test_refused_where_there_is_no_tpu():
         quantized_attention(*inputs(), qk_bits=8, pv_bits=8, pv_block=BLOCK, implementation="pallas_tpu")
 
 
-# v7x has no products of integers in its matrix units, and the compiler refuses them.
-SLICES = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1")
+# v7x has no products of integers in its matrix units, and the compiler refuses them; the others have none of float8.
+COMPILED = [("v5e:1x1", 8, None), ("v5p:1x1x1", None, None), ("v6e:1x1", 8, None), ("tpu7x:1x1x1", 8, FLOAT8)]
 
 
 @pytest.mark.slow
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize(("name", "qk_bits", "pv_bits"), list(zip(SLICES, (8, 8, 8), (8, None, 8), strict=True)))
-def test_compiles_at_real_shapes_and_keeps_no_scores(name, qk_bits, pv_bits):
+@pytest.mark.parametrize(("name", "pv_bits", "codebook"), COMPILED)
+def test_compiles_at_real_shapes_and_keeps_no_scores(name, pv_bits, codebook):
     """Wan 1.3B at 480p, CogVideoX at heads of 64, and a text of 77 tokens."""
     mesh = topology_mesh(name)
     for queries, keys, heads, head_dim in ((32760, 32760, 12, 128), (17776, 17776, 4, 64), (77, 77, 2, 64)):
         one = NamedSharding(mesh, P())
         array = lambda t: jax.ShapeDtypeStruct((1, t, heads, head_dim), jnp.bfloat16, sharding=one)  # noqa: B023, E731
         attend = lambda *a: quantized_attention(  # noqa: E731
-            *a, qk_bits=qk_bits, pv_bits=pv_bits, pv_block=512, implementation="pallas_tpu"
+            *a, qk_bits=8, pv_bits=pv_bits, codebook=codebook, pv_block=512, implementation="pallas_tpu"
         )
         report = plan(attend, array(queries), array(keys), array(keys), mesh=mesh)
         assert report["fits"]

@@ -17,14 +17,15 @@ from qvdjax.parallel import make_mesh, plan, topology_mesh
 
 fused = functools.partial(fused_linear, interpret=True, blocks=Blocks(64, 128, 128))
 TOKEN = Quantizer(8, granularity="token", dynamic=True)
+FLOAT8 = Quantizer(8, granularity="token", dynamic=True, codebook="float8_e4m3fn")
 
 
-def make(tokens=77, inputs=384, outputs=256, bits=8, group=None, batch=2, seed=0):
+def make(tokens=77, inputs=384, outputs=256, bits=8, group=None, batch=2, seed=0, codebook=None):
     """x [batch, tokens, inputs], the weight's codes, bias, gate [batch, 1, outputs] and residual."""
     keys = jax.random.split(jax.random.key(seed), 5)
     x = jax.random.normal(keys[0], (batch, tokens, inputs))
     kind = {"granularity": "group", "group_size": group} if group else {}
-    weight = quantize(jax.random.normal(keys[1], (outputs, inputs)), Quantizer(bits, **kind))
+    weight = quantize(jax.random.normal(keys[1], (outputs, inputs)), Quantizer(bits, codebook=codebook, **kind))
     bias = jax.random.normal(keys[2], (outputs,))
     gate = jax.random.normal(keys[3], (batch, 1, outputs))
     return x, weight, bias, gate, jax.random.normal(keys[4], (batch, tokens, outputs))
@@ -49,6 +50,20 @@ def test_narrower_inputs(activation_bits):
     np.testing.assert_allclose(
         fused(x, weight, activation), quantized_linear(x, weight, activation, implementation="xla"), atol=5e-5
     )
+
+
+def test_float8_equals_the_plain_path():
+    x, weight, bias, gate, residual = make(codebook=FLOAT8.codebook)
+    options = {"bias": bias, "gate": gate, "residual": residual}
+    got, plain = fused(x, weight, FLOAT8, **options), quantized_linear(x, weight, FLOAT8, **options)
+    # Sums in float32 in another order; a division that rounds otherwise may move one code in thousands by an eighth.
+    np.testing.assert_allclose(got, plain, atol=0.5)
+    assert np.abs(got - plain).mean() < 1e-4
+    zero, spoilt = x.at[0, 5].set(0), x.at[1, 70, 200].set(jnp.nan)
+    assert (np.asarray(fused(zero, weight, FLOAT8))[0, 5] == 0).all()
+    missing = np.isnan(fused(spoilt, weight, FLOAT8))
+    assert missing[1, 70].all()
+    assert missing.sum() == 256  # no other row
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 64, 65])
@@ -141,6 +156,13 @@ def test_what_the_kernel_refuses_for_a_tpu():
         assert choice.implementation == "bfloat16"
         assert "emulated" in choice.reason
         assert "no products of integers" in dict(choice.refused)["pallas_tpu"]
+    _, eighth, *_ = make(codebook=FLOAT8.codebook)
+    for name, given, why in (
+        ("v5e:1x1", (eighth, FLOAT8), "no products of float8"), ("v5e:1x1", (eighth, TOKEN), "the other float8"),
+        ("tpu7x:2x2x1", (eighth, FLOAT8), "split"),
+    ):  # fmt: skip
+        with jax.set_mesh(topology_mesh(name)):
+            assert why in dict(quantized_linear_choice(x, *given).refused)["pallas_tpu"]
 
 
 def test_a_mesh_of_one_device_is_no_hindrance_elsewhere():
@@ -151,24 +173,26 @@ def test_a_mesh_of_one_device_is_no_hindrance_elsewhere():
 
 @pytest.mark.slow
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize("name", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
+@pytest.mark.parametrize("name", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1"])
 def test_compiles_at_real_shapes(name):
-    """Both layers of a feed-forward of Wan 14B at 480p, gate and residual behind the second, and groups."""
-    mesh = topology_mesh(name)
+    """Both layers of a feed-forward of Wan 14B at 480p, gate and residual behind the second, and groups; float8 where
+    it is the fast type."""
+    mesh, activation = topology_mesh(name), TOKEN
+    cases = ((5120, 13824, 8, 1, False), (13824, 5120, 4, 1, True), (5120, 13824, 4, 40, False))
+    if name.startswith("tpu7x"):  # a chip is two devices, and the kernel is for one
+        mesh, activation = topology_mesh(name, {"context": 1}), FLOAT8
+        cases = ((5120, 13824, 8, 1, False), (13824, 5120, 8, 1, True))
     array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))  # noqa: E731
-    for inputs, outputs, bits, groups, gated in (
-        (5120, 13824, 8, 1, False), (13824, 5120, 4, 1, True), (5120, 13824, 4, 40, False),
-    ):  # fmt: skip
-        weight = QTensor(
-            array(jnp.int4 if bits == 4 else jnp.int8, outputs, inputs), array(jnp.float32, outputs, groups), None, bits
-        )
+    for inputs, outputs, bits, groups, gated in cases:
+        codes = array(jnp.int4 if bits == 4 else jnp.int8, outputs, inputs)
+        weight = QTensor(codes, array(jnp.float32, outputs, groups), None, bits, activation.codebook)
         extra = (array(jnp.float32, outputs),)
         if gated:
             extra += (array(jnp.float32, 1, 1, outputs), array(jnp.bfloat16, 1, 32760, outputs))
 
         def layer(x, weight, bias, gate=None, residual=None):
             return quantized_linear(
-                x, weight, TOKEN, bias=bias, gate=gate, residual=residual, implementation="pallas_tpu"
+                x, weight, activation, bias=bias, gate=gate, residual=residual, implementation="pallas_tpu"
             )
 
         report = plan(layer, array(jnp.bfloat16, 1, 32760, inputs), weight, *extra, mesh=mesh)

@@ -60,13 +60,16 @@ def test_gradients(implementation):
 
 @pytest.mark.parametrize("scheme", [AttentionScheme(8), AttentionScheme(None, 8), AttentionScheme(8, 8),
                                     AttentionScheme(4, 6), AttentionScheme(8, 8, smooth_key=False),
-                                    AttentionScheme(8, 8, key_block=4, pv_block=5)])  # fmt: skip
+                                    AttentionScheme(8, 8, key_block=4, pv_block=5),
+                                    AttentionScheme(8, 8, codebook="float8_e4m3fn")])  # fmt: skip
 def test_integer_and_simulated_execution_agree(scheme):
     arrays = qkv()
     integer, simulated = (quantized_attention(*arrays, scheme=scheme, execution=e) for e in ("integer", "simulate"))
     # Scores differ by float32 rounding, so a probability at the edge of two codes may take either: one code of 255
     # (or of 63) of one value out of 13 keys.
-    allowed = 1e-5 if scheme.pv_bits is None else 3 / (2**scheme.pv_bits - 1)
+    # Of float8 it is an eighth of the value.
+    codes = 8 if scheme.codebook else 2 ** (scheme.pv_bits or 1) - 1
+    allowed = 1e-5 if scheme.pv_bits is None else 3 / codes
     chex.assert_trees_all_close(integer, simulated, atol=allowed)
     assert float(jnp.mean(jnp.abs(integer - simulated))) < 1e-3
 
@@ -74,9 +77,11 @@ def test_integer_and_simulated_execution_agree(scheme):
 def test_eight_bits_are_near_lossless():
     arrays = qkv(queries=64, keys=64, width=32)
     exact = textbook(*arrays)
-    for scheme, allowed in ((AttentionScheme(8), 0.01), (AttentionScheme(8, 8), 0.02)):
+    # Two 8-bit operands a product: about 2**-8 each; of float8, whose mantissa has three bits, about 2**-5.
+    float8 = AttentionScheme(8, 8, codebook="float8_e4m3fn")
+    for scheme, allowed in ((AttentionScheme(8), 0.01), (AttentionScheme(8, 8), 0.02), (float8, 0.08)):
         error = np.linalg.norm(quantized_attention(*arrays, scheme=scheme, execution="integer") - exact)
-        assert error / np.linalg.norm(exact) < allowed  # two 8-bit operands a product: about 2**-8 each
+        assert error / np.linalg.norm(exact) < allowed
 
 
 def test_smoothing_keys_saves_a_large_offset():

@@ -136,6 +136,11 @@ def test_a_model_of_float8_is_an_ordinary_one(tmp_path):
     layer = stored_layers(CheckpointFolder.open(tmp_path / "model"))["blocks.1.ffn.net.2"]
     weight = np.asarray(model.stacks[0].block.ffn.net["2"].weight[...][1])
     assert np.square(layer.weight() - weight).sum() < 0.002 * np.square(weight).sum()
+    attending = qvdjax.quantize(model, get("fp8-w8a8", attention_qk_bits=8, attention_pv_bits=8), execution="integer")
+    models.save(attending, tmp_path / "attending")
+    loaded = models.load(tmp_path / "attending", execution="integer")
+    chex.assert_trees_all_equal(run(loaded, inputs), run(attending, inputs))
+    assert 1e-6 < error(run(attending, inputs), run(quantized, inputs)) < 0.02
     floats = qvdjax.quantize(model, "fp8-w8a16")
     assert error(run(floats, inputs), run(model, inputs)) < error(run(quantized, inputs), run(model, inputs))
 

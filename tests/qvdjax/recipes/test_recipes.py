@@ -126,6 +126,10 @@ def test_attention_products_are_an_option():
     plain = decide(models.abstract(WAN), get("rtn-w8a8")).schemes["blocks.0.attn1.attention"]
     assert isinstance(plain, AttentionScheme)
     assert plain.qk_bits is None
+    for name, options in (("fp8-w8a8", {}), ("rtn-w8a8", {"attention_codebook": "float8_e4m3fn"})):
+        recipe = get(name, attention_qk_bits=8, attention_pv_bits=8, **options)
+        scheme = decide(models.abstract(WAN), recipe).schemes["blocks.0.attn1.attention"]
+        assert (scheme.qk_bits, scheme.pv_bits, scheme.codebook) == (8, 8, "float8_e4m3fn")
 
 
 @pytest.mark.parametrize(("name", "options", "message"), [
@@ -134,6 +138,8 @@ def test_attention_products_are_an_option():
     ("rtn-w1a4", {}, "out of range"),
     ("rtn-w4a9", {}, "out of range"),
     ("rtn-w4a4", {"wings": 2}, "no such option"),
+    ("rtn-w4a4", {"attention_qk_bits": 4, "attention_codebook": "float8_e4m3fn"}, "float8_e4m3fn has 8 bits, not 4"),
+    ("rtn-w4a4", {"attention_qk_bits": 8, "attention_codebook": "gaussian"}, "have no codebook 'gaussian'"),
     ("rtn-w4a4", {"group_size": "some"}, "group_size"),
     ("rtn-w4a4", {"weight_symmetric": "perhaps"}, "weight_symmetric"),
     ("rtn-w4a4", {"group_size": "-4"}, "positive"),
