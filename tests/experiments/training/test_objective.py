@@ -77,6 +77,30 @@ def test_a_loss_of_the_data_alone_asks_no_teacher(examples):
     assert np.isfinite(Objective()(lambda *inputs: inputs[0], examples, jax.random.key(0), teacher))
 
 
+def test_motion_weighs_what_frames_do_not_share():
+    """Two frames in each of two latents, errors 1, 2, 3 and 6: their mean is 3, beside it stand -2, -1, 0 and 3."""
+    latents = jnp.array([[1.0, 2.0], [3.0, 6.0]]).reshape(1, 2, 1, 1, 2)  # f (t c) -> b f h w (t c)
+    corrupted = {name: jnp.zeros((1, 1, 1)) for name in ("timestep", "context")}
+    corrupted |= {"latents": latents, "target": jnp.zeros_like(latents)}
+    loss = Objective(motion=10.0, frame_factor=2).loss(lambda *inputs: inputs[0], corrupted)
+    assert float(loss) == pytest.approx(9 + 10 * (4 + 1 + 0 + 9) / 4, rel=1e-6)
+    same = Objective(frame_factor=2).loss(lambda *inputs: inputs[0], corrupted)
+    assert float(same) == pytest.approx((1 + 4 + 9 + 36) / 4, rel=1e-6)
+
+
+def test_errors_weigh_as_those_of_v_up_to_a_limit():
+    solver = DDIM(prediction_type="sample")
+    ones, timestep = jnp.ones((3, 1, 1, 1, 2)), jnp.array([0.0, 300.0, 999.0])
+    corrupted = {"latents": ones, "target": 3 * ones, "timestep": timestep, "context": jnp.ones((3, 1, 1))}
+    loss = Objective(solver=solver, most=5.0).loss(lambda *inputs: ones, corrupted)
+    alphas = solver.alphas_cumprod()
+    middle = 1 / (1 - alphas[300])
+    assert 1 < middle < 5 < 1 / (1 - alphas[0])  # one of each kind, and no signal at the last
+    assert float(loss) == pytest.approx(4 * (5 + middle + 1) / 3, rel=1e-5)
+    with pytest.raises(ValueError, match="where clean latents are predicted"):
+        Objective(solver=DDIM(), most=5.0)
+
+
 def test_variance_preserving_models_see_their_own_noise(examples):
     """CogVideoX's: sqrt(a) x + sqrt(1 - a) e, and v = sqrt(a) e - sqrt(1 - a) x at whole timesteps."""
     corrupted = Objective(solver=DDIM()).corrupt(examples, jax.random.key(3))
