@@ -43,6 +43,8 @@ class QVD(LearnedRounding, MinMax):
             samples, narrowed by one factor (with `static_range=minmax` by none); the model then takes videos of as many
             frames as were calibrated. As released; off here, where all recipes have one range a layer. Layers that mix
             frames, and models that have all frames in one sequence, keep one range.
+        step_ranges: Every input has a range for each timestep of the calibration set instead, as `tfmq-dm` has it. The
+            release has one for all, the mean over the steps; where inputs are larger than on average it clips them.
         shift: False leaves SCRI out.
         scale_alpha: After the shift each channel is divided by SmoothQuant's scale of this alpha; none for no scale.
         scale_search: Instead, channels wider than a threshold are divided down to it (Outlier Suppression+); the
@@ -63,6 +65,7 @@ class QVD(LearnedRounding, MinMax):
     statistics: str = "first"
     static_range: str = "magnitude"
     frame_ranges: bool = False
+    step_ranges: bool = False
     shift: bool = True
     scale_alpha: float | None = None
     scale_search: bool = False
@@ -77,6 +80,8 @@ class QVD(LearnedRounding, MinMax):
         super().__post_init__()
         if self.statistics not in ("first", "all"):
             raise ValueError(f"unknown statistics {self.statistics!r}: use first or all")
+        if self.frame_ranges and self.step_ranges:
+            raise ValueError("ranges are of frames or of timesteps: give frame_ranges or step_ranges")
         if (self.scale_alpha is not None or self.scale_search) and not self.shift:
             raise ValueError("the scale comes behind the shift: leave it out, or take `smoothquant`")
         if self.scale_alpha is not None and self.scale_search:
@@ -85,9 +90,10 @@ class QVD(LearnedRounding, MinMax):
             raise ValueError("what a shifted input does to a rounded weight is not measured: leave average_bits out")
 
     def activation(self) -> Quantizer | None:
-        """Static, one range a tensor, or a frame."""
+        """Static, one range a tensor, or a frame, or a timestep."""
         tensor = super().activation()
-        return dataclasses.replace(tensor, granularity="frame") if tensor and self.frame_ranges else tensor
+        granularity = "frame" if self.frame_ranges else "step" if self.step_ranges else None
+        return dataclasses.replace(tensor, granularity=granularity) if tensor and granularity else tensor
 
     def transform(self) -> FitShift | None:
         """The shift."""

@@ -30,9 +30,10 @@ ROWS = {
     "QVD, with the scale": Row("qvd", {"scale_search": True, "thresholds": 20}, "the part of SCRI that is off"),
     "QVD, ranges of frames": Row("qvd", {"frame_ranges": True}, "as released"),
     "QVD, all steps": Row("qvd", {"statistics": "all"}, "channels' ranges over all steps, not the first"),
+    "QVD, ranges of timesteps": Row("qvd", {"step_ranges": True}, "in the place of their mean over the steps"),
     "Ours": Row(
-        "qvd", {"statistics": "all", "learn": True, "frame_ranges": True, "temporal_features": "step"},
-        "shift over all steps, ranges of frames, learned rounding, a range a timestep for temporal features",
+        "qvd", {"statistics": "all", "learn": True, "step_ranges": True, "temporal_features": "step"},
+        "shift over all steps, ranges of timesteps, learned rounding",
     ),
 }  # fmt: skip
 

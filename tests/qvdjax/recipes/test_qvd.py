@@ -138,6 +138,7 @@ def test_query_key_and_value_of_one_input_share_their_shift(quantized):
         ({"scale_alpha": 0.5}, ("shift", "smooth_scale")),
         ({"static_range": "shrink"}, ("shift",)),
         ({"statistics": "all"}, ("shift",)),
+        ({"step_ranges": True}, ("shift",)),
     ],
 )  # fmt: skip
 def test_options_change_what_they_say(option, transforms, quantized):
