@@ -192,6 +192,19 @@ def test_a_model_without_temporal_features_takes_the_recipe():
     assert jnp.isfinite(model(**calibration(wan_inputs)[0])).all()
 
 
+def test_ranges_of_timesteps_do_not_clip_the_widest():
+    """Inputs ten times as large at one step as at the others: the mean of the steps clips there, its own range not."""
+    batches = [{**batch, "latents": batch["latents"] * (10.0 if number == 0 else 1.0)}
+               for number, batch in enumerate(calibration(wan_inputs, steps=3))]  # fmt: skip
+    inputs = batches[0]
+    exact = predict(wan(), inputs)
+    errors = {}
+    for step_ranges in (False, True):
+        recipe = get("qvd-w8a8", step_ranges=step_ranges, statistics="all")
+        errors[step_ranges] = relative_error(predict(qvdjax.quantize(wan(), recipe, batches), inputs), exact)
+    assert errors[True] < 0.8 * errors[False]
+
+
 def test_one_timestep_says_nothing_about_telling_them_apart():
     with pytest.raises(qvdjax.errors.UserError, match="at least two steps"):
         qvdjax.quantize(unet(), "qvd-w8a8", calibration(steps=1))
@@ -199,7 +212,7 @@ def test_one_timestep_says_nothing_about_telling_them_apart():
 
 @pytest.mark.parametrize(
     "option", [{"statistics": "last"}, {"static_range": "widest"}, {"average_bits": 4.0}, {"temporal_features": "log3"},
-               {"shift": False, "scale_alpha": 0.5}]
+               {"shift": False, "scale_alpha": 0.5}, {"frame_ranges": True, "step_ranges": True}]
 )  # fmt: skip
 def test_options_that_make_no_sense(option):
     with pytest.raises(qvdjax.errors.UserError):
