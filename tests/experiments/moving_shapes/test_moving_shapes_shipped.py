@@ -71,10 +71,11 @@ def cogvideox_of_diffusers(folder, latents, timestep, context):
 
 
 def animatediff_of_diffusers(folder, latents, timestep, context):
-    """diffusers' UNet with motion modules likewise."""
+    """diffusers' UNet with motion modules likewise, which its pipeline gives the text once a frame."""
     import torch
     from diffusers import UNetMotionModel
 
+    context = np.repeat(context, latents.shape[1], axis=0)  # b n d -> (b f) n d
     latents = torch.from_numpy(latents.transpose(0, 4, 1, 2, 3))  # b f h w c -> b c f h w
     model = UNetMotionModel.from_pretrained(folder).eval()
     output = model(latents, torch.from_numpy(timestep), torch.from_numpy(context)).sample
