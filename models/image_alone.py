@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.encoders import EncoderFolder, encoder_shapes, load_encoder, parse_encoder_config
-from models.image_prompts import LATENTS
+from models.image_prompts import LATENTS, vae_config
 from models.images import PROCESSOR, for_clip_smoothed, for_vae
 from models.pipeline_folder import PipelineFolder
 from models.unet_spatio_temporal_config import IDS, UNetSpatioTemporalConfig
-from models.vae_folders import load_vae, parse_vae_config, vae_shapes
+from models.vae_folders import load_vae, vae_shapes
 from models.vae_tiling import Tiling
 from qvdjax.checkpoint import Progress
-from qvdjax.checkpoint.folder import CONFIG, read_json
+from qvdjax.checkpoint.folder import read_json
 from qvdjax.diffusion import initial_noise
 from qvdjax.errors import UserError
 from qvdjax.parallel import bytes_held, free
@@ -101,13 +101,7 @@ class ImageAlone:
             UserError: A missing or damaged component; one of another kind or width than the model's.
         """
         folder, encoder = pipeline.component("vae"), pipeline.component("image_encoder")
-        vae, added = parse_vae_config(read_json(folder / CONFIG)), config.in_channels - config.out_channels
-        if vae.latent_channels != added:
-            raise UserError(
-                f"{folder} makes {vae.latent_channels} channels of a picture, the model in {pipeline.denoiser} takes"
-                f" {added}",
-                remedy="use the VAE that belongs to the model",
-            )
+        vae = vae_config(folder, pipeline, config.in_channels - config.out_channels)
         opened = EncoderFolder.open(encoder)
         parsed = parse_encoder_config(opened.config)
         if opened.config["model_type"] != "clip_vision_model" or not parsed.projected:

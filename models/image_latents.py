@@ -12,14 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.cogvideox_config import CogVideoXConfig
-from models.image_prompts import LATENTS, encoding_bytes
+from models.image_prompts import LATENTS, encoding_bytes, vae_config
 from models.images import for_vae
 from models.pipeline_folder import PipelineFolder
-from models.vae_folders import load_vae, parse_vae_config, vae_shapes
+from models.vae_folders import load_vae, vae_shapes
 from models.vae_tiling import Tiling
 from qvdjax.checkpoint import Progress
-from qvdjax.checkpoint.folder import CONFIG, read_json
-from qvdjax.errors import UserError
 from qvdjax.parallel import free
 
 
@@ -43,14 +41,7 @@ class ImageLatents:
             UserError: A missing or damaged VAE; one whose latents have other channels than the model's.
         """
         folder = pipeline.component("vae")
-        vae = parse_vae_config(read_json(folder / CONFIG))
-        if vae.latent_channels != config.image_channels:
-            raise UserError(
-                f"{folder} makes {vae.latent_channels} channels of a picture, the model in {pipeline.denoiser} takes"
-                f" {config.image_channels}",
-                remedy="use the VAE that belongs to the model",
-            )
-        return cls(folder, vae.compression)
+        return cls(folder, vae_config(folder, pipeline, config.image_channels).compression)
 
     def shapes(self, latents: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
         """Of what `encode` returns for latents (frames, height, width, channels)."""

@@ -15,6 +15,7 @@ import numpy as np
 from models.encoders import EncoderFolder, encoder_shapes, load_encoder, parse_encoder_config
 from models.images import PROCESSOR, for_clip, for_vae
 from models.pipeline_folder import PipelineFolder
+from models.vae_config import VAEConfig
 from models.vae_folders import load_vae, parse_vae_config, vae_shapes
 from models.vae_tiling import Tiling
 from models.wan import WanConfig
@@ -52,15 +53,7 @@ class ImageConditions:
             UserError: A missing or damaged component; one of another kind or width than the model's.
         """
         folder = pipeline.component("vae")
-        vae = parse_vae_config(read_json(folder / CONFIG))
-        # Which of the frames behind a latent frame are given, a channel each, then their latents.
-        added = vae.compression[0] + vae.latent_channels
-        if config.image_channels != added:
-            raise UserError(
-                f"{folder} makes {added} channels of a picture, the model in {pipeline.denoiser} takes"
-                f" {config.image_channels}",
-                remedy="use the VAE that belongs to the model",
-            )
+        vae = vae_config(folder, pipeline, config.image_channels, marked=True)
         if config.image_dim is None:
             return cls(None, {}, folder, vae.compression, None)
         encoder = pipeline.component("image_encoder")
@@ -146,6 +139,28 @@ def _tokens(model, images: jax.Array) -> jax.Array:
 def _latents(vae, video: jax.Array) -> jax.Array:
     """(batch, frames, height, width, rgb) in -1 to 1 -> float32 (batch, frames', height', width', channels)."""
     return vae.normalize(vae.encode(video).mode().astype(jnp.float32))
+
+
+def vae_config(folder: Path, pipeline: PipelineFolder, channels: int, *, marked: bool = False) -> VAEConfig:
+    """The configuration of the VAE that makes latents of a picture.
+
+    Args:
+        folder: The VAE's.
+        pipeline: Whose model takes them.
+        channels: How many channels of a picture it takes.
+        marked: Before the latents, which of the frames behind a latent frame are given, a channel each.
+
+    Raises:
+        UserError: A VAE whose pictures have another number of channels; see `parse_vae_config`.
+    """
+    vae = parse_vae_config(read_json(folder / CONFIG))
+    made = vae.latent_channels + (vae.compression[0] if marked else 0)
+    if made != channels:
+        raise UserError(
+            f"{folder} makes {made} channels of a picture, the model in {pipeline.denoiser} takes {channels}",
+            remedy="use the VAE that belongs to the model",
+        )
+    return vae
 
 
 def _float32(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

@@ -128,9 +128,10 @@ def find_picture(
         raise UserError("this model follows an image, and there is none", remedy="give its first frame with --image")
     if alone:
         pictures = ImageAlone.open(whole, config, Motion(**told))
+    elif isinstance(config, CogVideoXConfig):
+        pictures = ImageLatents.open(whole, config)
     else:
-        encoded_by = ImageLatents if isinstance(config, CogVideoXConfig) else ImageConditions
-        pictures = encoded_by.open(whole, config)
+        pictures = ImageConditions.open(whole, config)
     return pictures, read_image(file)
 
 

@@ -22,6 +22,7 @@ from qvdjax.kernels import tuning
 from qvdjax.kernels.attention_preparation import key_scales, prepared
 from qvdjax.kernels.dispatch import Device, target
 from qvdjax.kernels.head_split import over_heads
+from qvdjax.kernels.rounding_tpu import codes_of, largest_code
 from qvdjax.numerics import Grid
 from qvdjax.numerics.float8 import LARGEST
 from qvdjax.numerics.quantizer import largest_magnitude
@@ -208,17 +209,11 @@ def _kernel(
             codes_ref[...] = q
             factor_ref[...] = jnp.full_like(factor_ref, factor)
         else:
-            floating = k_ref.dtype == jnp.float8_e4m3fn
-            high = LARGEST if floating else 2 ** (qk_bits - 1) - 1
             q = q.astype(jnp.float32)
-            scale = jnp.max(jnp.abs(q), axis=-1, keepdims=True) / high
+            scale = jnp.max(jnp.abs(q), axis=-1, keepdims=True) / largest_code(qk_bits, codes_ref.dtype)
             # Zero, or NaN where the row has one, whatever its largest is said to be: the row becomes NaN.
             scale = jnp.where(scale > 0, scale, 1) + jnp.sum(0 * q, axis=-1, keepdims=True)
-            if floating:
-                codes_ref[...] = jnp.clip(q / scale, -high, high).astype(codes_ref.dtype)
-            else:
-                codes = jnp.clip(jnp.round(q / scale), -high - 1, high)
-                codes_ref[...] = codes.astype(jnp.int32).astype(jnp.int8)
+            codes_ref[...] = codes_of(q / scale, qk_bits, codes_ref.dtype)
             factor_ref[...] = scale * factor
         most_ref[...] = jnp.full_like(most_ref, -jnp.inf)
         total_ref[...] = jnp.zeros_like(total_ref)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from qvdjax.kernels import tuning
 from qvdjax.kernels.dispatch import Device, target
+from qvdjax.kernels.rounding_tpu import codes_of, largest_code
 from qvdjax.numerics import QTensor, Quantizer
-from qvdjax.numerics.float8 import LARGEST
 
 LANES, ROWS = 128, 32  # what an array of int8 is tiled by
 COLUMNS = 512  # of a block of tokens that are rounded at a time: 16 registers
@@ -219,8 +219,7 @@ def _round(x_ref, codes_ref, scale_ref, bits: int):
     """Ranges and codes of all tokens of a block, some rows and columns at a time so that they stay in registers."""
     from jax.experimental import pallas as pl
 
-    whole = codes_ref.dtype == jnp.int8
-    high, (rows, inputs) = 2 ** (bits - 1) - 1 if whole else LARGEST, x_ref.shape
+    high, (rows, inputs) = largest_code(bits, codes_ref.dtype), x_ref.shape
     size = min(ROWS, rows)
     parts = [(start, min(COLUMNS, inputs - start)) for start in range(0, inputs, COLUMNS)]
 
@@ -235,12 +234,7 @@ def _round(x_ref, codes_ref, scale_ref, bits: int):
         scale = jnp.where(largest > 0, largest / high, 1) + nothing
         scale_ref[here, :] = scale
         for place, width in parts:
-            real = read(place, width) / scale
-            if whole:
-                codes = jnp.clip(jnp.round(real), -high - 1, high).astype(jnp.int32).astype(jnp.int8)
-            else:
-                codes = jnp.clip(real, -high, high).astype(codes_ref.dtype)
-            codes_ref[here, place : place + width] = codes
+            codes_ref[here, place : place + width] = codes_of(read(place, width) / scale, bits, codes_ref.dtype)
 
     def step(i, _):
         round_rows(pl.multiple_of(i * size, size), size)

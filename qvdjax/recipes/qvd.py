@@ -44,7 +44,7 @@ class QVD(LearnedRounding, MinMax):
             frames as were calibrated. As released; off here, where all recipes have one range a layer. Layers that mix
             frames, and models that have all frames in one sequence, keep one range.
         step_ranges: Every input has a range for each timestep of the calibration set instead, as `tfmq-dm` has it. The
-            release has one for all, the mean over the steps; where inputs are larger than on average it clips them.
+            release has one for all, the mean over the calls; where inputs are larger than on average it clips them.
         shift: False leaves SCRI out.
         scale_alpha: After the shift each channel is divided by SmoothQuant's scale of this alpha; none for no scale.
         scale_search: Instead, channels wider than a threshold are divided down to it (Outlier Suppression+); the

@@ -21,6 +21,8 @@ def test_folders_are_small(folder):
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 8 * 2**20
     model = models.skeleton(folder)
     assert sum(stack.count or 1 for stack in model.stacks) >= 6  # blocks
+    if not folder.name.startswith("animatediff"):  # whose README says that its heads are narrower
+        assert model.config.attention_head_dim >= 32
 
 
 def one_step(folder, clips: int = 2):
@@ -44,15 +46,20 @@ def test_the_outlier_variant_is_the_same_function(family):
     assert relative(heavy, plain) <= 1e-5
 
 
-def wan_of_diffusers(folder, latents, timestep, context):
-    """diffusers' Wan on our inputs, in our layout."""
+def with_channels_first(model, latents, timestep, context):
+    """One of diffusers' models on our inputs, in our layout."""
     import torch
-    from diffusers import WanTransformer3DModel
 
     latents = torch.from_numpy(latents.transpose(0, 4, 1, 2, 3))  # b f h w c -> b c f h w
-    model = WanTransformer3DModel.from_pretrained(folder).eval()
-    output = model(latents, torch.from_numpy(timestep), torch.from_numpy(context)).sample
+    output = model.eval()(latents, torch.from_numpy(timestep), torch.from_numpy(context)).sample
     return output.numpy().transpose(0, 2, 3, 4, 1)  # b c f h w -> b f h w c
+
+
+def wan_of_diffusers(folder, latents, timestep, context):
+    """diffusers' Wan."""
+    from diffusers import WanTransformer3DModel
+
+    return with_channels_first(WanTransformer3DModel.from_pretrained(folder), latents, timestep, context)
 
 
 def cogvideox_of_diffusers(folder, latents, timestep, context):
@@ -71,15 +78,11 @@ def cogvideox_of_diffusers(folder, latents, timestep, context):
 
 
 def animatediff_of_diffusers(folder, latents, timestep, context):
-    """diffusers' UNet with motion modules likewise, which its pipeline gives the text once a frame."""
-    import torch
+    """diffusers' UNet with motion modules, which its pipeline gives the text once a frame."""
     from diffusers import UNetMotionModel
 
     context = np.repeat(context, latents.shape[1], axis=0)  # b n d -> (b f) n d
-    latents = torch.from_numpy(latents.transpose(0, 4, 1, 2, 3))  # b f h w c -> b c f h w
-    model = UNetMotionModel.from_pretrained(folder).eval()
-    output = model(latents, torch.from_numpy(timestep), torch.from_numpy(context)).sample
-    return output.numpy().transpose(0, 2, 3, 4, 1)  # b c f h w -> b f h w c
+    return with_channels_first(UNetMotionModel.from_pretrained(folder), latents, timestep, context)
 
 
 OF_DIFFUSERS = {"wan": wan_of_diffusers, "cogvideox": cogvideox_of_diffusers, "animatediff": animatediff_of_diffusers}
