@@ -1,4 +1,4 @@
-"""Static ranges of layers' inputs by search, averaged over the calls of a calibration set (QVD's activation ranges)."""
+"""Static ranges of layers' inputs by search in each call of a calibration set (QVD's activation ranges)."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +20,7 @@ from qvdjax.ptq.apply import Fitted, stacked_rows
 from qvdjax.ptq.layers import split_channels
 
 Shape = Literal["minmax", "magnitude", "shrink"]
+OverCalls = Literal["mean", "widest"]
 _SHRINKINGS = np.arange(100, 49, -1) / 100
 
 
@@ -27,8 +28,8 @@ _SHRINKINGS = np.arange(100, 49, -1) / 100
 class RangeSearch:
     """How the static range of an input follows from what calibration sees.
 
-    Each call, a batch of the calibration set, gives a range of its own; the mean of all is the layer's. Read in
-    PaddleSlim `example/QVD/QDrop/quant/UniformAffineQuantizer.py`.
+    Each call, a batch of the calibration set, gives a range of its own, and `over_calls` says which the layer has. Read
+    in PaddleSlim `example/QVD/QDrop/quant/UniformAffineQuantizer.py`.
 
     Attributes:
         shape: Of ranges of a tensor; frames have "shrink" but where it is "minmax".
@@ -40,15 +41,20 @@ class RangeSearch:
             0.5. As released for ranges of frames.
         norm: Exponent of the error.
         candidates: Of "magnitude".
+        over_calls: "mean", as released, is the mean of the ranges, which clips the calls whose inputs are larger than
+            on average. "widest" reaches from the smallest of the lower ends to the largest of the upper.
     """
 
     shape: Shape = "magnitude"
     norm: float = 2.4
     candidates: int = 50
+    over_calls: OverCalls = "mean"
 
     def __post_init__(self):
         if self.shape not in get_args(Shape):
             raise ValueError(f"unknown shape of ranges {self.shape!r}: use one of {', '.join(get_args(Shape))}")
+        if self.over_calls not in get_args(OverCalls):
+            raise ValueError(f"unknown range over calls {self.over_calls!r}: use {' or '.join(get_args(OverCalls))}")
         if self.norm <= 0 or self.candidates < 1:
             raise ValueError(f"a search needs a positive norm and a candidate, not {self.norm} and {self.candidates}")
 
@@ -78,6 +84,12 @@ class RangeSearch:
             ratios = _SHRINKINGS
         best = self._best(ratios, x, low, high, grid)
         return low * best, high * best
+
+    def of_all_calls(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ends of each call's range, [calls, ...] each -> those of the layer's, [...]."""
+        if self.over_calls == "mean":
+            return low.mean(axis=0), high.mean(axis=0)
+        return low.min(axis=0), high.max(axis=0)
 
     def _best(self, ratios, x, low, high, grid: Grid) -> jax.Array:
         """The factor of least error for ends [low, high] that broadcast against x."""
@@ -145,7 +157,7 @@ def search_ranges(
             of their inputs; values that are not finite.
     """
     watched, by_step = None, any(_static(s) and s.activation.granularity == "step" for s in schemes.values())
-    totals: dict[float | None, tuple[Kept, int]] = {}  # sums and calls, of each timestep or of all
+    calls: dict[float | None, list[Kept]] = {}  # of each timestep, or of all
     for timestep, inputs in of_one_timestep(batches) if by_step else ((None, inputs) for inputs in batches):
         frames = inputs["latents"].shape[1]
         if watched is None:
@@ -155,16 +167,14 @@ def search_ranges(
                 f"calibration inputs of {counted} frames and of {frames}", remedy="calibrate with one number of frames"
             )
         new = jax.tree.map(lambda a: to_host(a).astype(np.float64), _observe(watched, dict(inputs)))
-        total, calls = totals.get(timestep, (jax.tree.map(np.zeros_like, new), 0))
-        totals[timestep] = jax.tree.map(np.add, total, new), calls + 1
-    if not totals:
+        calls.setdefault(timestep, []).append(new)
+    if not calls:
         raise UserError("the calibration set is empty", remedy="make one with `qvdjax calibrate`")
     edges: dict[str, tuple] = {}
-    for timestep in sorted(totals):  # one alone where they are not told apart
-        total, calls = totals[timestep]
-        for names, kept in by_layer(watched, total):
-            # [layers,] ranges -> layers ranges
-            pairs = (np.reshape(kept[edge] / calls, (len(names), -1)).astype(np.float32) for edge in ("low", "high"))
+    for timestep in sorted(calls):  # one alone where they are not told apart
+        for names, kept in by_layer(watched, jax.tree.map(lambda *each: np.stack(each), *calls[timestep])):
+            ends = search.of_all_calls(kept["low"], kept["high"])  # calls [layers,] ranges -> [layers,] ranges
+            pairs = (end.reshape(len(names), -1).astype(np.float32) for end in ends)  # -> layers ranges
             for name, pair in zip(names, zip(*pairs, strict=True), strict=True):
                 if _static(schemes[name]):
                     before = edges.get(name)

@@ -43,8 +43,9 @@ class QVD(LearnedRounding, MinMax):
             samples, narrowed by one factor (with `static_range=minmax` by none); the model then takes videos of as many
             frames as were calibrated. As released; off here, where all recipes have one range a layer. Layers that mix
             frames, and models that have all frames in one sequence, keep one range.
-        step_ranges: Every input has a range for each timestep of the calibration set instead, as `tfmq-dm` has it. The
-            release has one for all, the mean over the calls; where inputs are larger than on average it clips them.
+        step_ranges: Every input has a range for each timestep of the calibration set instead, as `tfmq-dm` has it.
+        over_calls: "mean": ranges are means over the calls of the calibration set, as released, which clips the calls
+            whose inputs are larger than on average. "widest" clips none of them.
         shift: False leaves SCRI out.
         scale_alpha: After the shift each channel is divided by SmoothQuant's scale of this alpha; none for no scale.
         scale_search: Instead, channels wider than a threshold are divided down to it (Outlier Suppression+); the
@@ -66,6 +67,7 @@ class QVD(LearnedRounding, MinMax):
     static_range: str = "magnitude"
     frame_ranges: bool = False
     step_ranges: bool = False
+    over_calls: str = "mean"
     shift: bool = True
     scale_alpha: float | None = None
     scale_search: bool = False
@@ -105,7 +107,7 @@ class QVD(LearnedRounding, MinMax):
 
     def range_search(self) -> RangeSearch:
         """How static ranges are found."""
-        return RangeSearch(self.static_range)
+        return RangeSearch(self.static_range, over_calls=self.over_calls)
 
     def channel_statistics(self) -> str:
         """Over which steps the ranges of channels are taken."""

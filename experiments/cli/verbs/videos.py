@@ -70,7 +70,12 @@ def encode_videos(arguments: EncodeVideos, progress: Progress | None) -> Outcome
 
 def _cut(report: dict[str, Any]) -> list[str]:
     """A line for every prompt that was too long."""
-    return [f"{count} tokens were cut off the end of {text!r}" for text, count in report.get("cut", {}).items()]
+    cut = report.get("cut", {})
+    return [f"{count} tokens were cut off the end of {_beginning(text)!r}" for text, count in cut.items()]
+
+
+def _beginning(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def sample(arguments: Sample, progress: Progress | None) -> Outcome:
@@ -104,15 +109,7 @@ def sample(arguments: Sample, progress: Progress | None) -> Outcome:
         float_attention=(arguments.float_attention_first, arguments.float_attention_last),
         progress=progress,
     )
-    frames, height, width = report["latents"][:3]
-    lines = [*map(str, report["files"]), *_cut(report)]
-    rate = report["videos"][0].get("fps") if report["videos"] else None  # latents have none
-    lines.append(
-        f"latents of {frames} x {height} x {width}, {report['solver']}, guidance {number(report['guidance_scale'])}"
-        + ("" if rate is None else f", {number(rate)} frames a second")
-    )
-    if report["negative_prompt"]:
-        lines.append(f"guided away from {report['negative_prompt']!r}")
+    lines = [*map(str, report["files"]), *_cut(report), *_settings(report)]
     lines.append(
         f"{report['steps']} steps, {number(report['seconds_per_step'])} s a step, "
         f"compiled in {number(report['compile_seconds'])} s on {report['device']}"
@@ -120,12 +117,25 @@ def sample(arguments: Sample, progress: Progress | None) -> Outcome:
     return Outcome(report, [*lines, *_plan(report["memory_plan"]), _memory(report["memory"])])
 
 
+def _settings(report: dict[str, Any]) -> list[str]:
+    """What was sampled with, most of which the folder or the family chose."""
+    latents = f"latents of {' x '.join(map(str, report['latents'][:3]))}"
+    video = report["videos"][0] if report["videos"] else {}
+    if "fps" in video:  # what is kept as latents has no frames a second
+        pixels = f"{video['frames']} frames of {video['height']} x {video['width']}"
+        latents = f"{pixels}, {number(video['fps'])} a second, from {latents}"
+    shift = report.get("shift")  # which not every solver has
+    solver = report["solver"] + ("" if shift is None else f" with shift {number(shift)}")
+    lines = [latents, f"{solver}, guidance {number(report['guidance_scale'])}"]
+    return [*lines, f"guided away from {report['negative_prompt']!r}"] if report["negative_prompt"] else lines
+
+
 def _plan(plan: dict[str, Any] | None) -> list[str]:
     """What was chosen for a limit of memory."""
     if plan is None:
         return []
     tiling, texts = plan["tiling"], plan["texts"]
-    chosen = [f"{plan['batch']} videos at once"]
+    chosen = ["one video at once" if plan["batch"] == 1 else f"{plan['batch']} videos at once"]
     chosen += [] if texts is None else [f"texts encoded on the {texts}"]
     chosen += [] if tiling is None else [f"the VAE in tiles of {' x '.join(map(str, tiling['tile']))} latents"]
     return [f"below {size(plan['limit_bytes'])}: {', '.join(chosen)}"]

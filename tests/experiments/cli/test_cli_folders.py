@@ -211,7 +211,11 @@ def test_tabulate_writes_a_folder_that_info_explains(qvdjax, quantized_folder, t
 def test_tabulate_samples_and_refuses(qvdjax, model_folder, tmp_path):
     out = tmp_path / "out"
     assert qvdjax("tabulate", model_folder, out, "--steps", "3").code == 0
-    assert qvdjax("sample", out, "-o", tmp_path / "clip.mp4").code == 0
+    done = qvdjax("sample", out, "-o", tmp_path / "clip.mp4")
+    assert done.code == 0, done.err
+    video = json.loads((tmp_path / "clip.json").read_text())
+    pixels = f"{video['frames']} frames of {video['height']} x {video['width']}"
+    assert f"{pixels}, {video['fps']:g} a second, from latents of " in done.out
     others = qvdjax("sample", out, "-o", tmp_path / "clip.mp4", "--steps", "4", "--json")
     assert refused(others, "hold the 3 timesteps of unipc, steps 3")
     assert len(others.report["items"]) == 3

@@ -176,15 +176,20 @@ def test_mse_narrows_what_minmax_takes_whole():
     assert (scales[1] < 0.9 * scales[0]).any()
 
 
-def test_searched_ranges_are_means_over_calls():
+@pytest.mark.parametrize("over_calls", ["mean", "widest"])
+def test_searched_ranges_are_of_all_calls(over_calls):
     model, recipe = wan(), get("minmax-w8a8")
     schemes, batches = decide(model, recipe).schemes, calibration(wan_inputs, steps=2)
-    calls = [search_ranges(model, schemes, [batch], RangeSearch()) for batch in batches]
-    both = search_ranges(model, schemes, batches, RangeSearch())
+    search = RangeSearch(over_calls=over_calls)
+    calls = [search_ranges(model, schemes, [batch], search) for batch in batches]
+    both = search_ranges(model, schemes, batches, search)
     assert set(both) == {name for name, scheme in schemes.items() if getattr(scheme, "activation", None) is not None}
     for name, edges in both.items():
-        # float32 means of two numbers
-        np.testing.assert_allclose(edges, np.mean([calls[0][name], calls[1][name]], axis=0), rtol=1e-6)
+        (low, high), (other_low, other_high) = calls[0][name], calls[1][name]
+        if over_calls == "widest":
+            np.testing.assert_array_equal(edges, (np.minimum(low, other_low), np.maximum(high, other_high)))
+        else:  # float32 means of two numbers
+            np.testing.assert_allclose(edges, ((low + other_low) / 2, (high + other_high) / 2), rtol=1e-6)
 
 
 def test_a_model_without_temporal_features_takes_the_recipe():
@@ -192,17 +197,18 @@ def test_a_model_without_temporal_features_takes_the_recipe():
     assert jnp.isfinite(model(**calibration(wan_inputs)[0])).all()
 
 
-def test_ranges_of_timesteps_do_not_clip_the_widest():
-    """Inputs ten times as large at one step as at the others: the mean of the steps clips there, its own range not."""
+@pytest.mark.parametrize("option", [{"step_ranges": True}, {"over_calls": "widest"}])
+def test_what_does_not_clip_the_widest(option):
+    """Inputs ten times as large at one step as at the others: the mean of the calls clips there, its own range not."""
     batches = [{**batch, "latents": batch["latents"] * (10.0 if number == 0 else 1.0)}
                for number, batch in enumerate(calibration(wan_inputs, steps=3))]  # fmt: skip
     inputs = batches[0]
     exact = predict(wan(), inputs)
-    errors = {}
-    for step_ranges in (False, True):
-        recipe = get("qvd-w8a8", step_ranges=step_ranges, statistics="all")
-        errors[step_ranges] = relative_error(predict(qvdjax.quantize(wan(), recipe, batches), inputs), exact)
-    assert errors[True] < 0.8 * errors[False]
+    errors = []
+    for options in ({}, option):
+        recipe = get("qvd-w8a8", statistics="all", **options)
+        errors.append(relative_error(predict(qvdjax.quantize(wan(), recipe, batches), inputs), exact))
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_one_timestep_says_nothing_about_telling_them_apart():
@@ -212,7 +218,8 @@ def test_one_timestep_says_nothing_about_telling_them_apart():
 
 @pytest.mark.parametrize(
     "option", [{"statistics": "last"}, {"static_range": "widest"}, {"average_bits": 4.0}, {"temporal_features": "log3"},
-               {"shift": False, "scale_alpha": 0.5}, {"frame_ranges": True, "step_ranges": True}]
+               {"shift": False, "scale_alpha": 0.5}, {"frame_ranges": True, "step_ranges": True},
+               {"over_calls": "last"}]
 )  # fmt: skip
 def test_options_that_make_no_sense(option):
     with pytest.raises(qvdjax.errors.UserError):
