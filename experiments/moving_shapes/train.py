@@ -71,7 +71,7 @@ CONFIGS: Final = {
         "sample_size": SIDE, "block_out_channels": [64, 56],
         "down_block_types": ["CrossAttnDownBlockMotion", "DownBlockMotion"],
         "up_block_types": ["UpBlockMotion", "CrossAttnUpBlockMotion"], "layers_per_block": 1, "norm_num_groups": 8,
-        "cross_attention_dim": WIDTH, "num_attention_heads": 4, "motion_num_attention_heads": 4,
+        "cross_attention_dim": WIDTH, "num_attention_heads": 1, "motion_num_attention_heads": 1,
         "motion_max_seq_length": 16, "use_motion_mid_block": False,
     },
 }  # fmt: skip

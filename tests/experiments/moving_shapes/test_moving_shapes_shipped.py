@@ -21,8 +21,10 @@ def test_folders_are_small(folder):
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 8 * 2**20
     model = models.skeleton(folder)
     assert sum(stack.count or 1 for stack in model.stacks) >= 6  # blocks
-    if not folder.name.startswith("animatediff"):  # whose README says that its heads are narrower
-        assert model.config.attention_head_dim >= 32
+    config = model.config.to_dict()
+    levels = config.get("block_out_channels")  # of a UNet
+    narrowest = min(levels) // config["num_attention_heads"] if levels else config["attention_head_dim"]
+    assert narrowest >= 32
 
 
 def one_step(folder, clips: int = 2):
