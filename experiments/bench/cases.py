@@ -1,7 +1,7 @@
 """What is timed: a linear layer, an attention, a block, a step and a video, in full precision and quantized."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from models.scheduler import PUBLISHED
 from qvdjax import kernels, recipes
 from qvdjax.diffusion import initial_noise, sample
 from qvdjax.nn import AttentionScheme, Codes, Linear, VideoModel, dot_product_attention, quantized_attention
+from qvdjax.numerics.float8 import FLOAT8
 from qvdjax.ptq.layers import quantize_layer
 from qvdjax.recipes import Recipe
 
@@ -111,12 +112,9 @@ def attention_case(shape: Shape, dtype) -> Case:
     for label, scheme, kinds in (
         ("int8-qk", AttentionScheme(qk_bits=8), ("qk",)),
         ("int8-qk-pv", AttentionScheme(qk_bits=8, pv_bits=8), ("qk", "pv")),
+        ("float8-qk-pv", AttentionScheme(qk_bits=8, pv_bits=8, codebook=FLOAT8), ("qk", "pv")),
     ):
-        call = lambda q, k, v, s=scheme: quantized_attention(q, k, v, scheme=s, execution="integer")  # noqa: E731
-        choice = kernels.quantized_attention_choice(
-            query, key, qk_bits=scheme.qk_bits, pv_bits=scheme.pv_bits, pv_block=scheme.pv_block
-        )
-        variants.append(Variant(label, call, (query, key, value), kinds, choice=choice))
+        variants += _quantized_attentions(label, scheme, kinds, (query, key, value))
 
     def compared(output):
         return output[:, :COMPARED_QUERIES]
@@ -129,6 +127,20 @@ def attention_case(shape: Shape, dtype) -> Case:
     batch, tokens, heads, head_dim = size
     work = attention_work(tokens, tokens, heads * head_dim) * batch
     return Case("attention", shape, work, variants, truth, compared, attention_rivals(size, dtype))
+
+
+def _quantized_attentions(label: str, scheme: AttentionScheme, kinds, arrays) -> Iterator[Variant]:
+    """What the dispatcher chooses, and beside it the GPU's kernel, which it does not choose before it was timed."""
+
+    def call(implementation=None):
+        return lambda *a: quantized_attention(*a, scheme=scheme, execution="integer", implementation=implementation)
+
+    bits = {name: getattr(scheme, name) for name in ("qk_bits", "pv_bits", "pv_block", "codebook")}
+    choice = kernels.quantized_attention_choice(*arrays[:2], **bits)
+    yield Variant(label, call(), arrays, kinds, choice=choice)
+    if "mosaic_gpu" not in dict(choice.refused):
+        asked = kernels.quantized_attention_choice(*arrays[:2], **bits, asked="mosaic_gpu")
+        yield Variant(f"{label}-mosaic", call("mosaic_gpu"), arrays, kinds, choice=asked)
 
 
 def block_case(shape: Shape, recipe_names: Sequence[str], dtype, failed: Failed) -> Case:

@@ -8,6 +8,7 @@ from einops import rearrange
 
 from qvdjax.kernels.attention import by_query_blocks, mask_uncounted, scaled
 from qvdjax.kernels.attention_preparation import check_codebook, prepared, quantize_keys
+from qvdjax.kernels.attention_quantized_gpu import hopper_quantized, hopper_refusal
 from qvdjax.kernels.attention_quantized_tpu import flash_quantized, flash_refusal
 from qvdjax.kernels.dispatch import Choice, Implementation, Option, choose, target
 from qvdjax.numerics import Grid, QTensor, Quantizer, quantize
@@ -41,6 +42,8 @@ def quantized_attention(
             "xla": products of codes, scores in memory, blocks of queries where they would be too large.
             "simulate": the same codes multiplied as floats. The reference.
             "pallas_tpu": a flash kernel, see `qvdjax.kernels.attention_quantized_tpu`.
+            "mosaic_gpu": one for Hopper, whose ranges of probabilities are of 128 keys where `pv_block` says more; see
+            `qvdjax.kernels.attention_quantized_gpu`.
 
     Returns:
         Like query.
@@ -58,6 +61,11 @@ def quantized_attention(
         return flash_quantized(
             query, key, value, key_lengths, qk_bits=qk_bits, pv_bits=pv_bits, smooth_key=smooth_key, **blocks
         )
+    if choice.implementation == "mosaic_gpu":
+        return hopper_quantized(
+            query, key, value, key_lengths, qk_bits=qk_bits, pv_bits=pv_bits, smooth_key=smooth_key,
+            key_block=key_block,
+        )  # fmt: skip
     dtype, exact = query.dtype, choice.implementation == "xla"
     query, key, value = (rearrange(_wide(a), "b t h d -> b h t d") for a in (query, key, value))
     key, value = prepared(key, value, key_lengths, smooth_key=smooth_key, axis=2)
@@ -94,17 +102,17 @@ def quantized_attention_choice(
     Raises `UserError` as `choose` does. No values are looked at.
     """
     device = target()
-    refusal = f"the program is for {device.kind}"
-    if device.platform == "tpu":
-        refusal = flash_refusal(
-            query.shape, query.dtype, key.shape[1], device, qk_bits=qk_bits, pv_bits=pv_bits, codebook=codebook,
-            key_block=key_block, pv_block=pv_block,
-        )  # fmt: skip
+    asks = {
+        "qk_bits": qk_bits, "pv_bits": pv_bits, "codebook": codebook, "key_block": key_block, "pv_block": pv_block
+    }  # fmt: skip
+    elsewhere = f"the program is for {device.kind}"
+    on_tpu = flash_refusal(query.shape, query.dtype, key.shape[1], device, **asks)
+    on_gpu = hopper_refusal(query.shape, query.dtype, device, **asks)
     return choose("quantized attention", [
-        Option("pallas_tpu", refusal, "scores stay in the chip"),
-        Option("xla", None, "takes everything, and no kernel takes these arrays here"),
+        Option("pallas_tpu", on_tpu if device.platform == "tpu" else elsewhere, "scores stay in the chip"),
+        Option("xla", None, "takes everything, and no kernel is chosen for these arrays here"),
         Option("simulate"),
-        Option("mosaic_gpu", "no such kernel was written for quantized attention"),
+        Option("mosaic_gpu", on_gpu if device.platform == "gpu" else elsewhere),  # by name alone: it was not timed yet
         Option("cudnn", "its fp8 attention is not called here"),
     ], asked)  # fmt: skip
 

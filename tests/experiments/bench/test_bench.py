@@ -46,7 +46,8 @@ def report(tmp_path_factory):
 def test_every_case_is_timed_and_none_fails(report):
     assert report["failed"] == report["left_out"] == []
     assert [row["name"] for row in report["results"]] == [
-        "linear/rtn-w8a8", "attention/int8-qk", "attention/int8-qk-pv", "block/rtn-w8a8", "step/rtn-w8a8",
+        "linear/rtn-w8a8", "attention/int8-qk", "attention/int8-qk-pv", "attention/float8-qk-pv", "block/rtn-w8a8",
+        "step/rtn-w8a8",
     ]  # fmt: skip
 
 
@@ -93,7 +94,8 @@ def test_a_variant_that_the_device_refuses_is_listed_with_its_reason(monkeypatch
     monkeypatch.setitem(SHAPES, "small", SMALL)
     monkeypatch.setattr(cases_module, "quantized_attention", refuse)
     report = bench.run_bench(shapes=("small",), recipes=(), repeats=1)
-    assert [row["name"] for row in report["failed"]] == ["attention/int8-qk", "attention/int8-qk-pv"]
+    names = ["attention/int8-qk", "attention/int8-qk-pv", "attention/float8-qk-pv"]
+    assert [row["name"] for row in report["failed"]] == names
     assert report["failed"][0]["reason"] == "NotImplementedError: no such product"
 
 
