@@ -173,9 +173,6 @@ def _kernel(
     def laid_out(array, layout):
         return array if interpret else plgpu.layout_cast(array, layout)
 
-    def loaded(ref, layout):
-        return ref[...] if interpret else plgpu.load(ref, (), layout=layout)
-
     def product(a_ref, b_ref):
         """a [rows, contraction] times b [columns, contraction], int32 [rows, columns]."""
         if interpret:
@@ -183,7 +180,7 @@ def _kernel(
             return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())))
 
         def multiply(sum_ref):
-            plgpu.wgmma(sum_ref, a_ref, plgpu.transpose_ref(b_ref, (1, 0)))
+            plgpu.wgmma(sum_ref, a_ref, b_ref.transpose((1, 0)))
             return sum_ref[...]
 
         return pl.run_scoped(multiply, plgpu.ACC((a_ref.shape[0], b_ref.shape[0]), jnp.int32))
@@ -203,14 +200,14 @@ def _kernel(
         plgpu.copy_gmem_to_smem(row_factor_ref.at[batch, head, mine], row_smem.at[warpgroup], arrived)
         plgpu.copy_gmem_to_smem(v_scale_ref.at[batch, head], v_scale_smem.at[warpgroup], arrived)
         plgpu.barrier_wait(arrived)
-        factor = loaded(row_smem.at[warpgroup], by_row)
+        factor = laid_out(row_smem.at[warpgroup][...], by_row)
 
         def weigh(block, carry, ragged: bool):
             out, most, total = carry
             slot = jax.lax.rem(block, jnp.int32(ahead))
             plgpu.barrier_wait(k_here.at[slot])
             scores = product(q_smem.at[warpgroup], k_smem.at[slot]).astype(jnp.float32)
-            scores *= across(loaded(k_scale_smem.at[slot], by_column), scores.shape)
+            scores *= across(laid_out(k_scale_smem.at[slot][...], by_column), scores.shape)
             scores *= along(factor, scores.shape)
             plgpu.barrier_arrive(k_free.at[slot])
             if ragged:
@@ -231,7 +228,7 @@ def _kernel(
             plgpu.barrier_wait(v_here.at[slot])
             weighed = product(codes_smem.at[warpgroup], v_smem.at[slot]).astype(jnp.float32)
             # Probability 0 is the code -2^(bits - 1): what that adds to the product is taken off again.
-            weighed += across(loaded(sums_smem.at[slot], by_column) * 2.0 ** (pv_bits - 1), weighed.shape)
+            weighed += across(laid_out(sums_smem.at[slot][...], by_column) * 2.0 ** (pv_bits - 1), weighed.shape)
             plgpu.barrier_arrive(v_free.at[slot])
             return out * along(kept, out.shape) + weighed * along(share, out.shape), new_most, total
 
@@ -242,7 +239,7 @@ def _kernel(
         )
         carry = jax.lax.fori_loop(0, whole, functools.partial(weigh, ragged=False), start)
         out, _, total = jax.lax.fori_loop(whole, blocks, functools.partial(weigh, ragged=True), carry)
-        out = out / along(total, out.shape) * across(loaded(v_scale_smem.at[warpgroup], by_column), out.shape)
+        out = out / along(total, out.shape) * across(laid_out(v_scale_smem.at[warpgroup][...], by_column), out.shape)
         out_smem[warpgroup] = out.astype(out_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_ref.at[batch, head, mine])

@@ -35,14 +35,14 @@ def assert_near(got, plain, pv_bits):
 
 
 @pytest.mark.parametrize(
-    ("qk_bits", "pv_bits", "options", "lengths"),
+    ("qk_bits", "pv_bits", "heads", "options", "lengths"),
     [
-        (8, 8, {}, None),  # 150 queries in blocks of 128 and 300 keys, both ragged
-        (4, 6, {"key_block": 2 * KEYS, "smooth_key": False}, [290]),
+        (8, 8, 2, {}, None),  # 150 queries in blocks of 128 and 300 keys, both ragged
+        (4, 6, 1, {"key_block": 2 * KEYS, "smooth_key": False}, [290]),
     ],
 )
-def test_equals_the_reference(qk_bits, pv_bits, options, lengths):
-    arrays, lengths = inputs(), None if lengths is None else jnp.asarray(lengths, jnp.int32)
+def test_equals_the_reference(qk_bits, pv_bits, heads, options, lengths):
+    arrays, lengths = inputs(heads=heads), None if lengths is None else jnp.asarray(lengths, jnp.int32)
     given = {"qk_bits": qk_bits, "pv_bits": pv_bits, **options}
     assert_near(kernel(*arrays, lengths, **given), reference(*arrays, lengths, **given), pv_bits)
 
