@@ -34,8 +34,9 @@ ROWS = {
     "QVD, widest of the calls": Row("qvd", {"over_calls": "widest"}, "in the place of their mean"),
     "Ours": Row(
         "qvd",
-        {"statistics": "all", "learn": True, "step_ranges": True, "over_calls": "widest", "temporal_features": "step"},
-        "shift over all steps, the widest range of every timestep, learned rounding",
+        {"statistics": "all", "scale_alpha": 0.5, "learn": True, "step_ranges": True, "over_calls": "widest",
+         "temporal_features": "step"},
+        "shift and SmoothQuant's scale over all steps, the widest range of every timestep, learned rounding",
     ),
 }  # fmt: skip
 
