@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+import jax
+
 import models
 import qvdjax
 from experiments.calibrating import CAPTION_ORDER, FIRST_SEED, calibrate_folder, open_calibration
@@ -76,6 +78,9 @@ def compare(folder: Path, rows: dict[str, Row], bits: str, seed: int, protocol: 
         facts = {}
         for number, (name, row) in enumerate(rows.items()):
             facts[name] = quantized(folder, row, bits, seed, batches, Path(made) / f"row-{number}")
+            # What a row compiled is of no use to the next, and each program takes some of the 65,530 regions of memory
+            # that Linux gives a process: two rows of a UNet whose blocks are trained may have half of them.
+            jax.clear_caches()
             print(f"{name}, seed {seed}: quantized in {facts[name]['seconds']:.0f} s", flush=True)
         folders = {name: Path(made) / f"row-{number}" for number, name in enumerate(rows)}
         report = evaluate_many(folder, folders, Path(made) / "report", count=protocol.clips, execution=EXECUTION)

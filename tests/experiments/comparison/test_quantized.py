@@ -78,7 +78,10 @@ def test_rows_are_measured_once_and_kept(checkpoints, tmp_path, monkeypatch, cap
     monkeypatch.setattr(run, "CHECKPOINTS", checkpoints)
     counts = ["--seeds", "0", "--prompts", "1", "--clips", "2"]
     options = ["--model", "small", *counts, "--out", str(tmp_path / "ptq-small-w8a8"), "--bits", "w8a8", "--rows"]
+    before = jax.jit(lambda x: x + 1)
+    before(1.0)
     run.main([*options, "RTN"])
+    assert before._cache_size() == 0  # what was compiled before a row is gone after it
     path = file_of(tmp_path / "ptq-small-w8a8", "RTN", 0)
     found, written = json.loads(path.read_text()), path.stat().st_mtime_ns
     assert found["recipe"] == "rtn-w8a8"
