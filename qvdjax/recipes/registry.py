@@ -8,7 +8,7 @@ import typing
 from qvdjax.errors import UserError
 from qvdjax.numerics import BITS
 from qvdjax.recipes.adaround import AdaRound
-from qvdjax.recipes.best import Best
+from qvdjax.recipes.best import Best, BestUNet
 from qvdjax.recipes.dsaquant import DSAQuant
 from qvdjax.recipes.dvd_quant import DVDQuant
 from qvdjax.recipes.efficientdm import EfficientDM
@@ -43,7 +43,7 @@ from qvdjax.recipes.vidit_q import ViDiTQ
 POST_TRAINING = (
     RoundToNearest, MinMax, MSE, SmoothQuant, QuaRot, GPTQ, AdaRound, SVDQuant, PTQ4DiT, ViDiTQ, QDiT, DVDQuant,
     OrbitQuant, FlatQuant, S2QVDiT, Best, QVDiT, PTQ4DM, QDiffusion, TFMQDM, TDQ, TCAQDM, MPQDM, QVD,
-    QVDPaper, Float8,
+    QVDPaper, BestUNet, Float8,
 )  # fmt: skip
 TRAINED = (LearnedStepSize, QDM, EfficientDM, QVGen, QVGenPaper, QVGenCode, DSAQuant)
 METHODS = {method.name: method for method in (*POST_TRAINING, *TRAINED)}

@@ -33,7 +33,7 @@ def checkpoints(tmp_path_factory):
 
 SEEDED = {
     "quarot", "adaround", "ptq4dit", "vidit-q", "dvd-quant", "orbitquant", "flatquant", "q-vdit", "s2q-vdit", "best",
-    "ptq4dm", "q-diffusion", "tfmq-dm", "tdq", "tcaq-dm",
+    "ptq4dm", "q-diffusion", "tfmq-dm", "tdq", "tcaq-dm", "best-unet",
 }  # fmt: skip
 
 

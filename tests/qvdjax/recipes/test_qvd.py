@@ -1,5 +1,7 @@
 """QVD on a small UNet: ranges are what was searched for, shifts what calibration saw, and a folder keeps all of it."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -139,6 +141,9 @@ def test_query_key_and_value_of_one_input_share_their_shift(quantized):
         ({"static_range": "shrink"}, ("shift",)),
         ({"statistics": "all"}, ("shift",)),
         ({"step_ranges": True}, ("shift",)),
+        # best-unet, less its learned rounding
+        ({"statistics": "all", "scale_alpha": 0.5, "step_ranges": True, "over_calls": "widest",
+          "temporal_features": "step"}, ("shift", "smooth_scale")),
     ],
 )  # fmt: skip
 def test_options_change_what_they_say(option, transforms, quantized):
@@ -224,3 +229,11 @@ def test_one_timestep_says_nothing_about_telling_them_apart():
 def test_options_that_make_no_sense(option):
     with pytest.raises(qvdjax.errors.UserError):
         get("qvd-w8a8", **option)
+
+
+def test_our_own_is_qvd_with_the_options_it_names():
+    own = get("best-unet-w6a6", learn=False)
+    options = {"statistics": "all", "scale_alpha": 0.5, "step_ranges": True, "over_calls": "widest"}
+    same = get("qvd-w6a6", temporal_features="step", **options)
+    assert own == dataclasses.replace(same, name=own.name)
+    assert get("best-unet-w6a6").reconstruction is not None

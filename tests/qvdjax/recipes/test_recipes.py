@@ -63,7 +63,7 @@ def test_the_exceptions_of_every_preset():
         }  # fmt: skip
         modulation = decision.schemes["condition_embedder.time_proj"]
         assert (modulation.weight, modulation.activation) == (weight, None)
-        if name.startswith(("orbitquant", "best")) and weight.bits < 8:
+        if name.rpartition("-")[0] in ("orbitquant", "best") and weight.bits < 8:
             weight = dataclasses.replace(weight, codebook="gaussian")
         products = [s for p, s in decision.schemes.items() if p.startswith("blocks") and isinstance(s, LayerScheme)]
         assert len(products) == 3 * 10
