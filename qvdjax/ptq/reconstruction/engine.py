@@ -33,6 +33,7 @@ from qvdjax.ptq.reconstruction.finished import BlockReport, FinishedBlocks
 from qvdjax.ptq.reconstruction.known import Known
 from qvdjax.ptq.reconstruction.learned_transform import Learned
 from qvdjax.ptq.reconstruction.plan import Reconstruction
+from qvdjax.ptq.reconstruction.programs import Programs
 from qvdjax.ptq.reconstruction.reconstructed_layer import ReconstructedLayer
 from qvdjax.ptq.reconstruction.reconstructed_linear import ReconstructedLinear
 from qvdjax.ptq.reconstruction.temporal_layers import TEMPORAL, temporal_layers
@@ -102,7 +103,9 @@ def reconstruct(
     met = exact
     units = _blocks(model) if plan.scope == "block" else _all_blocks(model)
     count = sum(map(len, model.stacks)) if plan.scope == "block" else 1
+    programs = Programs((start, train, relative_error, frame_statistics, targets, outputs, _learned))
     for number, (name, block, names) in enumerate(units):
+        programs.enter(block)
         own = {path: schemes[full] for path, full in names.items()}
         student = prepared(block, own, fit, {path: known.get(full, Known()) for path, full in names.items()}, plan)
         results = [

@@ -18,7 +18,7 @@ from qvdjax.numerics import FeatureGrid, Quantizer, quantize
 from qvdjax.ptq import quantize_layer, reconstruct
 from qvdjax.ptq.feature_grids import temporal_features
 from qvdjax.ptq.layers import quantized_arrays
-from qvdjax.ptq.reconstruction import AdaptiveRounding, FinishedBlocks, Reconstruction
+from qvdjax.ptq.reconstruction import AdaptiveRounding, FinishedBlocks, Reconstruction, programs
 from qvdjax.ptq.reconstruction.adaptive_rounding import hardened
 from qvdjax.ptq.reconstruction.engine import _finished as finished_block
 from qvdjax.ptq.reconstruction.examples import embedded, kept, without_blocks
@@ -204,6 +204,16 @@ def test_blocks_of_equal_shape_share_a_program_and_a_killed_run_goes_on(small, t
     assert times.items() <= {
         path.name: path.stat().st_mtime_ns for path in (tmp_path / "blocks").glob("*.safetensors")
     }.items()  # fmt: skip
+
+
+def test_programs_of_one_kind_of_block_at_a_time_are_enough(small, monkeypatch):
+    model, batches, _ = small
+    recipe = get("adaround-w3a8", **{**QUICK, "iterations": 2})
+    whole = reconstruct(*arguments(model, recipe, batches))
+    monkeypatch.setattr(programs, "KEPT", 1)
+    again = reconstruct(*arguments(model, recipe, batches))
+    assert train._cache_size() == 1  # the last block's; the one before it shares it
+    chex.assert_trees_all_equal(again.layers, whole.layers)
 
 
 @pytest.mark.parametrize(("name", "options"), [
