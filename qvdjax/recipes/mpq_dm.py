@@ -29,8 +29,11 @@ class MPQDM(MinMax):
     Attributes:
         share: Of the output channels that have more bits, and as many less.
         alpha: Of the scale, as SmoothQuant's; none for no scale.
+        over_calls: Each call of the calibration set, which is of one video and step, gives a range. A timestep's is the
+            "widest" of them, which stands for the release's batches of many samples, or their "mean".
     """
 
+    over_calls: str = "widest"
     weight_range: str = "search"
     activation_symmetric: bool = False
     temporal_features: str = "step"
@@ -55,7 +58,7 @@ class MPQDM(MinMax):
 
     def range_search(self) -> RangeSearch:
         """Both ends narrowed alike, by squared error."""
-        return RangeSearch("shrink", norm=2.0)
+        return RangeSearch("shrink", norm=2.0, over_calls=self.over_calls)
 
     def channel_bits(self) -> ChannelBits:
         """How bits are shared out."""

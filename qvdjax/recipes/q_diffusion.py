@@ -18,16 +18,21 @@ class QDiffusion(LearnedRounding, MinMax):
     2.4-norm of the error, of weights in 80 steps, of inputs from 1 to 0.5 in 51. Then the rounding of weights is
     learned as `adaround` says, with the 2.4-norm of what blocks make; layers that add the timestep are part of their
     blocks.
-    Left open or not followed, and chosen here: ranges of inputs are averaged over the batches of the calibration set;
-    they are not trained, where the release takes 5,000 further steps for that, and inputs are rounded by them while
-    roundings are learned; one video a step, 2,000 steps a block at a rate of 1e-2 where the release has 20,000
-    (`iterations`, `rate`); symmetric weights, as in every recipe; the products of attention stay float (the release:
-    8 bits, softmax 16). On transformers, which have no such connections, the split is not there.
+    Left open or not followed, and chosen here: ranges of inputs are not trained, where the release takes 5,000 further
+    steps for that, and inputs are rounded by them while roundings are learned; one video a step, 2,000 steps a block at
+    a rate of 1e-2 where the release has 20,000 (`iterations`, `rate`); symmetric weights, as in every recipe; the
+    products of attention stay float (the release: 8 bits, softmax 16). On transformers, which have no such connections,
+    the split is not there.
     Command: `qvdjax quantize DIR OUT --recipe q-diffusion-w8a8 --calibration CALIBRATION`.
     Expected: better than mse where skip connections are larger or smaller than the sample, and below 8 bits of weights.
     Published: none for video models by itself.
+
+    Attributes:
+        over_calls: Each call of the calibration set, which is of one video and step, gives a range. The layer's is the
+            "widest" of them, which stands for the release's batches of many samples, or their "mean".
     """
 
+    over_calls: str = "widest"
     activation_symmetric: bool = False
     split_inputs: bool = True
     p: float = 2.4
@@ -37,4 +42,4 @@ class QDiffusion(LearnedRounding, MinMax):
 
     def range_search(self) -> RangeSearch:
         """Both ends narrowed alike, by the 2.4-norm."""
-        return RangeSearch("shrink", norm=2.4)
+        return RangeSearch("shrink", norm=2.4, over_calls=self.over_calls)

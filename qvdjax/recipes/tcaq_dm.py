@@ -30,8 +30,11 @@ class TCAQDM(LearnedRounding, MinMax):
     Attributes:
         weighing: How timesteps weigh in r_c: "mean", all alike, or "largest", the largest alone.
         strength: Of the scale, 0 to 1.
+        over_calls: Each call of the calibration set, which is of one video and step, gives a range. The layer's is the
+            "widest" of them, which stands for a source's batches of many samples, or their "mean".
     """
 
+    over_calls: str = "widest"
     activation_symmetric: bool = False
     temporal_features: str = "step"
     weighing: str = "mean"
@@ -56,4 +59,4 @@ class TCAQDM(LearnedRounding, MinMax):
 
     def range_search(self) -> RangeSearch:
         """Both ends narrowed alike, by squared error."""
-        return RangeSearch("shrink", norm=2.0)
+        return RangeSearch("shrink", norm=2.0, over_calls=self.over_calls)
