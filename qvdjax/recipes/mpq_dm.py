@@ -4,13 +4,12 @@ import dataclasses
 
 from qvdjax.numerics import Quantizer
 from qvdjax.ptq.channel_bits import ChannelBits
-from qvdjax.ptq.range_search import RangeSearch
 from qvdjax.ptq.transforms import FitChannelScale
-from qvdjax.recipes.minmax import MinMax
+from qvdjax.recipes.searched_ranges import SearchedRanges
 
 
 @dataclasses.dataclass(frozen=True)
-class MPQDM(MinMax):
+class MPQDM(SearchedRanges):
     """Bits shared out among the output channels of each weight, behind a channel scale (Feng et al., AAAI 2025, arXiv
     2412.11549; cantbebetter2/MPQ-DM at 2b05dd7): the part of it that trains nothing.
 
@@ -29,11 +28,8 @@ class MPQDM(MinMax):
     Attributes:
         share: Of the output channels that have more bits, and as many less.
         alpha: Of the scale, as SmoothQuant's; none for no scale.
-        over_calls: Each call of the calibration set, which is of one video and step, gives a range. A timestep's is the
-            "widest" of them, which stands for the release's batches of many samples, or their "mean".
     """
 
-    over_calls: str = "widest"
     weight_range: str = "search"
     activation_symmetric: bool = False
     temporal_features: str = "step"
@@ -55,10 +51,6 @@ class MPQDM(MinMax):
     def transform(self) -> FitChannelScale | None:
         """The scale."""
         return None if self.alpha is None else FitChannelScale(self.alpha)
-
-    def range_search(self) -> RangeSearch:
-        """Both ends narrowed alike, by squared error."""
-        return RangeSearch("shrink", norm=2.0, over_calls=self.over_calls)
 
     def channel_bits(self) -> ChannelBits:
         """How bits are shared out."""

@@ -2,13 +2,12 @@
 
 import dataclasses
 
-from qvdjax.ptq.range_search import RangeSearch
 from qvdjax.recipes.learned_rounding import LearnedRounding
-from qvdjax.recipes.minmax import MinMax
+from qvdjax.recipes.searched_ranges import SearchedRanges
 
 
 @dataclasses.dataclass(frozen=True)
-class QDiffusion(LearnedRounding, MinMax):
+class QDiffusion(LearnedRounding, SearchedRanges):
     """Rounding learned block by block, static ranges by search at all steps, and a split shortcut (Li et al., ICCV
     2023, arXiv 2302.04304; Xiuyu-Li/q-diffusion at 715783d).
 
@@ -26,20 +25,12 @@ class QDiffusion(LearnedRounding, MinMax):
     Command: `qvdjax quantize DIR OUT --recipe q-diffusion-w8a8 --calibration CALIBRATION`.
     Expected: better than mse where skip connections are larger or smaller than the sample, and below 8 bits of weights.
     Published: none for video models by itself.
-
-    Attributes:
-        over_calls: Each call of the calibration set, which is of one video and step, gives a range. The layer's is the
-            "widest" of them, which stands for the release's batches of many samples, or their "mean".
     """
 
-    over_calls: str = "widest"
     activation_symmetric: bool = False
     split_inputs: bool = True
     p: float = 2.4
     features: str = "block"
 
     name = "q-diffusion"
-
-    def range_search(self) -> RangeSearch:
-        """Both ends narrowed alike, by the 2.4-norm."""
-        return RangeSearch("shrink", norm=2.4, over_calls=self.over_calls)
+    error_norm = 2.4

@@ -2,14 +2,13 @@
 
 import dataclasses
 
-from qvdjax.ptq.range_search import RangeSearch
 from qvdjax.ptq.transforms import FitEvenChannels
 from qvdjax.recipes.learned_rounding import LearnedRounding
-from qvdjax.recipes.minmax import MinMax
+from qvdjax.recipes.searched_ranges import SearchedRanges
 
 
 @dataclasses.dataclass(frozen=True)
-class TCAQDM(LearnedRounding, MinMax):
+class TCAQDM(LearnedRounding, SearchedRanges):
     """Static ranges behind a channel scale of convolutions that all timesteps have a say in, then learned rounding
     (Huang et al., AAAI 2025, arXiv 2412.16700).
 
@@ -30,11 +29,8 @@ class TCAQDM(LearnedRounding, MinMax):
     Attributes:
         weighing: How timesteps weigh in r_c: "mean", all alike, or "largest", the largest alone.
         strength: Of the scale, 0 to 1.
-        over_calls: Each call of the calibration set, which is of one video and step, gives a range. The layer's is the
-            "widest" of them, which stands for a source's batches of many samples, or their "mean".
     """
 
-    over_calls: str = "widest"
     activation_symmetric: bool = False
     temporal_features: str = "step"
     weighing: str = "mean"
@@ -56,7 +52,3 @@ class TCAQDM(LearnedRounding, MinMax):
     def channel_statistics(self) -> str:
         """What r_c is."""
         return "magnitude" if self.weighing == "mean" else "all"
-
-    def range_search(self) -> RangeSearch:
-        """Both ends narrowed alike, by squared error."""
-        return RangeSearch("shrink", norm=2.0, over_calls=self.over_calls)

@@ -3,13 +3,12 @@
 import dataclasses
 
 from qvdjax.numerics import Quantizer
-from qvdjax.ptq.range_search import RangeSearch
 from qvdjax.recipes.learned_rounding import LearnedRounding
-from qvdjax.recipes.minmax import MinMax
+from qvdjax.recipes.searched_ranges import SearchedRanges
 
 
 @dataclasses.dataclass(frozen=True)
-class TFMQDM(LearnedRounding, MinMax):
+class TFMQDM(LearnedRounding, SearchedRanges):
     """Static ranges of each timestep, and a temporal block of its own (Huang et al., CVPR 2024, arXiv 2311.16503;
     2407.19547; ModelTC/TFMQ-DM at d551eac).
 
@@ -26,23 +25,15 @@ class TFMQDM(LearnedRounding, MinMax):
     Command: `qvdjax quantize DIR OUT --recipe tfmq-dm-w8a8 --calibration CALIBRATION`, calibrated with the steps that
     will be sampled with.
     Expected: ahead of mse where ranges change much while sampling. Published: none for video models by itself.
-
-    Attributes:
-        over_calls: Each call of the calibration set, which is of one video and step, gives a range. A timestep's is the
-            "widest" of them, which stands for the release's batches of many samples, or their "mean".
     """
 
-    over_calls: str = "widest"
     activation_symmetric: bool = False
     temporal_features: str = "step"
 
     name = "tfmq-dm"
+    error_norm = 2.4
 
     def activation(self) -> Quantizer | None:
         """Static, one range a timestep."""
         tensor = super().activation()
         return tensor and dataclasses.replace(tensor, granularity="step")
-
-    def range_search(self) -> RangeSearch:
-        """Both ends narrowed alike, by the 2.4-norm."""
-        return RangeSearch("shrink", norm=2.4, over_calls=self.over_calls)
