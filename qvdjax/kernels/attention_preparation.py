@@ -1,4 +1,6 @@
-"""What keys and values become before a quantized attention multiplies them."""
+"""What keys and values become before a quantized attention multiplies them, and what its kernels share."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,8 @@ from qvdjax.numerics.float8 import FLOAT8
 from qvdjax.numerics.quantizer import largest_magnitude
 
 CODEBOOKS = (None, FLOAT8)
+LOG2_E = math.log2(math.e)
+NO_SCORE = -1e30  # of a key that does not count: a power of two of it is 0, and differences stay finite
 
 
 def prepared(

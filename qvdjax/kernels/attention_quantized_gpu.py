@@ -20,11 +20,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from qvdjax.kernels.attention_preparation import key_scales, prepared
+from qvdjax.kernels.attention_preparation import LOG2_E, NO_SCORE, prepared, quantize_keys
 from qvdjax.kernels.dispatch import Device
 from qvdjax.kernels.head_split import over_heads
-from qvdjax.numerics import Grid
-from qvdjax.numerics.quantizer import largest_magnitude
+from qvdjax.numerics import Grid, Quantizer, quantize
 
 QUERIES = 64  # of a warpgroup, what an instruction of the tensor cores takes
 MULTIPLIERS = 2  # warpgroups that multiply
@@ -32,8 +31,6 @@ KEYS = 128  # keys at a time, and that share a range of probabilities
 AHEAD = 3  # blocks of keys that are in shared memory
 WIDEST = 128  # features of a head for which registers suffice
 _REGISTERS, _REGISTERS_OF_COPIER = 232, 40
-_LOG2_E = math.log2(math.e)
-_NO_SCORE = -1e30  # of a key that does not count: a power of two of it is 0, and differences stay finite
 
 
 def hopper_refusal(
@@ -85,27 +82,24 @@ def _on_one_device(query, key, value, key_lengths=None, *, qk_bits, pv_bits, smo
     q, k, v = (rearrange(a.astype(jnp.float32), "b t h d -> b h t d") for a in (query, key, value))
     k, v = prepared(k, v, key_lengths, smooth_key=smooth_key, axis=2)
 
-    grid = Grid(qk_bits)
-    q_scale = grid.from_largest(largest_magnitude(q, axis=-1, keepdims=True))  # [batch, heads, queries, 1]
-    k_scale = rearrange(key_scales(rearrange(k, "b h t d -> b t h d"), grid, key_block), "b t h 1 -> b h t 1")
-    q, k = (
-        jnp.pad(grid.encode(a, scale, None).astype(jnp.int8), ((0, 0), (0, 0), (0, more), (0, wide)))
-        for a, scale, more in ((q, q_scale, rows), (k, k_scale, columns))
-    )
-    grid = Grid(pv_bits)
-    v_scale = grid.from_largest(largest_magnitude(v, axis=2, keepdims=True))  # [batch, heads, 1, head_dim]
-    v = jnp.pad(grid.encode(v, v_scale, None).astype(jnp.int8), ((0, 0), (0, 0), (0, columns), (0, wide)))
+    q = quantize(q, Quantizer(qk_bits, granularity="token"), jnp.int8)  # scales [batch, heads, queries, 1]
+    k = quantize_keys(k, Grid(qk_bits), key_block)
+    # One range a channel, and what the second product runs over comes last.
+    v = quantize(rearrange(v, "b h t d -> b h d t"), Quantizer(pv_bits), jnp.int8)
+    row_factor = _padded(q.scale[..., 0] * (LOG2_E / math.sqrt(head_dim)), rows)
+    k_scale, v_scale = _padded(k.scale[..., 0], columns), _padded(v.scale[..., 0], wide)
+    q, k, v = _padded(q.codes, rows, wide), _padded(k.codes, columns, wide), _padded(v.codes, wide, columns)
     # What values add up to in a block, since the lowest code of a probability stands for zero.
-    sums = rearrange(v, "b h (n c) d -> b h n c d", c=KEYS).astype(jnp.int32).sum(axis=3).astype(jnp.float32)
-    v = rearrange(v, "b h t d -> b h d t")
-
-    row_factor = jnp.pad(q_scale[..., 0] * (_LOG2_E / math.sqrt(head_dim)), ((0, 0), (0, 0), (0, rows)))
-    k_scale = jnp.pad(k_scale[..., 0], ((0, 0), (0, 0), (0, columns)))
-    v_scale = jnp.pad(v_scale[:, :, 0], ((0, 0), (0, 0), (0, wide)))
+    sums = rearrange(v, "b h d (n c) -> b h n d c", c=KEYS).astype(jnp.int32).sum(axis=-1).astype(jnp.float32)
     lengths = jnp.full((batch,), keys, jnp.int32) if key_lengths is None else key_lengths.astype(jnp.int32)
     out = _call(lengths, q, row_factor, k, k_scale, v, sums, v_scale, pv_bits=pv_bits, dtype=query.dtype,
                 interpret=interpret)  # fmt: skip
     return rearrange(out, "b h t d -> b t h d")[:, :queries, :, :head_dim]
+
+
+def _padded(x: jax.Array, *more: int) -> jax.Array:
+    """[batch, heads, ...] with so many zeros behind each of the last axes."""
+    return jnp.pad(x, ((0, 0), (0, 0), *((0, number) for number in more)))
 
 
 def _call(lengths, q, row_factor, k, k_scale, v, sums, v_scale, *, pv_bits, dtype, interpret):
@@ -136,7 +130,7 @@ def _call(lengths, q, row_factor, k, k_scale, v, sums, v_scale, *, pv_bits, dtyp
         plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=ahead),  # values were
     ]
     return plgpu.kernel(
-        functools.partial(_kernel, pv_bits=pv_bits, ahead=ahead, interpret=bool(interpret)),
+        functools.partial(_kernel, pv_bits=pv_bits, ahead=ahead, interpret=interpret),
         out_type=jax.ShapeDtypeStruct(q.shape, dtype),
         grid=(heads, queries // (QUERIES * MULTIPLIERS), batch),
         grid_names=("heads", "queries", "batch"),
@@ -144,7 +138,7 @@ def _call(lengths, q, row_factor, k, k_scale, v, sums, v_scale, *, pv_bits, dtyp
         thread_name="warpgroup",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({"interpret": _interpreted()} if interpret else {}),
+        interpret=_interpreted() if interpret else None,
     )(lengths, q, row_factor, k, k_scale, v, sums, v_scale)
 
 
@@ -215,7 +209,7 @@ def _kernel(
                     token = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
                 else:
                     token = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
-                scores = jnp.where(token + block * KEYS < length, scores, _NO_SCORE)
+                scores = jnp.where(token + block * KEYS < length, scores, NO_SCORE)
             block_most = scores.max(axis=1)
             new_most = jnp.maximum(most, block_most)
             kept, share = jnp.exp2(most - new_most), jnp.exp2(block_most - new_most)

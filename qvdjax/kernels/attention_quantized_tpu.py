@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 
 from qvdjax.kernels import tuning
-from qvdjax.kernels.attention_preparation import key_scales, prepared
+from qvdjax.kernels.attention_preparation import LOG2_E, NO_SCORE, key_scales, prepared
 from qvdjax.kernels.dispatch import Device, target
 from qvdjax.kernels.head_split import over_heads
 from qvdjax.kernels.rounding_tpu import codes_of, largest_code
@@ -30,8 +30,6 @@ from qvdjax.numerics.quantizer import largest_magnitude
 LANES, ROWS = 128, 32  # what an array of int8 is tiled by
 # Settings where no table has any: rows and columns of scores that are held at a time, and keys that are read at once.
 QUERY_BLOCK, SCORE_BLOCK, KEY_BLOCK = 512, 512, 1024
-_LOG2_E = math.log2(math.e)
-_NO_SCORE = -1e30  # of a key that does not count: a power of two of it is 0, and differences stay finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +138,7 @@ def _on_one_device(
     lengths = jnp.full(query.shape[:1], keys, jnp.int32) if key_lengths is None else key_lengths.astype(jnp.int32)
     out = _call(
         lengths, q, k, key_scale, v, value_scale, heads=heads, qk_bits=qk_bits, pv_bits=pv_bits,
-        by_key=key_block is None, factor=_LOG2_E / math.sqrt(head_dim), blocks=blocks, interpret=interpret,
+        by_key=key_block is None, factor=LOG2_E / math.sqrt(head_dim), blocks=blocks, interpret=interpret,
     )  # fmt: skip
     return rearrange(out, "b t (h d) -> b t h d", h=heads)[..., :head_dim]
 
@@ -234,7 +232,7 @@ def _kernel(
             scores = product.astype(jnp.float32) * (row * key_scale_ref[:, pl.ds(part * size, 1)])
         if ragged:
             token = place * inner * size + part * size + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-            scores = jnp.where(token < length, scores, _NO_SCORE)
+            scores = jnp.where(token < length, scores, NO_SCORE)
         block_most, before = jnp.max(scores, axis=-1, keepdims=True), most_ref[...]  # [rows, 1]
         most = jnp.maximum(before, block_most)
         kept = jnp.exp2(before - most)

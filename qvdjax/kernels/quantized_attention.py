@@ -106,13 +106,16 @@ def quantized_attention_choice(
         "qk_bits": qk_bits, "pv_bits": pv_bits, "codebook": codebook, "key_block": key_block, "pv_block": pv_block
     }  # fmt: skip
     elsewhere = f"the program is for {device.kind}"
-    on_tpu = flash_refusal(query.shape, query.dtype, key.shape[1], device, **asks)
-    on_gpu = hopper_refusal(query.shape, query.dtype, device, **asks)
+    on_tpu = on_gpu = elsewhere
+    if device.platform == "tpu":
+        on_tpu = flash_refusal(query.shape, query.dtype, key.shape[1], device, **asks)
+    elif device.platform == "gpu":
+        on_gpu = hopper_refusal(query.shape, query.dtype, device, **asks)
     return choose("quantized attention", [
-        Option("pallas_tpu", on_tpu if device.platform == "tpu" else elsewhere, "scores stay in the chip"),
+        Option("pallas_tpu", on_tpu, "scores stay in the chip"),
         Option("xla", None, "takes everything, and no kernel is chosen for these arrays here"),
         Option("simulate"),
-        Option("mosaic_gpu", on_gpu if device.platform == "gpu" else elsewhere),  # by name alone: it was not timed yet
+        Option("mosaic_gpu", on_gpu),  # by name alone: it was not timed yet
         Option("cudnn", "its fp8 attention is not called here"),
     ], asked)  # fmt: skip
 
