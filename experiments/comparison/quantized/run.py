@@ -78,9 +78,6 @@ def compare(folder: Path, rows: dict[str, Row], bits: str, seed: int, protocol: 
         facts = {}
         for number, (name, row) in enumerate(rows.items()):
             facts[name] = quantized(folder, row, bits, seed, batches, Path(made) / f"row-{number}")
-            # What a row compiled is of no use to the next, and each program takes some of the 65,530 regions of memory
-            # that Linux gives a process: two rows of a UNet whose blocks are trained may have half of them.
-            jax.clear_caches()
             print(f"{name}, seed {seed}: quantized in {facts[name]['seconds']:.0f} s", flush=True)
         folders = {name: Path(made) / f"row-{number}" for number, name in enumerate(rows)}
         report = evaluate_many(folder, folders, Path(made) / "report", count=protocol.clips, execution=EXECUTION)
@@ -102,6 +99,9 @@ def main(argv: list[str] | None = None) -> None:
             for name, found in compare(CHECKPOINTS / wanted.model, rows, wanted.bits, seed, wanted.protocol).items():
                 wanted.keep(name, seed, found)
                 print(f"{name}, seed {seed}: error {found['teacher_forced_error']['mean']:.4g}", flush=True)
+            # Rows may share programs, but each program takes some of the 65,530 regions of memory that Linux gives a
+            # process: four rows of UNets, two of whose blocks are trained, had more than half of them.
+            jax.clear_caches()
 
 
 if __name__ == "__main__":
