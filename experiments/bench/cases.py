@@ -138,9 +138,10 @@ def _quantized_attentions(label: str, scheme: AttentionScheme, kinds, arrays) ->
     bits = {name: getattr(scheme, name) for name in ("qk_bits", "pv_bits", "pv_block", "codebook")}
     choice = kernels.quantized_attention_choice(*arrays[:2], **bits)
     yield Variant(label, call(), arrays, kinds, choice=choice)
-    if "mosaic_gpu" not in dict(choice.refused):
-        asked = kernels.quantized_attention_choice(*arrays[:2], **bits, asked="mosaic_gpu")
-        yield Variant(f"{label}-mosaic", call("mosaic_gpu"), arrays, kinds, choice=asked)
+    for name, short in (("mosaic_gpu", "mosaic"), ("cudnn", "cudnn")):  # those that are run by name alone
+        if name not in dict(choice.refused):
+            asked = kernels.quantized_attention_choice(*arrays[:2], **bits, asked=name)
+            yield Variant(f"{label}-{short}", call(name), arrays, kinds, choice=asked)
 
 
 def block_case(shape: Shape, recipe_names: Sequence[str], dtype, failed: Failed) -> Case:

@@ -45,18 +45,17 @@ def check_codebook(codebook: str | None, qk_bits: int | None, pv_bits: int | Non
             Grid(bits, codebook=codebook)  # which has a word on its bits
 
 
-def key_scales(key: jax.Array, grid: Grid, block: int | None) -> jax.Array:
-    """Scales [batch, keys, heads, 1] of keys [batch, keys, heads, head_dim], one for each or for `block` neighbours."""
+def key_scales(largest: jax.Array, grid: Grid, block: int | None) -> jax.Array:
+    """Scales of keys from their largest magnitudes, [batch, heads, keys] both; one for each key or for `block`
+    neighbours."""
     if block is None:
-        return grid.from_largest(largest_magnitude(key, axis=-1, keepdims=True))
-    keys = key.shape[1]
-    whole = jnp.pad(key, ((0, 0), (0, -keys % block), (0, 0), (0, 0)))
-    blocks = rearrange(whole, "b (n c) h d -> b n c h d", c=block)
-    scale = grid.from_largest(largest_magnitude(blocks, axis=(2, 4)))  # [batch, n, heads]
-    return repeat(scale, "b n h -> b (n c) h 1", c=block)[:, :keys]
+        return grid.from_largest(largest)
+    keys = largest.shape[-1]
+    blocks = rearrange(jnp.pad(largest, ((0, 0), (0, 0), (0, -keys % block))), "b h (n c) -> b h n c", c=block)
+    return repeat(grid.from_largest(blocks.max(axis=-1)), "b h n -> b h (n c)", c=block)[..., :keys]
 
 
 def quantize_keys(key: jax.Array, grid: Grid, block: int | None) -> QTensor:
     """Codes of keys [batch, heads, keys, head_dim]; see `key_scales`."""
-    scale = rearrange(key_scales(rearrange(key, "b h t d -> b t h d"), grid, block), "b t h 1 -> b h t 1")
+    scale = key_scales(largest_magnitude(key, axis=-1), grid, block)[..., None]
     return QTensor(grid.encode(key, scale, None).astype(jnp.int8), scale, None, grid.bits, grid.codebook)

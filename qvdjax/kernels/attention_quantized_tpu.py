@@ -16,13 +16,14 @@ import math
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange
 
 from qvdjax.kernels import tuning
 from qvdjax.kernels.attention_preparation import LOG2_E, NO_SCORE, key_scales, prepared
 from qvdjax.kernels.dispatch import Device, target
 from qvdjax.kernels.head_split import over_heads
 from qvdjax.kernels.rounding_tpu import codes_of, largest_code
+from qvdjax.kernels.tiles import in_tiles
 from qvdjax.numerics import Grid
 from qvdjax.numerics.float8 import LARGEST
 from qvdjax.numerics.quantizer import largest_magnitude
@@ -111,7 +112,7 @@ def _on_one_device(
 ):
     """All [batch, tokens, heads, head_dim], but for `key_lengths` [batch]."""
     dtype, heads, head_dim, keys = query.dtype, query.shape[2], query.shape[3], key.shape[1]
-    wide, padding = -head_dim % LANES, -keys % blocks.keys
+    wide = -head_dim % LANES
     # Tokens by features of all heads, as projections write them and as the kernel reads them, a head's columns at a
     # time: no array is transposed.
     q, k, v = (
@@ -124,17 +125,24 @@ def _on_one_device(
     key_scale = jnp.ones((key.shape[0], heads, 1, keys), jnp.float32)
     if qk_bits is not None:
         grid = Grid(qk_bits, codebook=codebook)
-        scale = key_scales(rearrange(k, "b t (h d) -> b t h d", h=heads), grid, key_block)  # [batch, keys, heads, 1]
-        spread = repeat(scale, "b t h 1 -> b t (h d)", d=head_dim + wide)
-        k, key_scale = grid.operands(grid.encode(k, spread, None)), rearrange(scale, "b t h 1 -> b h 1 t")
+        tiles = in_tiles(
+            rearrange(k, "b t (h d) -> b t h d", h=heads)
+        )  # [batch, tiles, heads, tokens of one, head_dim]
+        largest = rearrange(largest_magnitude(tiles, axis=-1), "b n h a -> b h (n a)")
+        scale = key_scales(largest, grid, key_block)  # [batch, heads, keys]
+        spread = rearrange(scale, "b h (n a) -> b n h a 1", a=tiles.shape[3])
+        codes = grid.operands(grid.encode(tiles, spread, None))
+        k, key_scale = rearrange(codes, "b n h a d -> b (n a) (h d)"), rearrange(scale, "b h t -> b h 1 t")
     value_scale = jnp.ones((value.shape[0], heads, 1, head_dim + wide), jnp.float32)
     if pv_bits is not None:
         grid = Grid(pv_bits, codebook=codebook)
         scale = grid.from_largest(largest_magnitude(v, axis=1, keepdims=True))  # [batch, 1, heads x head_dim]
         v, value_scale = grid.operands(grid.encode(v, scale, None)), rearrange(scale, "b 1 (h d) -> b h 1 d", h=heads)
     k, v = k if qk_bits is not None else k.astype(dtype), v if pv_bits is not None else v.astype(dtype)
-    k, v = (jnp.pad(a, ((0, 0), (0, padding), (0, 0))) for a in (k, v))
-    key_scale = jnp.pad(key_scale, ((0, 0), (0, 0), (0, 0), (0, padding)))
+    if v.dtype != jnp.int8:
+        # Behind the last key the kernel reads what happens to be there. A score is replaced, whatever it is, and so is
+        # its probability of 0; but 0 times a value that is no number, which int8 alone cannot be, is none either.
+        v = jnp.pad(v, ((0, 0), (0, -keys % blocks.keys), (0, 0)))
     lengths = jnp.full(query.shape[:1], keys, jnp.int32) if key_lengths is None else key_lengths.astype(jnp.int32)
     out = _call(
         lengths, q, k, key_scale, v, value_scale, heads=heads, qk_bits=qk_bits, pv_bits=pv_bits,
@@ -144,7 +152,8 @@ def _on_one_device(
 
 
 def _call(lengths, q, k, key_scale, v, value_scale, *, heads, qk_bits, pv_bits, by_key, factor, blocks, interpret):
-    """Queries, keys and values [batch, tokens, heads x head_dim], the keys in whole blocks -> like the queries."""
+    """Queries, keys and values [batch, tokens, heads x head_dim] -> like the queries; values that are no int8 are
+    given in whole blocks."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
@@ -157,7 +166,7 @@ def _call(lengths, q, k, key_scale, v, value_scale, *, heads, qk_bits, pv_bits, 
     )
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
-        grid=(batch, heads, pl.cdiv(queries, rows), keys // blocks.keys),
+        grid=(batch, heads, pl.cdiv(queries, rows), pl.cdiv(keys, blocks.keys)),
         in_specs=[
             pl.BlockSpec((None, rows, head_dim), lambda b, h, i, j, _: (b, i, h)),
             pl.BlockSpec((None, blocks.keys, head_dim), lambda b, h, i, j, _: (b, j, h)),

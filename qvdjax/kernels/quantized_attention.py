@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from qvdjax.kernels.attention import by_query_blocks, mask_uncounted, scaled
+from qvdjax.kernels.attention_float8_cudnn import cudnn_float8, cudnn_refusal
 from qvdjax.kernels.attention_preparation import check_codebook, prepared, quantize_keys
 from qvdjax.kernels.attention_quantized_gpu import hopper_quantized, hopper_refusal
 from qvdjax.kernels.attention_quantized_tpu import flash_quantized, flash_refusal
@@ -44,6 +45,7 @@ def quantized_attention(
             "pallas_tpu": a flash kernel, see `qvdjax.kernels.attention_quantized_tpu`.
             "mosaic_gpu": one for Hopper, whose ranges of probabilities are of 128 keys where `pv_block` says more; see
             `qvdjax.kernels.attention_quantized_gpu`.
+            "cudnn": NVIDIA's, of float8, whose ranges are coarser; see `qvdjax.kernels.attention_float8_cudnn`.
 
     Returns:
         Like query.
@@ -55,8 +57,10 @@ def quantized_attention(
     check_codebook(codebook, qk_bits, pv_bits)
     blocks = {"codebook": codebook, "key_block": key_block, "pv_block": pv_block}
     choice = quantized_attention_choice(
-        query, key, qk_bits=qk_bits, pv_bits=pv_bits, **blocks, asked=implementation
+        query, key, qk_bits=qk_bits, pv_bits=pv_bits, **blocks, lengths=key_lengths is not None, asked=implementation
     )  # fmt: skip
+    if choice.implementation == "cudnn":
+        return cudnn_float8(query, key, value, smooth_key=smooth_key)
     if choice.implementation == "pallas_tpu":
         return flash_quantized(
             query, key, value, key_lengths, qk_bits=qk_bits, pv_bits=pv_bits, smooth_key=smooth_key, **blocks
@@ -95,28 +99,30 @@ def quantized_attention(
 
 def quantized_attention_choice(
     query: jax.Array, key: jax.Array, *, qk_bits: int | None, pv_bits: int | None, codebook: str | None = None,
-    key_block: int | None = None, pv_block: int | None = None, asked: Implementation | None = None,
+    key_block: int | None = None, pv_block: int | None = None, lengths: bool = False,
+    asked: Implementation | None = None,
 ) -> Choice:  # fmt: skip
     """What computes `quantized_attention` of such arrays on the device that the program is for, and why.
 
-    Raises `UserError` as `choose` does. No values are looked at.
+    `lengths` says that keys have lengths. Raises `UserError` as `choose` does. No values are looked at.
     """
     device = target()
     asks = {
         "qk_bits": qk_bits, "pv_bits": pv_bits, "codebook": codebook, "key_block": key_block, "pv_block": pv_block
     }  # fmt: skip
     elsewhere = f"the program is for {device.kind}"
-    on_tpu = on_gpu = elsewhere
+    on_tpu = on_hopper = by_cudnn = elsewhere
     if device.platform == "tpu":
         on_tpu = flash_refusal(query.shape, query.dtype, key.shape[1], device, **asks)
     elif device.platform == "gpu":
-        on_gpu = hopper_refusal(query.shape, query.dtype, device, **asks)
+        on_hopper = hopper_refusal(query.shape, query.dtype, device, **asks)
+        by_cudnn = cudnn_refusal(query.shape, query.dtype, device, lengths=lengths, **asks)
     return choose("quantized attention", [
         Option("pallas_tpu", on_tpu, "scores stay in the chip"),
         Option("xla", None, "takes everything, and no kernel is chosen for these arrays here"),
         Option("simulate"),
-        Option("mosaic_gpu", on_gpu),  # by name alone: it was not timed yet
-        Option("cudnn", "its fp8 attention is not called here"),
+        Option("mosaic_gpu", on_hopper),  # by name alone, as the next: they were not timed yet
+        Option("cudnn", by_cudnn),
     ], asked)  # fmt: skip
 
 

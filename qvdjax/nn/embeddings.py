@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import repeat
 
 from qvdjax.kernels import target
+from qvdjax.kernels.tiles import in_tiles, out_of_tiles
 
 
 def timestep_sinusoid(timestep: jax.Array, width: int, *, period: float = 10000.0) -> jax.Array:
@@ -58,12 +60,19 @@ def rotate_adjacent_pairs(x: jax.Array, cosines: jax.Array, sines: jax.Array) ->
     """Rotate features (0, 1), (2, 3), ... of x [batch, tokens, heads, head_dim] by tables [tokens, head_dim / 2].
 
     On TPU, neighbours change places by a product with a matrix of ones and zeros, which is exact: every second feature
-    of 128 lies across the lanes, and taking them apart and together again copies x a dozen times.
+    of 128 lies across the lanes, and taking them apart and together again copies x a dozen times. Heads come apart in
+    tiles there (`qvdjax.kernels.tiles`).
     """
-    wide = x.astype(jnp.promote_types(x.dtype, cosines.dtype))
+    dtype = jnp.promote_types(x.dtype, cosines.dtype)
     if target().platform == "tpu":
-        cosines, sines = (jnp.repeat(table, 2, axis=-1)[:, None, :] for table in (cosines, sines))
-        return (wide * cosines + _neighbours(x, wide.dtype) * sines).astype(x.dtype)
+        tiles = in_tiles(x)
+        # [tokens, head_dim / 2] -> [tiles, 1, tokens of one, head_dim]
+        cosines, sines = (
+            repeat(table, "(n a) d -> n 1 a (d two)", a=tiles.shape[3], two=2) for table in (cosines, sines)
+        )
+        turned = tiles.astype(dtype) * cosines + _neighbours(tiles, dtype) * sines
+        return out_of_tiles(turned.astype(x.dtype))
+    wide = x.astype(dtype)
     first, second = wide[..., 0::2], wide[..., 1::2]
     cosines, sines = cosines[:, None, :], sines[:, None, :]  # [tokens, 1, head_dim / 2]
     turned = jnp.stack([first * cosines - second * sines, first * sines + second * cosines], axis=-1)

@@ -119,7 +119,8 @@ def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Arra
     if mesh.empty:
         return x
     automatic = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
-    if not automatic:
+    # On one device a pin says nothing, and yet the compiler keeps an array in the shape that is pinned.
+    if math.prod(mesh.shape[name] for name in automatic) == 1:
         return x
     usable = {name: tuple(m for m in mesh_axes if m in automatic) for name, mesh_axes in rules.items()}
     spec, _ = partition_spec(x.shape, axes, mesh, usable)

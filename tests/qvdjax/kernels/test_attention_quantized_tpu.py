@@ -69,7 +69,9 @@ def test_equals_the_reference_in_float8(qk_bits, pv_bits, key_block):
     assert distance(got, exact(*arrays)) < 0.08
 
 
-@pytest.mark.parametrize(("queries", "keys", "head_dim"), [(1, 1, 8), (64, 128, 128), (65, 129, 72), (130, 600, 136)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "head_dim"), [(1, 1, 8), (64, 128, 128), (40, 200, 128), (65, 129, 72), (130, 600, 136)]
+)
 def test_ragged_sizes(queries, keys, head_dim):
     arrays = inputs(queries, keys, 1, head_dim)
     # Two operands of eight bits a product, each rounded to about 2^-8 of its typical size: 2 % leaves a factor of two.

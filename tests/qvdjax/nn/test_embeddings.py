@@ -10,9 +10,10 @@ from qvdjax.nn import embeddings
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_neighbours_change_places_by_a_product_or_by_taking_them_apart(monkeypatch, dtype):
-    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 10)).astype(dtype)
-    angles = jax.random.uniform(jax.random.key(1), (5, 5), maxval=6.0)
+@pytest.mark.parametrize(("tokens", "head_dim"), [(5, 10), (24, 128)])  # the second in tiles
+def test_neighbours_change_places_by_a_product_or_by_taking_them_apart(monkeypatch, dtype, tokens, head_dim):
+    x = jax.random.normal(jax.random.key(0), (2, tokens, 3, head_dim)).astype(dtype)
+    angles = jax.random.uniform(jax.random.key(1), (tokens, head_dim // 2), maxval=6.0)
     apart = embeddings.rotate_adjacent_pairs(x, jnp.cos(angles), jnp.sin(angles))
     monkeypatch.setattr(embeddings, "target", lambda: Device("tpu", "TPU v5 lite"))
     product = embeddings.rotate_adjacent_pairs(x, jnp.cos(angles), jnp.sin(angles))

@@ -106,6 +106,8 @@ def test_constrain_does_nothing_without_a_mesh_and_pins_with_one():
     with jax.set_mesh(mesh):
         pinned = jax.jit(lambda x: constrain(x, "batch", "tokens", None))(x)
     assert pinned.addressable_shards[0].data.shape == (1, 2, 16)
+    with jax.set_mesh(make_mesh({"context": 1})):
+        assert constrain(x, "batch", "tokens", None) is x
 
 
 def test_constrain_leaves_the_axes_of_a_shard_map_alone():
