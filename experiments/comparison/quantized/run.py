@@ -87,21 +87,24 @@ def compare(folder: Path, rows: dict[str, Row], bits: str, seed: int, protocol: 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run what is missing, `TOGETHER` rows of a seed at a time."""
+    """Run what is missing, `TOGETHER` rows at a time with all seeds, which share the programs of the first."""
     wanted = asked(
         argv, program="experiments.comparison.quantized.run", purpose=__doc__.split("\n\n")[0],
         rows=lambda model: table_of(model).rows, protocol=Protocol, kind="ptq",
     )  # fmt: skip
     known = table_of(wanted.model).rows
-    for seed in wanted.seeds:
-        while names := wanted.missing(seed)[:TOGETHER]:
-            rows = {name: known[name] for name in names}
+    for first in range(0, len(wanted.rows), TOGETHER):
+        group = wanted.rows[first : first + TOGETHER]
+        for seed in wanted.seeds:
+            rows = {name: known[name] for name in wanted.missing(seed) if name in group}
+            if not rows:
+                continue
             for name, found in compare(CHECKPOINTS / wanted.model, rows, wanted.bits, seed, wanted.protocol).items():
                 wanted.keep(name, seed, found)
                 print(f"{name}, seed {seed}: error {found['teacher_forced_error']['mean']:.4g}", flush=True)
-            # Rows may share programs, but each program takes some of the 65,530 regions of memory that Linux gives a
-            # process: four rows of UNets, two of whose blocks are trained, had more than half of them.
-            jax.clear_caches()
+        # Rows may share programs, but each program takes some of the 65,530 regions of memory that Linux gives a
+        # process: four rows of UNets, two of whose blocks are trained, had more than half of them.
+        jax.clear_caches()
 
 
 if __name__ == "__main__":
