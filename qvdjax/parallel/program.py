@@ -187,12 +187,12 @@ class Program:
 
     def estimated_cycles(self) -> int | None:
         """Cycles that the TPU compiler expects its operations to take, one after the other: its model of the chip, no
-        timing. None where it says nothing. Kernels count as it was told, mostly for nothing; so do collectives of
-        which it knows none, which it writes as -1 without a sign."""
+        timing. None where it says nothing. Kernels count as it was told, mostly for nothing; so do operations whose
+        number it does not know, which it writes as the largest of 63 or 64 bits."""
         cycles = [
             int(found.group(1)) * self.times[name]
             for name, operations in self.computations.items() for o in operations
-            if (found := re.search(r'"estimated_cycles":"(\d+)"', o.rest)) and int(found.group(1)) < 2**63
+            if (found := re.search(r'"estimated_cycles":"(\d+)"', o.rest)) and int(found.group(1)) < 2**63 - 1
         ]  # fmt: skip
         return round(sum(cycles)) if cycles else None
 

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from experiments.bench import page
+from experiments.bench import estimates, page
 from qvdjax.errors import UserError
 
 ROW = {
@@ -88,12 +88,13 @@ def test_the_committed_page_is_the_one_its_files_give():
 def test_cycles_are_compared_with_full_precision_and_said_to_be_estimates():
     rows = [
         {"topology": "v5e:1x1", "program": program, "recipe": recipe, "cycles": cycles, "integers": 0}
-        for program in ("first layer", "feed-forward")
+        for program in estimates.PROGRAMS
         for recipe, cycles in (("bfloat16", 40_000_000), ("rtn-w8a8", 26_000_000), ("rtn-w4a8", 24_000_000))
     ]
     report = {"tokens": 32760, "versions": {"jax": "1", "libtpu": "2"}, "results": rows}
     text = page.page({"machine": REPORT}, None, report)
     assert "| v5e:1x1 | first layer | 40.0 | 26.0 | **0.65** | 24.0 | **0.60** |  |  | 0 B |" in text
+    assert sum(line.startswith("| v5e:1x1 |") for line in text.splitlines()) == len(estimates.PROGRAMS)
     assert "estimates, no timings" in text
 
 
