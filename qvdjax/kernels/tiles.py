@@ -11,14 +11,18 @@ from einops import rearrange
 TOKENS, FEATURES = 8, 128
 
 
-def tile_tokens(tokens: int, head_dim: int) -> int:
-    """How many neighbouring tokens to keep together: a tile's, or 1 where tokens or heads are not of whole tiles."""
-    return 1 if tokens % TOKENS or head_dim % FEATURES else TOKENS
+def in_tiles(x: jax.Array, parts: int = 1) -> jax.Array:
+    """[batch, tokens, heads, head_dim] -> [batch, tiles, heads, tokens of a tile, head_dim].
 
+    A tile is of one token where a device's tokens or heads are not of whole tiles.
 
-def in_tiles(x: jax.Array) -> jax.Array:
-    """[batch, tokens, heads, head_dim] -> [batch, tiles, heads, tokens of a tile, head_dim]."""
-    return rearrange(x, "b (n a) h d -> b n h a d", a=tile_tokens(x.shape[1], x.shape[3]))
+    Args:
+        x: [batch, tokens, heads, head_dim].
+        parts: By how many devices tokens are split.
+    """
+    _, tokens, _, head_dim = x.shape
+    together = 1 if tokens % (TOKENS * parts) or head_dim % FEATURES else TOKENS
+    return rearrange(x, "b (n a) h d -> b n h a d", a=together)
 
 
 def out_of_tiles(x: jax.Array) -> jax.Array:

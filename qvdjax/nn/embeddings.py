@@ -9,6 +9,7 @@ from einops import repeat
 
 from qvdjax.kernels import target
 from qvdjax.kernels.tiles import in_tiles, out_of_tiles
+from qvdjax.parallel.rules import parts
 
 
 def timestep_sinusoid(timestep: jax.Array, width: int, *, period: float = 10000.0) -> jax.Array:
@@ -65,7 +66,7 @@ def rotate_adjacent_pairs(x: jax.Array, cosines: jax.Array, sines: jax.Array) ->
     """
     dtype = jnp.promote_types(x.dtype, cosines.dtype)
     if target().platform == "tpu":
-        tiles = in_tiles(x)
+        tiles = in_tiles(x, parts(x.shape[1], "tokens"))
         # [tokens, head_dim / 2] -> [tiles, 1, tokens of one, head_dim]
         cosines, sines = (
             repeat(table, "(n a) d -> n 1 a (d two)", a=tiles.shape[3], two=2) for table in (cosines, sines)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -115,16 +115,31 @@ def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Arra
     The mesh is the one in scope (`jax.set_mesh`). Inside `shard_map` the axes it handles itself are left
     alone.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    automatic = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
+    mesh, automatic = _in_scope()
     # On one device a pin says nothing, and yet the compiler keeps an array in the shape that is pinned.
     if math.prod(mesh.shape[name] for name in automatic) == 1:
         return x
-    usable = {name: tuple(m for m in mesh_axes if m in automatic) for name, mesh_axes in rules.items()}
-    spec, _ = partition_spec(x.shape, axes, mesh, usable)
+    spec, _ = partition_spec(x.shape, axes, mesh, _following(rules, automatic))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def parts(size: int, axis: str, rules: Rules = RULES) -> int:
+    """By how many devices of the mesh in scope an activation's axis of this size is split, where `constrain` pins it;
+    1 without a mesh."""
+    mesh, automatic = _in_scope()
+    taken = partition_spec((size,), (axis,), mesh, _following(rules, automatic))[0][0]
+    return math.prod(mesh.shape[name] for name in ((taken,) if isinstance(taken, str) else taken or ()))
+
+
+def _in_scope() -> tuple[AbstractMesh, set[str]]:
+    """The mesh in scope, without axes where there is none, and those of its axes that the compiler splits along."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh, {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
+
+
+def _following(rules: Rules, mesh_axes: set[str]) -> Rules:
+    """Rules that know of some mesh axes alone."""
+    return {name: tuple(m for m in wanted if m in mesh_axes) for name, wanted in rules.items()}
 
 
 def process_rows(count: int, mesh: Mesh, rules: Rules = RULES) -> np.ndarray:

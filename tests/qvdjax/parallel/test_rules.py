@@ -13,6 +13,7 @@ from qvdjax.parallel import (
     left_whole,
     make_mesh,
     partition_spec,
+    parts,
     place,
     shard_batch,
     shardings,
@@ -108,6 +109,18 @@ def test_constrain_does_nothing_without_a_mesh_and_pins_with_one():
     assert pinned.addressable_shards[0].data.shape == (1, 2, 16)
     with jax.set_mesh(make_mesh({"context": 1})):
         assert constrain(x, "batch", "tokens", None) is x
+
+
+def test_by_how_many_devices_an_axis_is_split():
+    assert parts(8, "tokens") == 1
+    with jax.set_mesh(make_mesh({"fsdp": 2, "context": 4})):
+        assert (parts(8, "tokens"), parts(6, "tokens"), parts(6, "batch"), parts(8, "attention_heads")) == (4, 1, 2, 4)
+        inside = jax.shard_map(
+            lambda x: x + parts(8, "tokens"), in_specs=P("fsdp", "context"), out_specs=P("fsdp", "context")
+        )
+        assert (inside(jnp.zeros((2, 8))) == 1).all()
+    with jax.set_mesh(make_mesh({"tensor": 2, "context": 4})):
+        assert parts(16, "attention_heads") == 8
 
 
 def test_constrain_leaves_the_axes_of_a_shard_map_alone():
