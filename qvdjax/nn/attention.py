@@ -3,6 +3,7 @@
 from typing import Literal
 
 import jax
+from einops import rearrange
 from flax import nnx
 
 from qvdjax import kernels
@@ -42,6 +43,10 @@ class Attention(nnx.Module):
             Like query.
         """
         scheme = self.scheme
+        # Pinned with heads apart, values would be that for the compiler from the start: on TPU it wrote the sums of
+        # their projection, int32, in that shape. Queries and keys come apart for their positions anyway.
+        merged = constrain(rearrange(value, "b t h d -> b t (h d)"), "batch", "tokens", None)
+        value = rearrange(merged, "b t (h d) -> b t h d", h=value.shape[2])
         query, key, value = (self._heads_apart(a) for a in (query, key, value))
         if scheme.qk_bits is None and scheme.pv_bits is None:
             out = dot_product_attention(query, key, value, key_lengths, implementation=self.implementation)

@@ -9,11 +9,12 @@ from qvdjax.parallel.program import Program
 @pytest.mark.slow
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize("attention", [None, 8])
-def test_a_w8a8_block_keeps_its_integers_in_the_chip(attention):
+@pytest.mark.parametrize(("size", "width", "heads"), [("1.3b", 1536, 12), ("14b", 5120, 40)])
+def test_a_w8a8_block_keeps_its_integers_in_the_chip(size, width, heads, attention):
     options = {"attention_qk_bits": attention, "attention_pv_bits": attention}
-    compiled = compiled_block("wan2.1-1.3b-480p", "rtn-w8a8", "v5e:2x2", {"context": 4}, **options)
+    compiled = compiled_block(f"wan2.1-{size}-480p", "rtn-w8a8", "v5e:2x2", {"context": 4}, **options)
     program = Program(compiled.as_text())
-    activation = 32760 // 4 * 1536  # of one chip: the smallest array of all its tokens
+    activation = 32760 // 4 * width  # of one chip: the smallest array of all its tokens
     # Scales are applied where the int32 sums are made: none of them is written.
     assert program.written("s32", activation) == []
     integer = [row for row in program.products() if row["result"] == "s32"]
@@ -25,4 +26,4 @@ def test_a_w8a8_block_keeps_its_integers_in_the_chip(attention):
     assert collectives.keys() == {("all-to-all", "bf16"), ("all-gather", "s8"), ("all-gather", "f32")}
     assert collectives["all-gather", "f32"] < 0.01 * collectives["all-gather", "s8"]
     # Both attentions are kernels, and scores of neither are written: the text's would be the largest arrays of all.
-    assert program.written("f32", 12 // 4 * 32760 * 512) == []
+    assert program.written("f32", heads // 4 * 32760 * 512) == []
