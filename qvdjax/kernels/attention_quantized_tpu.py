@@ -125,9 +125,8 @@ def _on_one_device(
     key_scale = jnp.ones((key.shape[0], heads, 1, keys), jnp.float32)
     if qk_bits is not None:
         grid = Grid(qk_bits, codebook=codebook)
-        tiles = in_tiles(
-            rearrange(k, "b t (h d) -> b t h d", h=heads)
-        )  # [batch, tiles, heads, tokens of one, head_dim]
+        apart = rearrange(k, "b t (h d) -> b t h d", h=heads)
+        tiles = in_tiles(apart)  # [batch, tiles, heads, tokens of one, head_dim]
         largest = rearrange(largest_magnitude(tiles, axis=-1), "b n h a -> b h (n a)")
         scale = key_scales(largest, grid, key_block)  # [batch, heads, keys]
         spread = rearrange(scale, "b h (n a) -> b n h a 1", a=tiles.shape[3])

@@ -58,11 +58,17 @@ def prepared(
 def prepared_layer(
     layer: Linear | Conv, scheme: LayerScheme, fit, known: Known, plan: Reconstruction
 ) -> ReconstructedLayer:
-    """A layer set up for what a plan trains of it; arguments as of `prepared`."""
+    """A layer set up for what a plan trains of it; arguments as of `prepared`.
+
+    Raises:
+        ValueError: A plan that trains roundings, for a scheme with a low-rank branch.
+    """
     weight, positions = flat_weight(layer), math.prod(getattr(layer, "kernel", ()))
     scheme.check_width(weight.shape[-1])
     start = known.transform(weight, scheme, fit, positions)
     if plan.rounding is not None:
+        if scheme.low_rank is not None:
+            raise ValueError("roundings are trained of a whole weight, not of what a low-rank branch leaves of it")
         operands = AdaptivelyRoundedWeight(weight, scheme, start, layer.axes, positions)
         kind = ReconstructedConv if isinstance(layer, Conv) else ReconstructedLinear
         return kind(layer, scheme, operands, known, start)

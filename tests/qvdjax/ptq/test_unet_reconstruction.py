@@ -13,6 +13,7 @@ from small_models import ResnetUNet, randomised, unet, unet_inputs
 import qvdjax
 from qvdjax.errors import UserError
 from qvdjax.nn import Conv, LayerScheme, Linear, QuantizedConv, QuantizedLinear, layers_of
+from qvdjax.nn.low_rank import LowRank
 from qvdjax.nn.protocol import block_at_timestep
 from qvdjax.numerics import FeatureGrid, Quantizer, quantize
 from qvdjax.ptq import quantize_layer, reconstruct
@@ -72,6 +73,12 @@ CASES = {
         Known(edges=EDGES, fitted=SHIFT),
     ),
 }  # fmt: skip
+
+
+def test_roundings_of_what_a_low_rank_branch_leaves_are_refused():
+    scheme = LayerScheme(Quantizer(4), Quantizer(6, False, **STATIC), low_rank=LowRank(2))
+    with pytest.raises(ValueError, match="low-rank branch"):
+        prepared_layer(linear(), scheme, None, Known(edges=EDGES), ROUNDING)
 
 
 @pytest.mark.parametrize("kind", ["convolution", "strided", "linear"])
