@@ -2,7 +2,7 @@
 
 from qvdjax.metrics.fidelity import PSNR_CEILING, psnr, relative_error, ssim
 from qvdjax.metrics.random_features import frechet_distance, random_feature_distance, random_features
-from qvdjax.metrics.statistics import Interval, bootstrap_interval, paired_difference
+from qvdjax.metrics.statistics import Interval, bootstrap_interval, paired_difference, relative_difference
 from qvdjax.metrics.temporal import flicker, frame_difference_energy
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "psnr",
     "random_feature_distance",
     "random_features",
+    "relative_difference",
     "relative_error",
     "ssim",
 ]

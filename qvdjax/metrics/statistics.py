@@ -43,20 +43,31 @@ def bootstrap_interval(
     Raises:
         ValueError: no values, more than one axis, or values that are not finite.
     """
+    values = _prompts(values)
+    means = values[_picks(len(values), resamples, seed)].mean(axis=1)  # (resamples, prompts) -> (resamples,)
+    return _interval(float(values.mean()), means, confidence)
+
+
+def _prompts(values: ArrayLike) -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"values must be one axis with at least one entry, got shape {values.shape}")
     if not np.isfinite(values).all():
         raise ValueError("values must be finite")
+    return values
+
+
+def _picks(count: int, resamples: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(count, size=(resamples, count))
+
+
+def _interval(found: float, resampled: np.ndarray, confidence: float) -> Interval:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    means = values[picks].mean(axis=1)  # (resamples, prompts) -> (resamples,)
     tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    mean = float(values.mean())
-    # Equal values can differ from their own mean in the last bit; the interval must hold its mean.
-    return Interval(mean, min(float(low), mean), max(float(high), mean))
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    # Equal values can differ from their own mean in the last bit; the interval must hold what was found.
+    return Interval(found, min(float(low), found), max(float(high), found))
 
 
 def paired_difference(
@@ -82,3 +93,30 @@ def paired_difference(
     if first.shape != second.shape:
         raise ValueError(f"pairs need equal shapes, got {first.shape} and {second.shape}")
     return bootstrap_interval(first - second, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def relative_difference(
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Interval of mean(first) / mean(second) - 1, the same prompts drawn for both: of values that are not negative, at
+    least -1.
+
+    Args:
+        first, second: (prompts,), the same prompts in the same order; the second above zero.
+
+    Raises:
+        ValueError: the shapes differ, values of the second that are not above zero, or as `bootstrap_interval`.
+    """
+    first, second = _prompts(first), _prompts(second)
+    if first.shape != second.shape:
+        raise ValueError(f"pairs need equal shapes, got {first.shape} and {second.shape}")
+    if (second <= 0).any():
+        raise ValueError("what is compared with must be above zero")
+    picks = _picks(len(first), resamples, seed)
+    ratios = first[picks].mean(axis=1) / second[picks].mean(axis=1)  # (resamples, prompts) -> (resamples,)
+    return _interval(float(first.mean() / second.mean()) - 1, ratios - 1, confidence)

@@ -11,7 +11,7 @@ from experiments.comparison.command import make_pages
 from experiments.comparison.quantized.tables import Table, table_of
 from experiments.comparison.results import load, missing
 from experiments.evaluation.plots import error_by_step
-from qvdjax.metrics import paired_difference
+from qvdjax.metrics import paired_difference, relative_difference
 
 PLOT, DRAWN = "error-by-step.png", 6
 SCORES = {"color": "colour", "shape": "shape", "direction": "direction"}  # of the oracle, as the page calls them
@@ -135,8 +135,8 @@ def _findings(results: dict[str, list[dict]], table: Table) -> list[str]:
             continue
         seeds = sorted({r["seed"] for r in results[one]} & {r["seed"] for r in results[other]})
         ours, theirs = (_errors(results[name], seeds) for name in (one, other))
-        interval, size = paired_difference(ours, theirs), theirs.mean()
-        change, low, high = (100 * value / size for value in (interval.mean, interval.low, interval.high))
+        interval = relative_difference(ours, theirs)
+        change, low, high = (100 * value for value in (interval.mean, interval.low, interval.high))
         verdict = ("holds" if interval.high < 0 else "**does not hold**") + ", " if expected else ""
         relation = f"{one} before {other}" if expected else f"{one} against {other}"
         lines.append(

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvdjax.metrics import bootstrap_interval, paired_difference
+from qvdjax.metrics import bootstrap_interval, paired_difference, relative_difference
 
 finite_values = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=12)
 
@@ -93,3 +93,23 @@ def test_confidence_is_a_probability(confidence):
 def test_pairs_need_equal_lengths():
     with pytest.raises(ValueError, match="equal shapes"):
         paired_difference([1.0], [1.0, 2.0])
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e3), st.floats(0.01, 1e3)), min_size=1, max_size=12))
+def test_relative_differences_stay_above_minus_one_and_know_equals(pairs):
+    first, second = zip(*pairs)
+    found = relative_difference(first, second)
+    # Sums of up to 12 numbers, rounded in double precision.
+    assert found.low >= -1 - 1e-12
+    assert found.low <= found.mean <= found.high
+    assert found.mean == pytest.approx(np.sum(first) / np.sum(second) - 1, abs=1e-9, rel=1e-9)
+    twice = relative_difference(2 * np.asarray(second), second)
+    # A ratio that all prompts share has no spread, whatever is drawn.
+    np.testing.assert_allclose([twice.low, twice.mean, twice.high], 1, rtol=1e-12)
+
+
+def test_a_ratio_to_nothing_is_refused():
+    with pytest.raises(ValueError, match="above zero"):
+        relative_difference([1.0, 2.0], [0.0, 1.0])
+    with pytest.raises(ValueError, match="equal shapes"):
+        relative_difference([1.0], [1.0, 2.0])
