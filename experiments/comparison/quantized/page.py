@@ -115,6 +115,10 @@ def _spent(many: list[dict]) -> str:
     return f"{mean(processor):.0f} s" if processor else f"{mean(one['seconds'] for one in many):.0f} s wall"
 
 
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count != 1)}"
+
+
 def _average(values: list[float | None]) -> str:
     """Mean, or a dash where one is not finite or missing."""
     return "-" if None in values else f"{mean(values):.3g}"
@@ -141,7 +145,7 @@ def _findings(results: dict[str, list[dict]], table: Table) -> list[str]:
         relation = f"{one} before {other}" if expected else f"{one} against {other}"
         lines.append(
             f"- {relation}: {verdict}{change:+.1f} % of error ({low:+.1f} to {high:+.1f}, 95 % over prompts, "
-            f"{len(seeds)} seeds)."
+            f"{_seeds(len(seeds))})."
         )
     return lines
 
@@ -166,7 +170,7 @@ def _scores(results: dict[str, list[dict]], table: Table) -> list[str]:
         clips, seeds = len(pairs["their mean"][0]), len(results[name])
         lines.append(
             f"- {name}, oracle against full precision in points of 100: {', '.join(differences)}, 95 % over {clips} "
-            f"clips, {seeds} seeds."
+            f"clips, {_seeds(seeds)}."
         )
     return lines
 

@@ -187,7 +187,7 @@ def test_scores_are_compared_clip_by_clip():
     assert line.startswith("- Ours, oracle against full precision in points of 100: colour +0.0 (+0.0 to +0.0), ")
     assert "shape -50.0 (-60.0 to -40.0)" in line
     assert "their mean -16.7 (-20.0 to -13.3)" in line
-    assert "over 2 clips, 1 seeds" in line
+    assert "over 2 clips, 1 seed" in line
 
 
 def test_what_does_not_belong_in_a_table_is_refused(tmp_path):
