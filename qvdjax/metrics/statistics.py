@@ -57,6 +57,13 @@ def _prompts(values: ArrayLike) -> np.ndarray:
     return values
 
 
+def _pairs(first: ArrayLike, second: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"pairs need equal shapes, got {first.shape} and {second.shape}")
+    return first, second
+
+
 def _picks(count: int, resamples: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(count, size=(resamples, count))
 
@@ -89,9 +96,7 @@ def paired_difference(
     Raises:
         ValueError: the shapes differ, or as `bootstrap_interval`.
     """
-    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    if first.shape != second.shape:
-        raise ValueError(f"pairs need equal shapes, got {first.shape} and {second.shape}")
+    first, second = _pairs(first, second)
     return bootstrap_interval(first - second, confidence=confidence, resamples=resamples, seed=seed)
 
 
@@ -112,9 +117,7 @@ def relative_difference(
     Raises:
         ValueError: the shapes differ, values of the second that are not above zero, or as `bootstrap_interval`.
     """
-    first, second = _prompts(first), _prompts(second)
-    if first.shape != second.shape:
-        raise ValueError(f"pairs need equal shapes, got {first.shape} and {second.shape}")
+    first, second = (_prompts(side) for side in _pairs(first, second))
     if (second <= 0).any():
         raise ValueError("what is compared with must be above zero")
     picks = _picks(len(first), resamples, seed)

@@ -11,7 +11,7 @@ from experiments.comparison.command import make_pages
 from experiments.comparison.quantized.tables import Table, table_of
 from experiments.comparison.results import load, missing
 from experiments.evaluation.plots import error_by_step
-from qvdjax.metrics import paired_difference, relative_difference
+from qvdjax.metrics import Interval, paired_difference, relative_difference
 
 PLOT, DRAWN = "error-by-step.png", 6
 SCORES = {"color": "colour", "shape": "shape", "direction": "direction"}  # of the oracle, as the page calls them
@@ -115,6 +115,10 @@ def _spent(many: list[dict]) -> str:
     return f"{mean(processor):.0f} s" if processor else f"{mean(one['seconds'] for one in many):.0f} s wall"
 
 
+def _hundredths(interval: Interval) -> tuple[float, float, float]:
+    return 100 * interval.mean, 100 * interval.low, 100 * interval.high
+
+
 def _seeds(count: int) -> str:
     return f"{count} seed{'s' * (count != 1)}"
 
@@ -140,7 +144,7 @@ def _findings(results: dict[str, list[dict]], table: Table) -> list[str]:
         seeds = sorted({r["seed"] for r in results[one]} & {r["seed"] for r in results[other]})
         ours, theirs = (_errors(results[name], seeds) for name in (one, other))
         interval = relative_difference(ours, theirs)
-        change, low, high = (100 * value for value in (interval.mean, interval.low, interval.high))
+        change, low, high = _hundredths(interval)
         verdict = ("holds" if interval.high < 0 else "**does not hold**") + ", " if expected else ""
         relation = f"{one} before {other}" if expected else f"{one} against {other}"
         lines.append(
@@ -164,8 +168,7 @@ def _scores(results: dict[str, list[dict]], table: Table) -> list[str]:
         pairs["their mean"] = tuple(np.mean(list(side.values()), axis=0) for side in (ours, whole))
         differences = []
         for called, pair in pairs.items():
-            found = paired_difference(*pair)
-            change, low, high = (100 * value for value in (found.mean, found.low, found.high))
+            change, low, high = _hundredths(paired_difference(*pair))
             differences.append(f"{called} {change:+.1f} ({low:+.1f} to {high:+.1f})")
         clips, seeds = len(pairs["their mean"][0]), len(results[name])
         lines.append(

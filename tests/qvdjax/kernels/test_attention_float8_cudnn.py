@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exact_attention import distance, exact
 
 from qvdjax.errors import UserError
 from qvdjax.kernels import attention_float8_cudnn, quantized_attention, quantized_attention_choice
@@ -21,18 +22,6 @@ NEAR = 0.07  # see the first test
 def inputs(queries=40, keys=72, heads=2, head_dim=32, batch=2, dtype=jnp.float32):
     shapes = ((batch, queries, heads, head_dim), (batch, keys, heads, head_dim), (batch, keys, heads, head_dim))
     return [jax.random.normal(jax.random.key(i), shape).astype(dtype) for i, shape in enumerate(shapes)]
-
-
-def exact(query, key, value):
-    query, key, value = (np.asarray(a, np.float64) for a in (query, key, value))
-    scores = np.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(query.shape[-1])
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), value)
-
-
-def distance(a, b):
-    a, b = (np.asarray(x, np.float64) for x in (a, b))
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exact_attention import distance, exact
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,18 +25,6 @@ def inputs(queries=77, keys=300, heads=2, head_dim=32, batch=2, dtype=jnp.float3
     shapes = ((batch, queries, heads, head_dim), (batch, keys, heads, head_dim), (batch, keys, heads, head_dim))
     draw = jax.random.normal if tails is None else lambda key, shape: jax.random.t(key, tails, shape)
     return [draw(jax.random.key(i), shape).astype(dtype) for i, shape in enumerate(shapes)]
-
-
-def exact(query, key, value):
-    query, key, value = (np.asarray(a, np.float64) for a in (query, key, value))
-    scores = np.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(query.shape[-1])
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), value)
-
-
-def distance(a, b):
-    a, b = (np.asarray(x, np.float64) for x in (a, b))
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 BITS = [(8, 8), (8, None), (None, 8), (4, 6)]
