@@ -7,7 +7,7 @@ import jax
 
 from qvdjax.calibration.dataset import CalibrationSet
 from qvdjax.calibration.magnitudes import input_magnitudes
-from qvdjax.calibration.ranges import input_ranges
+from qvdjax.calibration.ranges import input_ranges, input_ranges_by_timestep
 from qvdjax.calibration.salience import input_saliences
 from qvdjax.calibration.selection import SelectedInputs, select
 from qvdjax.calibration.steps import InInterval, first_steps
@@ -32,6 +32,7 @@ from qvdjax.ptq import (
     timestep_ranges,
     with_counts,
     with_gains,
+    with_shifts_of_timesteps,
     with_switched_bits,
 )  # fmt: skip
 from qvdjax.ptq.feature_grids import temporal_features
@@ -102,6 +103,8 @@ def quantize(
             calibration = draw(calibration, recipe.draw)
         if recipe.needs_ranges:
             ranges = _channel_ranges(model, recipe, calibration)
+            if recipe.channel_statistics == "step":
+                schemes = with_shifts_of_timesteps(schemes, calibration)
         if isinstance(fit, FitChannelScale) and fit.absorb:
             model, schemes, ranges = absorb_scales(model, schemes, ranges, fit)
         if isinstance(fit, FitShift) and fit.search is not None:
@@ -176,6 +179,8 @@ def _channel_ranges(model: VideoModel, recipe: Recipe, calibration: Iterable[Map
         return input_saliences(model, calibration)
     if recipe.channel_statistics == "magnitude":
         return input_magnitudes(model, calibration)
+    if recipe.channel_statistics == "step":
+        return input_ranges_by_timestep(model, calibration)
     return input_ranges(model, _fitted_on(recipe, calibration))
 
 

@@ -1,12 +1,13 @@
 """The smallest and largest value of every input channel of every layer, over a calibration set."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from qvdjax.calibration.steps import of_one_timestep
 from qvdjax.calibration.watching import Kept, Watcher, by_layer, observe
 from qvdjax.errors import UserError
 from qvdjax.nn import Conv, Linear, Statistic, VideoModel, layers_of
@@ -58,19 +59,41 @@ def input_ranges(model: VideoModel, batches: Iterable[Mapping[str, jax.Array]]) 
     Raises:
         UserError: No batch at all, or ranges that are not finite.
     """
-    watched, total = watch(model), None
-    for inputs in batches:
-        new = jax.tree.map(to_host, _observe(watched, dict(inputs)))
-        total = new if total is None else _wider(total, new)
-    if total is None:
-        raise UserError("the calibration set is empty", remedy="make one with `qvdjax calibrate`")
-    ranges = {}
-    for names, kept in by_layer(watched, total):
-        edges = (np.reshape(kept[edge], (len(names), -1)) for edge in ("low", "high"))  # ([layers,] in) -> layers in
-        ranges.update(zip(names, zip(*edges, strict=True), strict=True))
-    if broken := [name for name, edges in ranges.items() if not np.isfinite(edges).all()]:
-        raise UserError("calibration met values that are not finite", remedy="check the calibration set", items=broken)
+    (ranges,) = _ranges(model, ((None, inputs) for inputs in batches)).values()
     return ranges
+
+
+def input_ranges_by_timestep(model: VideoModel, batches: Iterable[Mapping[str, jax.Array]]) -> dict[str, tuple]:
+    """As `input_ranges`, of each timestep of the calibration set on its own.
+
+    Returns:
+        Name of the layer in diffusers -> (low [timesteps, in], high [timesteps, in]), timesteps ascending as
+        `qvdjax.calibration.steps.timesteps_of` has them.
+    """
+    found = _ranges(model, of_one_timestep(batches))
+    each = [found[timestep] for timestep in sorted(found)]
+    return {name: tuple(map(np.stack, zip(*(one[name] for one in each), strict=True))) for name in each[0]}
+
+
+def _ranges(model: VideoModel, batches: Iterable[tuple[Hashable, Mapping[str, jax.Array]]]) -> dict[Hashable, dict]:
+    """The ranges of all batches of a key, by key."""
+    watched, totals = watch(model), {}
+    for key, inputs in batches:
+        new = jax.tree.map(to_host, _observe(watched, dict(inputs)))
+        totals[key] = new if key not in totals else _wider(totals[key], new)
+    if not totals:
+        raise UserError("the calibration set is empty", remedy="make one with `qvdjax calibrate`")
+    found: dict[Hashable, dict] = {}
+    for key, total in totals.items():
+        ranges = found.setdefault(key, {})
+        for names, kept in by_layer(watched, total):
+            edges = (np.reshape(kept[edge], (len(names), -1)) for edge in ("low", "high"))  # [layers,] in -> layers in
+            ranges.update(zip(names, zip(*edges, strict=True), strict=True))
+        if broken := [name for name, edges in ranges.items() if not np.isfinite(edges).all()]:
+            raise UserError(
+                "calibration met values that are not finite", remedy="check the calibration set", items=broken
+            )
+    return found
 
 
 def _wider(a: Kept, b: Kept) -> Kept:

@@ -24,6 +24,15 @@ def first_steps(batches: Iterable[Mapping[str, jax.Array]]) -> Iterator[dict[str
     return _where(batches, lambda timestep: timestep == largest)
 
 
+def of_one_timestep(batches: Iterable[Mapping[str, jax.Array]]) -> Iterator[tuple[float, dict[str, np.ndarray]]]:
+    """(timestep, its samples) of every batch."""
+    for inputs in batches:
+        timesteps = of_samples(inputs)
+        for timestep in np.unique(timesteps):
+            rows = np.flatnonzero(timesteps == timestep)
+            yield float(timestep), {name: np.asarray(array)[rows] for name, array in inputs.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class InInterval:
     """The samples of a calibration set in one interval of timesteps, read anew each time.

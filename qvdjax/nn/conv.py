@@ -3,6 +3,7 @@
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -67,6 +68,29 @@ def _patches_times(x, weight, kernel):
     return jax.lax.dot_general(patches, flat, (((patches.ndim - 1,), (1,)), ((), ())))
 
 
+def given_back(
+    shifted: jax.Array, x: jax.Array, transform: InputTransform, convolved: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
+    """What a shift takes off a convolution, at every place of its output.
+
+    Args:
+        shifted: [out, positions of the kernel], or [timesteps, out, positions] with a transform of these.
+        x: The input [batch, *space, in], of which the shape counts.
+        transform: The layer's.
+        convolved: The layer's convolution, of one channel [batch, *space, 1] with a weight [out, positions].
+
+    Returns:
+        [1 or batch, *space', out], less where the kernel lies over a zero-padded border.
+    """
+    # Where the kernel lies inside the input: the same in all samples.
+    inside = jnp.ones((1, *x.shape[1:-1], 1), shifted.dtype)
+    if transform.timesteps is None:
+        return convolved(inside, shifted)
+    overlap = convolved(inside, jnp.eye(shifted.shape[-1], dtype=shifted.dtype))[0]  # [*space', positions]
+    own = transform.rows_at_timestep(shifted, shifted.ndim, len(x))  # [batch, out, positions]
+    return jnp.einsum("...p,bop->b...o", overlap, own, precision=jax.lax.Precision.HIGHEST)
+
+
 class QuantizedConv(QuantizedLayer):
     """A Conv with a quantized weight (one range an output channel or the tensor) and one range an input sample.
 
@@ -81,8 +105,9 @@ class QuantizedConv(QuantizedLayer):
     Attributes, beside those of every quantized layer (`in` is in * kernel here):
         kernel, stride, padding: One entry a spatial axis.
         transform: A shift or a scale of the input's channels, or None.
-        shifted: [out, positions of the kernel] float32, what a shift takes off the product at each position, or None.
-            Positions over a zero-padded border lose nothing, so it cannot be part of the bias.
+        shifted: [out, positions of the kernel] float32, what a shift takes off the product at each position, of each
+            timestep [timesteps, out, positions] where it has shifts, or None. Positions over a zero-padded border lose
+            nothing, so it cannot be part of the bias.
     """
 
     def __init__(
@@ -92,7 +117,8 @@ class QuantizedConv(QuantizedLayer):
         """`shared` as `QuantizedLayer` takes it."""
         super().__init__(weight=weight, **shared)
         self.kernel, self.stride, self.padding, self.transform = kernel, stride, padding, transform
-        self.shifted = None if shifted is None else Scale(shifted, axes=(self.axes[0], None))
+        steps = () if self.scheme.shift_timesteps is None else (None,)
+        self.shifted = None if shifted is None else Scale(shifted, axes=(*steps, self.axes[0], None))
 
     def _unflatten(self, rows):
         """[out, in * kernel] -> [out, in, *kernel]."""
@@ -113,10 +139,12 @@ class QuantizedConv(QuantizedLayer):
             # One product a part of the input; without parts, one.
             y = functools.reduce(operator.add, (multiply(*part) for part in self._operands(x)))
         if self.shifted is not None:
-            # Where the kernel lies inside the input: the same in all samples, and a product of one channel.
-            inside = jnp.ones((1, *x.shape[1:-1], 1), y.dtype)
-            y = y + convolve(inside, self._unflatten(self.shifted[...]).astype(y.dtype), self.stride, self.padding)
+            y = y + given_back(self.shifted[...].astype(y.dtype), x, self.transform, self._of_one_channel)
         return y.astype(dtype) if self.bias is None else (y + self.bias[...].astype(y.dtype)).astype(dtype)
+
+    def _of_one_channel(self, x, weight):
+        """x [batch, *space, 1] with weight [out, positions]."""
+        return convolve(x, self._unflatten(weight), self.stride, self.padding)
 
     @property
     def qweight(self) -> QTensor:

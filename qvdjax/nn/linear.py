@@ -60,6 +60,8 @@ class QuantizedLinear(QuantizedLayer):
         weight: [out, in] where it stays float, else None.
         input_clip: [count, sides] float32 factors of the dynamic range (`qvdjax.nn.input_clip`), or None.
         transform: What the input passes through first, or None.
+        shifted: [timesteps, out] float32, what a shift of timesteps takes off the product, or None. What one shift
+            takes off is in the bias.
         low_rank: A branch in full precision, whose product of the transformed input is added, or None.
         estimator: What is added to the product for what rounding takes off it, made of the rounded input, or None.
         input_levels, input_edges: [count] and [count - 1] float32 of a grid of temporal features, or None.
@@ -69,7 +71,7 @@ class QuantizedLinear(QuantizedLayer):
     def __init__(
         self, *, weight: QTensor | jax.Array, axes: tuple, input_clip=None, transform: InputTransform | None = None,
         low_rank: LowRankBranch | None = None, estimator: EstimatorBranch | None = None, input_levels=None,
-        input_edges=None, **shared,
+        input_edges=None, shifted=None, **shared,
     ):  # fmt: skip
         """`weight` as codes or as floats [out, in]; `shared` as `QuantizedLayer` takes it."""
         quantized = isinstance(weight, QTensor)
@@ -77,6 +79,7 @@ class QuantizedLinear(QuantizedLayer):
         self.weight = None if quantized else Param(weight, axes=axes)
         self.input_clip = None if input_clip is None else Scale(input_clip, axes=(None, None))
         self.transform, self.low_rank, self.estimator = transform, low_rank, estimator
+        self.shifted = None if shifted is None else Scale(shifted, axes=(None, axes[0]))
         self.implementation = None
         self.input_levels, self.input_edges = (
             None if values is None else Scale(values, axes=(None,)) for values in (input_levels, input_edges)
@@ -120,13 +123,15 @@ class QuantizedLinear(QuantizedLayer):
             if isinstance(rounded, tuple):
                 rounded = sum(part.dequantize() for part in rounded)
             y = y + self.estimator(rounded).astype(y.dtype)
+        if self.shifted is not None:
+            y = y + self.transform.rows_at_timestep(self.shifted[...], y.ndim, len(y)).astype(y.dtype)
         return y.astype(dtype) if self.bias is None else (y + self.bias[...].astype(y.dtype)).astype(dtype)
 
     @property
     def _rounds_alone(self) -> bool:
         """Whether rounding by the input's own range is all that happens before the product, and nothing is added."""
         ranges = (self.input_scale, self.input_clip, self.scheme.switch, self.scheme.centering)
-        return all(part is None for part in (*ranges, self.low_rank, self.estimator))
+        return all(part is None for part in (*ranges, self.low_rank, self.estimator, self.shifted))
 
     def rounded_input(self, x: jax.Array) -> jax.Array:
         """x [..., tokens, in] -> the floats that meet the weight: x behind the transform, rounded where it is."""

@@ -46,6 +46,7 @@ class LayerScheme:
         switch: At which timesteps the input has more bits than `activation` says, None for none.
         centering: How what the tokens of an input have in common is rounded apart from them, None for not at all.
         timestep_intervals: Of timesteps in each of which the layer is quantized on its own, None for one in all.
+        shift_timesteps: Those that have shifts of their own, where the transform "shift" is of timesteps, else None.
     """
 
     weight: Quantizer | None = None
@@ -62,6 +63,7 @@ class LayerScheme:
     switch: BitSwitch | None = None
     centering: Centering | None = None
     timestep_intervals: TimestepIntervals | None = None
+    shift_timesteps: tuple[float, ...] | None = None
 
     def __post_init__(self):
         check_transforms(self.transforms, self.rotation, self.kronecker)
@@ -81,6 +83,8 @@ class LayerScheme:
             raise ValueError("the tokens of an input with a dynamic range are centred")
         if self.switch is not None and self.activation.codebook is not None:
             raise ValueError("an input with a codebook has the same bits at all timesteps")
+        if self.shift_timesteps is not None and ("shift" not in self.transforms or not self.shift_timesteps):
+            raise ValueError("timesteps have shifts where an input is shifted, and there is one at least")
 
     def check_width(self, width: int) -> None:
         """UserError where groups of the weight or the input, or a Kronecker factor, do not divide a layer's width."""
@@ -104,7 +108,7 @@ class LayerScheme:
     def to_dict(self) -> dict:
         """Plain fields, for a config file."""
         fields = dataclasses.asdict(self)
-        for name in (*_OPTIONAL, "split", "switch", "timestep_intervals"):
+        for name in (*_OPTIONAL, "split", "switch", "timestep_intervals", "shift_timesteps"):
             if fields[name] is None:
                 del fields[name]  # folders without one stay readable by programs that do not know it
         for name in ("weight", "activation"):
@@ -124,6 +128,8 @@ class LayerScheme:
         for name, kind in (("switch", BitSwitch), ("timestep_intervals", TimestepIntervals)):
             if fields.get(name) is not None:
                 rest[name] = kind.from_dict(fields[name])
+        if fields.get("shift_timesteps") is not None:
+            rest["shift_timesteps"] = tuple(map(float, fields["shift_timesteps"]))
         return cls(**{**fields, **quantizers, **rest, **tuples})
 
 

@@ -73,7 +73,11 @@ def nearest_timestep(timestep: jax.Array, held: tuple[float, ...]) -> jax.Array:
     return jnp.abs(timestep[:, None] - jnp.asarray(held)).argmin(axis=1)  # batch timesteps -> batch
 
 
+def by_row(values: jax.Array, rows: int) -> jax.Array:
+    """What belongs to each sample, [batch, ...], for an input of so many rows: [(batch ...), ...]."""
+    return jnp.repeat(values, rows // len(values), axis=0)
+
+
 def over_input(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A number for each sample, (batch,) -> [(batch ...), 1, ...], for an input of that shape."""
-    rows = jnp.repeat(values, shape[0] // len(values))  # batch -> (batch ...)
-    return rows.reshape(-1, *(1,) * (len(shape) - 1))
+    return by_row(values, shape[0]).reshape(-1, *(1,) * (len(shape) - 1))

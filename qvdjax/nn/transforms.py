@@ -2,15 +2,20 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax import nnx
 
 from qvdjax.errors import UserError
+from qvdjax.nn.timestep import TimestepReader, by_row, nearest_timestep
 from qvdjax.nn.variables import Scale, shape_of
 from qvdjax.numerics import hadamard
+
+if TYPE_CHECKING:
+    from qvdjax.nn.scheme import LayerScheme
 
 ORDER = ("shift", "smooth_scale", "rotation", "kronecker")
 """Names of transforms, in the order in which an input passes through them."""
@@ -80,7 +85,7 @@ def check_transforms(names: tuple[str, ...], rotation: Rotation | None, kronecke
             raise ValueError(f"the transform {name!r} and how it is made belong together")
 
 
-class InputTransform(nnx.Module):
+class InputTransform(TimestepReader):
     """Subtracts a shift from each input channel (QVD's SCRI), divides it by a scale (SmoothQuant), rotates (QuaRot),
     multiplies by a Kronecker product (FlatQuant); each of them may be absent.
 
@@ -88,37 +93,51 @@ class InputTransform(nnx.Module):
     added again (`qvdjax.ptq.layers`).
 
     Attributes:
-        shift: [in] float32, or None.
+        shift: [in] float32, [timesteps, in] where each timestep has its own, or None.
         smooth_scale: [in] float32, or None.
         signs: [in] float32 of +1 and -1, or None.
         left, right: [a, a] and [b, b] float32 with a b = in, or None. A row x is multiplied by left (x) right from the
             right: with x as a matrix X [a, b], that is left^T X right.
         rotation: How the scaled input is rotated, or None.
+        timesteps: Those that have shifts of their own, or None. A call at another takes the nearest one's.
     """
 
     def __init__(
         self, *, shift: jax.Array | None = None, smooth_scale: jax.Array | None = None, signs: jax.Array | None = None,
         left: jax.Array | None = None, right: jax.Array | None = None, rotation: Rotation | None = None,
+        timesteps: tuple[float, ...] | None = None,
     ):  # fmt: skip
         vector, matrix = {"axes": (None,)}, {"axes": (None, None)}
-        self.shift = None if shift is None else Scale(shift, **vector)
+        self.timesteps = timesteps
+        self.shift = None if shift is None else Scale(shift, **(vector if timesteps is None else matrix))
         self.smooth_scale = None if smooth_scale is None else Scale(smooth_scale, **vector)
         self.signs = None if signs is None else Scale(signs, **vector)
         self.left, self.right = (None if a is None else Scale(a, **matrix) for a in (left, right))
         self.rotation = rotation
 
     @classmethod
-    def blank(
-        cls, names: tuple[str, ...], rotation: Rotation | None, kronecker: Kronecker | None, width: int
-    ) -> "InputTransform":
+    def of(cls, scheme: "LayerScheme", arrays: Mapping[str, jax.Array]) -> "InputTransform":
+        """What a scheme says, of these arrays."""
+        return cls(**arrays, rotation=scheme.rotation, timesteps=scheme.shift_timesteps)
+
+    @classmethod
+    def blank(cls, scheme: "LayerScheme", width: int) -> "InputTransform":
         """One that changes nothing but by its rotation, for building the shape of a saved layer."""
+        names, rotation = scheme.transforms, scheme.rotation
         signs = rotation is not None and rotation.signs
-        left, right = (None, None) if kronecker is None else map(jnp.eye, kronecker.sizes_of(width))
+        left, right = (None, None) if scheme.kronecker is None else map(jnp.eye, scheme.kronecker.sizes_of(width))
+        steps = () if scheme.shift_timesteps is None else (len(scheme.shift_timesteps),)
         return cls(
-            shift=jnp.zeros((width,), jnp.float32) if "shift" in names else None,
+            shift=jnp.zeros((*steps, width), jnp.float32) if "shift" in names else None,
             smooth_scale=jnp.ones((width,), jnp.float32) if "smooth_scale" in names else None,
             signs=jnp.ones((width,), jnp.float32) if signs else None, left=left, right=right, rotation=rotation,
+            timesteps=scheme.shift_timesteps,
         )  # fmt: skip
+
+    @property
+    def reads_timestep(self) -> bool:
+        """Whether shifts are of timesteps."""
+        return self.timesteps is not None
 
     def arrays(self) -> dict[str, jax.Array]:
         """What the constructor takes beside the rotation."""
@@ -126,8 +145,28 @@ class InputTransform(nnx.Module):
         return {name: variable[...] for name, variable in held.items() if variable is not None}
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., in] -> [..., in], at least float32, as the quantizer wants it."""
-        x = x if self.shift is None else x - self.shift[...]
+        """x [..., in] -> [..., in], at least float32, as the quantizer wants it; [(batch ...), ..., in] where shifts
+        are of timesteps."""
+        if self.timesteps is not None:
+            return self.behind_shift(x - self.rows_at_timestep(self.shift[...], x.ndim, len(x)))
+        return self.behind_shift(x if self.shift is None else x - self.shift[...])
+
+    def of_ranges(self, edge: jax.Array) -> jax.Array:
+        """The smallest or the largest input of each channel, of each timestep where shifts are of these, transformed:
+        [in] or [timesteps, in], as the shift."""
+        return self.behind_shift(edge if self.shift is None else edge - self.shift[...])
+
+    def rows_at_timestep(self, table: jax.Array, axes: int, rows: int) -> jax.Array:
+        """A table's row for each sample's timestep, for an array of so many axes and rows.
+
+        table [timesteps, ..., channels] -> [(batch ...), ones, ..., channels], ones so that there are `axes`.
+        """
+        own = table[nearest_timestep(self.current_timestep(), self.timesteps)]  # [batch, ..., channels]
+        own = by_row(own, rows)
+        return own.reshape(len(own), *(1,) * (axes - own.ndim), *own.shape[1:])
+
+    def behind_shift(self, x: jax.Array) -> jax.Array:
+        """x [..., in] without its shift -> [..., in]."""
         x = self._rotate(x if self.smooth_scale is None else x / self.smooth_scale[...])
         return x if self.left is None else kronecker_product(x, self.left[...], self.right[...])
 

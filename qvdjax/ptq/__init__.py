@@ -13,7 +13,15 @@ from qvdjax.ptq.reconstruction import Reconstruction, reconstruct
 from qvdjax.ptq.rounding import rounded_layers
 from qvdjax.ptq.scale_search import search_scales
 from qvdjax.ptq.timestep_scales import TimestepScales, timestep_ranges
-from qvdjax.ptq.transforms import FitChannelScale, FitEvenChannels, FitProduct, FitRotation, FitShift, SearchScale
+from qvdjax.ptq.transforms import (
+    FitChannelScale,
+    FitEvenChannels,
+    FitProduct,
+    FitRotation,
+    FitShift,
+    SearchScale,
+    with_shifts_of_timesteps,
+)
 
 __all__ = [
     "ChannelBits",
@@ -44,5 +52,6 @@ __all__ = [
     "timestep_ranges",
     "with_counts",
     "with_gains",
+    "with_shifts_of_timesteps",
     "with_switched_bits",
 ]

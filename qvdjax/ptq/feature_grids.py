@@ -1,9 +1,8 @@
 """Grids of temporal features, fitted exactly: a sampler meets one feature a step, so all of them are known."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,28 +18,35 @@ from qvdjax.numerics import FeatureGrid, to_levels
 from qvdjax.parallel import to_host
 
 ROLE = "temporal_feature"
+Score = Literal["collapse", "signal"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ChooseGrid:
     """Which of several grids a layer's temporal features are rounded to.
 
-    The one that tells most timesteps apart (`identity_rate`), of equals the one that makes the fewest numbers of
-    neighbouring timesteps alike (`collapse`), of equals the one whose error behind the layer's weight is smallest. QVD
-    names discriminability as the aim; its own score and procedure were not at hand.
+    QVD names discriminability as the aim; its own score and procedure were not at hand.
 
     Attributes:
         candidates: All of the same bits, or one alone.
+        score: "collapse": the grid that tells most timesteps apart (`identity_rate`), of equals the one that makes the
+            fewest numbers of neighbouring timesteps alike (`collapse`), of equals the one of "signal". "signal": the
+            one behind whose layer most is left of what changes with the timestep (`centred_sqnr_db`).
     """
 
     candidates: tuple[FeatureGrid, ...]
+    score: Score = "collapse"
+
+    def __post_init__(self):
+        if self.score not in get_args(Score):
+            raise ValueError(f"unknown score of grids {self.score!r}: use {' or '.join(get_args(Score))}")
 
     @classmethod
-    def among_all(cls, bits: int) -> "ChooseGrid":
+    def among_all(cls, bits: int, score: Score = "collapse") -> "ChooseGrid":
         """Every kind that keeps to its bits; "log2", as released, takes one more."""
         logarithmic = [FeatureGrid("log", bits, steps) for steps in (1, 2, 4, 8)]
         mixed = [FeatureGrid("mixed", bits)] if bits > 2 else []
-        return cls((FeatureGrid("symmetric", bits), FeatureGrid("asymmetric", bits), *logarithmic, *mixed))
+        return cls((FeatureGrid("symmetric", bits), FeatureGrid("asymmetric", bits), *logarithmic, *mixed), score)
 
     def choose(self, features: jax.Array, weight: jax.Array) -> FeatureGrid:
         """features [timesteps, in] in order, weight [out, in] -> the grid."""
@@ -49,8 +55,10 @@ class ChooseGrid:
 
         def merit(grid):
             rounded = to_levels(features, *grid.fit(features))
-            measured = discriminability(features, rounded)
             behind = discriminability(*(jnp.matmul(a, weight.T.astype(a.dtype)) for a in (features, rounded)))
+            if self.score == "signal":
+                return behind.centred_sqnr_db
+            measured = discriminability(features, rounded)
             return measured.identity_rate, -measured.collapse, behind.centred_sqnr_db
 
         return max(self.candidates, key=merit)
@@ -172,12 +180,3 @@ def _words(grid: FeatureGrid) -> str:
         return f"its input on a logarithmic grid, {grid.steps} codes an octave"
     extra = ", which takes a bit more than it says" if grid.kind == "log2" else ""
     return f"its input on a grid of kind {grid.kind}{extra}"
-
-
-def describe_features(features: np.ndarray, grids: Iterable[FeatureGrid]) -> list[dict[str, Any]]:
-    """One row a grid: what it does to features [timesteps, in]; NaN-free for a table or a plot."""
-    rows, values = [], jnp.asarray(features)
-    for grid in grids:
-        measured = dataclasses.asdict(discriminability(values, to_levels(values, *grid.fit(values))))
-        rows.append({**dataclasses.asdict(grid), **{k: v if math.isfinite(v) else None for k, v in measured.items()}})
-    return rows

@@ -101,13 +101,16 @@ def quantize_layer(
     parts = _checked(arrays, layer.role)
     transform = None
     if scheme.transforms:
-        transform = InputTransform(**parts.pop("transform"), rotation=scheme.rotation)
+        transform = InputTransform.of(scheme, parts.pop("transform"))
     common = {
         "role": layer.role, "axes": layer.axes, "scheme": scheme, "execution": execution, "transform": transform,
         "frame_axis": layer.frame_axis,
     }  # fmt: skip
     bias = None if layer.bias is None else layer.bias[...]
-    if "shifted" in parts and not (convolution and any(map(any, layer.padding))):
+    if scheme.shift_timesteps is not None:
+        if not convolution:
+            parts["shifted"] = parts["shifted"][..., 0]  # one position: [[layers,] steps, out, 1] -> without it
+    elif "shifted" in parts and not (convolution and any(map(any, layer.padding))):
         # At least float32 whatever the weights are: a far shift makes it large, and its rounding would be an offset.
         shifted = parts.pop("shifted").sum(axis=-1)  # [[layers,] out, positions] -> [[layers,] out]
         bias = shifted if bias is None else shifted + bias.astype(shifted.dtype)
@@ -176,9 +179,10 @@ class PreparedWeight(NamedTuple):
         whole: [out, in], what meets the transformed input, at least float32.
         taken: [out, in], what a low-rank branch takes of it; 0 without one.
         moment: [in, in] second moments of the transformed input, or None.
-        low, high: Smallest and largest transformed input of each channel [channels].
+        low, high: Smallest and largest transformed input of each channel [channels], of each timestep that has a shift
+            [timesteps, channels].
         arrays: What the layer holds beside codes and scales: the arrays of `transform` and `low_rank`, and of a shift
-            `shifted` [out, positions], what it takes off the product at each position of a kernel.
+            `shifted` [[timesteps,] out, positions], what it takes off the product at each position of a kernel.
     """
 
     whole: jax.Array
@@ -192,7 +196,8 @@ class PreparedWeight(NamedTuple):
 def prepare_weight(
     weight, input_range, moment, learned, *, scheme: LayerScheme, fit, positions: int = 1
 ) -> PreparedWeight:
-    """weight [out, in], input_range two [channels] or None, moment [in, in] or None, what was learned or None.
+    """weight [out, in], input_range two [[timesteps,] channels] or None, moment [in, in] or None, what was learned or
+    None.
 
     Of a convolution `in` is (channels positions), with that many positions in its kernel.
 
@@ -210,16 +215,16 @@ def prepare_weight(
         )
     if scheme.transforms:
         if learned is not None:
-            transform = InputTransform(**learned["transform"], rotation=scheme.rotation)
+            transform = InputTransform.of(scheme, learned["transform"])
         elif fit is None:
-            transform = InputTransform.blank(scheme.transforms, scheme.rotation, scheme.kronecker, whole.shape[-1])
+            transform = InputTransform.blank(scheme, whole.shape[-1])
         else:
             transform = fit.fit(whole, low, high)
         if transform.shift is not None:
             arrays["shifted"] = taken_off(whole, transform.shift[...], positions)
         whole = transform.on_weight(whole)
         # A channel's range passes through a scale as any input does; static ranges behind rotations are refused.
-        low, high = transform(low), transform(high)
+        low, high = transform.of_ranges(low), transform.of_ranges(high)
         if moment is not None and not isinstance(moment, RoundedInputs):  # these are behind the transform already
             moment = transform(transform(moment).T)
         arrays["transform"] = transform.arrays()
@@ -243,9 +248,10 @@ def rows_of_positions(weight: jax.Array, positions: int) -> jax.Array:
 
 
 def taken_off(rows: jax.Array, shift: jax.Array, positions: int) -> jax.Array:
-    """What a shift [channels] takes off the product at each position: rows [(out positions), channels] -> [out,
-    positions]."""
-    return rearrange(jnp.matmul(rows, shift, precision=jax.lax.Precision.HIGHEST), "(o p) -> o p", p=positions)
+    """What a shift [[timesteps,] channels] takes off the product at each position: rows [(out positions), channels] ->
+    [[timesteps,] out, positions]."""
+    taken = jnp.matmul(shift, rows.T, precision=jax.lax.Precision.HIGHEST)
+    return rearrange(taken, "... (o p) -> ... o p", p=positions)
 
 
 def transformed_weight(weight: jax.Array, transform: InputTransform | None, positions: int = 1) -> jax.Array:
@@ -257,7 +263,7 @@ def transformed_weight(weight: jax.Array, transform: InputTransform | None, posi
 
 
 def static_edges(low: jax.Array, high: jax.Array, split: tuple[int, ...] | None) -> tuple[jax.Array, jax.Array]:
-    """Ends of a static range that covers the ranges of all channels: two [channels] -> two [parts or 1]."""
+    """Ends of a static range that covers the ranges of all channels: two [..., channels] -> two [parts or 1]."""
     return tuple(
         jnp.stack([pick(part) for part in split_channels(ends, split)])
         for pick, ends in ((jnp.min, low), (jnp.max, high))

@@ -124,7 +124,7 @@ def _costs(weight, input_range, moment, *, scheme: LayerScheme, fit, choices: tu
     found = error(scheme.weight.bits)
     if scheme.transforms:
         # With x' = x T the layer's error x' E^T is x (E T^T)^T; T is what the transform makes of the identity.
-        transform = InputTransform(**prepared.arrays["transform"], rotation=scheme.rotation)
+        transform = InputTransform.of(scheme, prepared.arrays["transform"])
         identity = jnp.eye(weight.shape[-1], dtype=found.dtype)
         found = jnp.matmul(found, transform(identity).T, precision=jax.lax.Precision.HIGHEST)
     return costs, found

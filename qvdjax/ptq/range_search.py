@@ -1,14 +1,14 @@
 """Static ranges of layers' inputs by search in each call of a calibration set (QVD's activation ranges)."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvdjax.calibration.steps import of_samples, timesteps_of
+from qvdjax.calibration.steps import of_one_timestep, timesteps_of
 from qvdjax.calibration.watching import Kept, Watcher, by_layer, observe
 from qvdjax.errors import UserError
 from qvdjax.nn import Conv, InputTransform, LayerScheme, Linear, Statistic, VideoModel, layers_of
@@ -191,15 +191,6 @@ def _static(scheme) -> bool:
     return isinstance(scheme, LayerScheme) and scheme.activation is not None and not scheme.activation.dynamic
 
 
-def of_one_timestep(batches: Iterable[Mapping[str, jax.Array]]) -> Iterator[tuple[float, dict[str, np.ndarray]]]:
-    """(timestep, its samples) of every batch."""
-    for inputs in batches:
-        timesteps = of_samples(inputs)
-        for timestep in np.unique(timesteps):
-            rows = np.flatnonzero(timesteps == timestep)
-            yield float(timestep), {name: np.asarray(array)[rows] for name, array in inputs.items()}
-
-
 def with_counts(
     schemes: Mapping[str, Any], edges: Mapping[str, tuple], batches: Iterable[Mapping[str, jax.Array]]
 ) -> dict[str, Any]:
@@ -251,12 +242,12 @@ def transform_of(
     if not scheme.transforms:
         return None
     if fitted is not None:
-        return InputTransform(**stacked_rows(layer, [fitted[name] for name in names]))
-    return _transform(layer, fit, *stacked_rows(layer, [ranges[name] for name in names]))
+        return InputTransform.of(scheme, stacked_rows(layer, [fitted[name] for name in names]))
+    return InputTransform.of(scheme, _arrays(layer, fit, *stacked_rows(layer, [ranges[name] for name in names])))
 
 
-def _transform(layer: Linear | Conv, fit, low, high) -> InputTransform:
-    """The transform that the layer will have, or a stack of them."""
+def _arrays(layer: Linear | Conv, fit, low, high) -> dict[str, jax.Array]:
+    """Those of the transform that the layer will have, or a stack of them."""
 
     def one(weight, low, high):
         # What acts on channels sees one row a position of a kernel: [out, in, *kernel] -> [(out kernel), in]
@@ -264,5 +255,4 @@ def _transform(layer: Linear | Conv, fit, low, high) -> InputTransform:
         return fit.fit(rows.astype(jnp.promote_types(weight.dtype, jnp.float32)), low, high).arrays()
 
     arguments = (layer.weight[...], low, high)
-    arrays = jax.lax.map(lambda a: one(*a), arguments) if leading_shape(layer.weight) else one(*arguments)
-    return InputTransform(**arrays, rotation=fit.rotation)
+    return jax.lax.map(lambda a: one(*a), arguments) if leading_shape(layer.weight) else one(*arguments)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from qvdjax.calibration.steps import of_one_timestep
 from qvdjax.calibration.watching import Watcher, by_layer, observe
 from qvdjax.errors import UserError
 from qvdjax.nn import Conv, LayerScheme, Linear, Scale, Statistic, VideoModel, layers_of
 from qvdjax.nn.variables import leading_shape, replace, shallow_copy
 from qvdjax.numerics import Grid, fake_quantize
 from qvdjax.parallel import to_host
-from qvdjax.ptq.range_search import of_one_timestep
 
 Objective = Literal["output", "input"]
 LEAST_OF_SILU = -0.2785  # the offset of TDQ's grid for inputs behind a SiLU; its minimum is -0.27846

@@ -1,10 +1,14 @@
 """How the transforms of a layer's input are fitted to a weight and to what calibration saw."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from qvdjax.calibration.steps import timesteps_of
+from qvdjax.nn import LayerScheme
 from qvdjax.nn.transforms import InputTransform, Kronecker, Rotation
 
 
@@ -196,9 +200,26 @@ class FitShift:
         return self.scale if isinstance(self.scale, SearchScale) else None
 
     def fit(self, weight: jax.Array, low: jax.Array, high: jax.Array) -> InputTransform:
-        """weight [out, in] and the smallest and largest input of each channel [in] -> the transform."""
+        """weight [out, in] and the smallest and largest input of each channel [in] -> the transform.
+
+        Ranges of timesteps [timesteps, in] make shifts of timesteps, behind which the scale is of all.
+        """
         if self.search is not None:
             raise ValueError("a scale that is searched for does not follow from ranges: see qvdjax.ptq.scale_search")
         shift = ((low + high) / 2).astype(jnp.float32)
-        arrays = {} if self.scale is None else self.scale.fit(weight, low - shift, high - shift).arrays()
-        return InputTransform(shift=shift, **arrays)
+        if self.scale is None:
+            return InputTransform(shift=shift)
+        width = low.shape[-1]
+        low, high = (low - shift).reshape(-1, width).min(axis=0), (high - shift).reshape(-1, width).max(axis=0)
+        return InputTransform(shift=shift, **self.scale.fit(weight, low, high).arrays())
+
+
+def with_shifts_of_timesteps(schemes: Mapping[str, Any], batches: Iterable[Mapping[str, jax.Array]]) -> dict[str, Any]:
+    """The schemes, by name in diffusers, with a shift for each timestep of a calibration set where they have one."""
+    timesteps = tuple(timesteps_of(batches))
+    reason = f"each of {len(timesteps)} timesteps has a shift of its own"
+    return {
+        name: dataclasses.replace(scheme, shift_timesteps=timesteps, reason=f"{scheme.reason}; {reason}")
+        if isinstance(scheme, LayerScheme) and "shift" in scheme.transforms else scheme
+        for name, scheme in schemes.items()
+    }  # fmt: skip

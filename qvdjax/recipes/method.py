@@ -1,6 +1,7 @@
 """What all methods share: their bits, their options, and the exceptions that every preset makes."""
 
 import dataclasses
+from typing import Final
 
 from qvdjax.nn import AttentionScheme, Centering, InputClip, LayerScheme, LowRank, TimestepIntervals, TokenEstimator
 from qvdjax.numerics import FeatureGrid, Quantizer
@@ -19,6 +20,7 @@ from qvdjax.recipes.training import Training
 PRODUCTS = ("query", "key", "value", "attention_output", "feed_forward_in", "feed_forward_out", "projection")
 FLOAT_ACTIVATION_BITS = 16
 PRESET_BITS = ((8, 8), (6, 6), (4, 8), (4, 6), (4, 4), (3, 3))  # of weights and activations
+CHOSEN: Final = {"auto": "collapse", "signal": "signal"}  # temporal_features -> score that a grid is chosen by
 _OF_THE_WHOLE = ("frame", "step")  # granularities that leave no axis of a product with ranges of its own
 _ONE_VECTOR = "weights only: its input is one vector a step"
 
@@ -53,7 +55,8 @@ class Method:
         temporal_features: How the inputs of layers that add the timestep to a UNet's blocks are rounded, at
             `activation_bits`: "float" not at all; "symmetric", "asymmetric", "log2", "log" or "mixed" on one grid for
             all timesteps (`qvdjax.numerics.FeatureGrid`); "auto" on the one of these that tells timesteps apart best
-            (QVD's HTDQ); "step" with a range for each timestep, a table over steps as TFMQ-DM has it.
+            (QVD's HTDQ), "signal" on the one behind whose layer most is left of what changes with the timestep; "step"
+            with a range for each timestep, a table over steps as TFMQ-DM has it.
         average_bits: Bits a weight on average, shared out among layers by what rounding each does to the prediction
             (`qvdjax.ptq.mixed_precision`), in the place of one number for all. Blocks whose layers differ are compiled
             one by one.
@@ -177,9 +180,9 @@ class Method:
             quantizer = Quantizer(bits, symmetric=False, granularity="token", dynamic=True)
             return LayerScheme(weight, quantizer, reason="its input, one vector a step, has a range of its own"), None
         reason = "its input, one vector a step, tells blocks the timestep"
-        if kind != "auto":
-            return LayerScheme(weight, reason=reason), ChooseGrid((FeatureGrid(kind, bits),))
-        return LayerScheme(weight, reason=reason), ChooseGrid.among_all(bits)
+        if kind in CHOSEN:
+            return LayerScheme(weight, reason=reason), ChooseGrid.among_all(bits, CHOSEN[kind])
+        return LayerScheme(weight, reason=reason), ChooseGrid((FeatureGrid(kind, bits),))
 
     def training(self) -> Training | None:
         """How `qvdjax train` makes this recipe's models; None for the straight-through estimator towards a teacher."""

@@ -36,7 +36,9 @@ class QVD(LearnedRounding, MinMax):
     left float, 100 steps).
 
     Attributes:
-        statistics: "first" takes the ranges of channels from the first sampling step, as released; "all" from all.
+        statistics: "first" takes the ranges of channels from the first sampling step, as released; "all" from all;
+            "step" has a shift for each timestep of the calibration set, and what it takes off a product in a table over
+            these (the first step's drifts from what later steps have).
         static_range: How the static range follows from the shifted input: "magnitude", "shrink" or "minmax"
             (`qvdjax.ptq.range_search`).
         frame_ranges: Layers of a UNet that see each frame on its own have a range for each frame, the same in all
@@ -80,8 +82,10 @@ class QVD(LearnedRounding, MinMax):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.statistics not in ("first", "all"):
-            raise ValueError(f"unknown statistics {self.statistics!r}: use first or all")
+        if self.statistics not in ("first", "all", "step"):
+            raise ValueError(f"unknown statistics {self.statistics!r}: use first, all or step")
+        if self.statistics == "step" and (self.scale_search or not self.shift):
+            raise ValueError("statistics of steps are of shifts, behind which no scale is searched for")
         if self.frame_ranges and self.step_ranges:
             raise ValueError("ranges are of frames or of timesteps: give frame_ranges or step_ranges")
         if (self.scale_alpha is not None or self.scale_search) and not self.shift:

@@ -51,8 +51,8 @@ class Recipe:
         range_search: How static ranges are searched for (see `qvdjax.ptq.range_search`) or learned
             (`qvdjax.ptq.timestep_scales`), None for the widest seen.
         channel_statistics: Whether the ranges of channels, which transforms are fitted to, are those of "all" sampling
-            steps, of the "first", where latents are noise, or means over steps, of which no static range follows: by
-            "salience" (`qvdjax.calibration.salience`), or of each step's "magnitude"
+            steps, of the "first", where latents are noise, of each "step" on its own, or means over steps, of which no
+            static range follows: by "salience" (`qvdjax.calibration.salience`), or of each step's "magnitude"
             (`qvdjax.calibration.magnitudes`).
         draw: Which inputs are drawn from a calibration set, None for all of it.
         split_inputs: Whether the arrays that a convolution's input is made of have ranges of their own.
@@ -73,7 +73,7 @@ class Recipe:
     mixed_precision: Any = None
     feature_grids: Any = None
     range_search: Any = None
-    channel_statistics: Literal["all", "first", "salience", "magnitude"] = "all"
+    channel_statistics: Literal["all", "first", "step", "salience", "magnitude"] = "all"
     draw: TimestepDraw | None = None
     split_inputs: bool = False
     switch: Any = None

@@ -30,6 +30,7 @@ ROWS = {
     "QVD, with the scale": Row("qvd", {"scale_search": True, "thresholds": 20}, "the part of SCRI that is off"),
     "QVD, ranges of frames": Row("qvd", {"frame_ranges": True}, "as released"),
     "QVD, all steps": Row("qvd", {"statistics": "all"}, "channels' ranges over all steps, not the first"),
+    "QVD, shifts of timesteps": Row("qvd", {"statistics": "step"}, "channels' ranges of each step on its own"),
     "QVD, ranges of timesteps": Row("qvd", {"step_ranges": True}, "in the place of their mean over the steps"),
     "QVD, widest of the calls": Row("qvd", {"over_calls": "widest"}, "in the place of their mean"),
     "Ours": Row("best-unet"),

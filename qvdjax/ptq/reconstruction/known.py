@@ -16,7 +16,7 @@ class Known:
     """What calibration found of a layer; each may be missing.
 
     Attributes:
-        ranges: Smallest and largest input of each channel, [channels] each.
+        ranges: Smallest and largest input of each channel, [channels] each, or [timesteps, channels].
         edges: Ends of static ranges of the transformed input, [ranges] each. Without them, those of `ranges`.
         fitted: Arrays of the layer's transform, where these were searched for.
         levels: Levels and edges of the grid of an input that is the timestep's alone.
@@ -34,9 +34,9 @@ class Known:
         if not scheme.transforms:
             return None
         if self.fitted is not None:
-            return InputTransform(**jax.tree.map(jnp.asarray, dict(self.fitted)), rotation=scheme.rotation)
+            return InputTransform.of(scheme, jax.tree.map(jnp.asarray, dict(self.fitted)))
         low, high = self.ranges or (None, None)
-        return _fitted(weight, low, high, fit=fit, positions=positions)
+        return InputTransform.of(scheme, _fitted(weight, low, high, fit=fit, positions=positions))
 
     def static_edges(self, scheme: LayerScheme, transform: InputTransform | None) -> tuple:
         """Ends of the input's static ranges; zeros where there are none."""
@@ -44,14 +44,14 @@ class Known:
             return self.edges
         if self.ranges is None or scheme.activation is None or scheme.activation.dynamic:
             return 0.0, 0.0
-        ends = (jnp.asarray(a) if transform is None else transform(jnp.asarray(a)) for a in self.ranges)
+        ends = (jnp.asarray(a) if transform is None else transform.of_ranges(jnp.asarray(a)) for a in self.ranges)
         return static_edges(*ends, scheme.split)
 
 
 @jax.jit(static_argnames=("fit", "positions"))
-def _fitted(weight, low, high, *, fit, positions: int):
+def _fitted(weight, low, high, *, fit, positions: int) -> dict[str, jax.Array]:
     rows = rows_of_positions(weight.astype(jnp.promote_types(weight.dtype, jnp.float32)), positions)
-    return fit.fit(rows, low, high)
+    return fit.fit(rows, low, high).arrays()
 
 
 def flat_weight(layer: Linear | Conv) -> jax.Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from qvdjax.nn.conv import given_back
 from qvdjax.nn.convolve import convolve
 from qvdjax.numerics import fake_quantize, fake_quantize_dynamic
 from qvdjax.ptq.reconstruction.reconstructed_layer import ReconstructedLayer
@@ -20,9 +21,7 @@ class ReconstructedConv(ReconstructedLayer):
         x = self.round_input(x)
         y = self._convolved(x.astype(dtype), weight.astype(dtype))
         if self.shifted is not None:
-            # Where the kernel lies inside the input: the same in all samples, and a product of one channel.
-            inside = jnp.ones((1, *x.shape[1:-1], 1), dtype)
-            y = y + self._convolved(inside, self.shifted[...].astype(dtype))
+            y = y + given_back(self.shifted[...].astype(dtype), x, self.operands.transform, self._convolved)
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
     def _convolved(self, x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -23,7 +23,8 @@ class ReconstructedLayer(StandIn, StaticRanges):
             was found: a `FlattenedWeight`, an `AdaptivelyRoundedWeight` or a `SteppedWeight`.
         input_scale, input_zero_point: [ranges, 1] of a static range of the input, not trained, or None.
         input_levels, input_edges: [count] and [count - 1] of the grid of a temporal feature, not trained, or None.
-        shifted: [out, positions of the kernel], what a transform's shift takes off the product, or None.
+        shifted: [out, positions of the kernel], what a transform's shift takes off the product, of each timestep
+            [timesteps, out, positions] where it has shifts, or None.
     """
 
     def __init__(
@@ -45,7 +46,8 @@ class ReconstructedLayer(StandIn, StaticRanges):
         )
         shift = None if transform is None or transform.shift is None else transform.shift[...]
         shifted = None if shift is None else _taken_off(flat_weight(layer), shift, positions=self.positions)
-        self.shifted = None if shifted is None else nnx.Variable(shifted, axes=(layer.axes[0], None))
+        steps = () if scheme.shift_timesteps is None else (None,)
+        self.shifted = None if shifted is None else nnx.Variable(shifted, axes=(*steps, layer.axes[0], None))
 
     @property
     def positions(self) -> int:

@@ -46,7 +46,10 @@ class ReconstructedLinear(ReconstructedLayer):
         if self.estimator is not None:
             y = (y + self.estimator(x)).astype(dtype)
         if self.shifted is not None:
-            y = y + self.shifted[...][:, 0].astype(dtype)
+            shifted = self.shifted[...][..., 0].astype(dtype)  # one position: [[timesteps,] out]
+            if self.scheme.shift_timesteps is not None:
+                shifted = self.operands.transform.rows_at_timestep(shifted, y.ndim, len(y))
+            y = y + shifted
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
     def weight_to_round(self) -> jax.Array:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qvdjax.metrics.temporal_features import discriminability
 from qvdjax.numerics import FeatureGrid, Grid, fake_quantize, to_levels
-from qvdjax.ptq.feature_grids import ChooseGrid, describe_features
+from qvdjax.ptq.feature_grids import ChooseGrid
 
 KINDS = [("symmetric", 1), ("asymmetric", 1), ("log2", 1), ("log", 1), ("log", 4), ("mixed", 1)]
 
@@ -113,14 +113,19 @@ def test_the_chosen_grid_tells_most_apart():
     features, weight = skewed(), jnp.asarray(np.random.default_rng(1).normal(size=(7, 40)), jnp.float32)
     for bits in (4, 8):
         choose = ChooseGrid.among_all(bits)
-        chosen = choose.choose(features, weight)
-        rows = describe_features(np.asarray(features), choose.candidates)
-        best = max(rows, key=lambda row: (row["identity_rate"], -row["collapse"]))
-        found = next(row for row in rows if (row["kind"], row["steps"]) == (chosen.kind, chosen.steps))
-        assert (found["identity_rate"], found["collapse"]) == (best["identity_rate"], best["collapse"])
+        rounded = {grid: to_levels(features, *grid.fit(features)) for grid in choose.candidates}
+        apart = {grid: discriminability(features, rows) for grid, rows in rounded.items()}
+        best = max((one.identity_rate, -one.collapse) for one in apart.values())
+        found = apart[choose.choose(features, weight)]
+        assert (found.identity_rate, -found.collapse) == best
+        behind = {g: discriminability(features @ weight.T, rows @ weight.T) for g, rows in rounded.items()}
+        most = ChooseGrid.among_all(bits, "signal").choose(features, weight)
+        assert behind[most].centred_sqnr_db == max(one.centred_sqnr_db for one in behind.values())
 
 
 def test_grids_that_make_no_sense():
+    with pytest.raises(ValueError, match="collapse or signal"):
+        ChooseGrid.among_all(8, "distance")
     for arguments in [("log3", 8), ("log2", 1), ("mixed", 2), ("log2", 8, 4), ("log", 8, 0)]:
         with pytest.raises(ValueError):
             FeatureGrid(*arguments)

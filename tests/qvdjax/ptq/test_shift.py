@@ -1,5 +1,7 @@
 """A shifted input: the product is the same as without the shift, at borders too, and static ranges follow it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from qvdjax.errors import UserError
 from qvdjax.nn import Conv, LayerScheme, Linear
+from qvdjax.nn.protocol import block_at_timestep
 from qvdjax.numerics import Grid, Quantizer
 from qvdjax.ptq import ErrorCompensation, FitChannelScale, FitShift, RangeSearch, quantize_layer
 
@@ -112,6 +115,86 @@ def test_a_stack_is_quantized_layer_by_layer():
         alone = quantize_layer(layer, scheme, execution="simulate", fit=fit, input_range=channel_range(x))
         row = jax.tree.map(lambda a, i=i: a[i], whole)
         np.testing.assert_array_equal(row(x), alone(x))
+
+
+def of_two_timesteps(layer, space: tuple[int, ...], *, frames: int = 1):
+    """Inputs [(batch frames), *space, in] of three samples at timesteps 900, 100 and 900, each timestep's channels
+    elsewhere; ranges by timestep, ascending; and those timesteps."""
+    xs = {t: inputs((frames, *space, layer.weight[...].shape[1]), seed=int(t)) for t in (100.0, 900.0)}
+    low, high = (jnp.stack(edges) for edges in zip(*(channel_range(xs[t]) for t in sorted(xs)), strict=True))
+    # 899 is nobody's: the nearest counts.
+    return jnp.concatenate([xs[900.0], xs[100.0], xs[900.0]]), (low, high), jnp.array([900.0, 100.0, 899.0])
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("kind", ["linear", *CONVOLUTIONS])
+def test_shifts_of_timesteps_change_nothing_before_inputs_are_rounded(kind, frames):
+    common = {"axes": (None, None), "key": jax.random.key(0)}
+    if kind == "linear":
+        layer, space = whole_numbers(Linear(6, 4, role="query", **common)), (7,)
+    else:
+        layer = whole_numbers(Conv(3, 5, **CONVOLUTIONS[kind], role="convolution", **common))
+        space = (5, 4, 6)[-len(layer.kernel) :]
+    x, ranges, timestep = of_two_timesteps(layer, space, frames=frames)
+    fit = FitShift()
+    scheme = LayerScheme(WEIGHT, None, fit.names, shift_timesteps=(100.0, 900.0))
+    shifted = quantize_layer(layer, scheme, execution="simulate", fit=fit, input_range=ranges)
+    found, exact = block_at_timestep(shifted, timestep)(x), np.asarray(layer(x))
+    # float32 sums of up to 27 products of 127 and 30
+    np.testing.assert_allclose(found, exact, atol=1e-5 * np.abs(exact).max())
+    other = np.asarray(block_at_timestep(shifted, timestep[::-1] * 0 + 100.0)(x))
+    np.testing.assert_allclose(other, exact, atol=1e-4 * np.abs(exact).max())  # any shift is given back
+
+
+@pytest.mark.parametrize("execution", ["simulate", "integer"])
+@pytest.mark.parametrize("kind", ["linear", "3x3", "strided"])
+def test_shifts_of_timesteps_round_each_where_it_lies(kind, execution):
+    common = {"axes": (None, None), "key": jax.random.key(0)}
+    if kind == "linear":
+        layer, space = whole_numbers(Linear(6, 4, role="query", **common)), (7,)
+    else:
+        layer, space = whole_numbers(Conv(3, 5, **CONVOLUTIONS[kind], role="convolution", **common)), (4, 6)
+    x, (low, high), timestep = of_two_timesteps(layer, space)
+    fit, exact = FitShift(), layer(x)
+    each = LayerScheme(WEIGHT, STATIC, fit.names, shift_timesteps=(100.0, 900.0))
+    one = dataclasses.replace(each, shift_timesteps=None)
+    ways = ((each, (low, high)), (one, (low.min(axis=0), high.max(axis=0))))
+    errors = []
+    for scheme, ranges in ways:
+        quantized = quantize_layer(layer, scheme, execution=execution, fit=fit, input_range=ranges)
+        errors.append(float(jnp.square(block_at_timestep(quantized, timestep)(x) - exact).mean()))
+    # Timesteps lie some 9 deviations apart in every channel, which one shift for both leaves in the range.
+    assert errors[0] < errors[1] / 3
+
+
+def test_a_scale_behind_shifts_of_timesteps_is_of_all_of_them():
+    layer = whole_numbers(Linear(6, 4, role="query", axes=(None, None), key=jax.random.key(0)))
+    x, (low, high), timestep = of_two_timesteps(layer, (7,))
+    fit = FitShift(FitChannelScale(1.0))
+    made = fit.fit(layer.weight[...], low, high)
+    np.testing.assert_allclose(made.shift[...], (low + high) / 2)
+    half = ((high - low) / 2).max(axis=0)
+    # alpha 1 divides each channel by the largest that any timestep leaves of it
+    np.testing.assert_allclose(made.smooth_scale[...], half, rtol=1e-5)
+    scheme = LayerScheme(Quantizer(8, granularity="channel"), None, fit.names, shift_timesteps=(100.0, 900.0))
+    shifted = quantize_layer(layer, scheme, execution="simulate", fit=fit, input_range=(low, high))
+    exact = np.asarray(layer(x))
+    # Scaled weights are no whole numbers any more: 8 bits of them, about 0.4 % of the largest.
+    assert np.abs(np.asarray(block_at_timestep(shifted, timestep)(x)) - exact).max() < 2e-2 * np.abs(exact).max()
+
+
+def test_shifts_of_timesteps_in_a_stack():
+    layers = [whole_numbers(Linear(6, 4, role="query", axes=(None, None), key=jax.random.key(0)), i) for i in range(3)]
+    stack = jax.tree.map(lambda *a: jnp.stack(a), *layers)
+    x, ranges, timestep = of_two_timesteps(layers[0], (7,))
+    fit = FitShift()
+    scheme = LayerScheme(WEIGHT, STATIC, fit.names, shift_timesteps=(100.0, 900.0))
+    of_layers = tuple(jnp.stack([edge] * 3) for edge in ranges)
+    whole = quantize_layer(stack, scheme, execution="simulate", fit=fit, input_range=of_layers)
+    for i, layer in enumerate(layers):
+        alone = quantize_layer(layer, scheme, execution="simulate", fit=fit, input_range=ranges)
+        row = jax.tree.map(lambda a, i=i: a[i], whole)
+        np.testing.assert_array_equal(*(block_at_timestep(one, timestep)(x) for one in (row, alone)))
 
 
 def test_second_moments_of_a_shifted_input_are_refused():
