@@ -1,0 +1,1 @@
+"""Grids of temporal features against each other, on a model's own."""
