@@ -78,11 +78,11 @@ def test_a_range_each_timestep_is_the_timesteps_own():
         assert float(rounded[1]) == 0.0  # exactly a code
 
 
-def test_one_file_a_model_and_its_page(folder, tmp_path, monkeypatch, capsys):
+def test_one_file_a_model_and_its_page(folder, bench, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "BITS", (4, 8))
     run.main(["--model", str(folder), "--prompts", "1", "--out", str(tmp_path / "temporal-features-unet")])
     found = json.loads((tmp_path / "temporal-features-unet" / run.FILE).read_text())
-    assert (found["model"], found["prompts"], found["layers"]) == ("unet", 1, len(run.Bench.of(folder, 1).layers))
+    assert (found["model"], found["prompts"], found["layers"]) == ("unet", 1, len(bench.layers))
     assert len(found["rows"]) == len(run.roundings(8)) * 2
     for chosen in found["chosen"].values():
         assert all(sum(taken.values()) == found["layers"] for taken in chosen.values())
