@@ -41,8 +41,8 @@ class BestUNet(QVD):
     scale, both from all steps: at W6A6 the scale takes 29 % of the error away (prompts that no table uses, nearest
     rounding). Temporal features have a range for each timestep too, and weights learn their rounding.
     Command: `qvdjax quantize DIR OUT --recipe best-unet-w6a6 --calibration CALIBRATION`.
-    Expected: the least error of the recipes for UNets at 6 bits, where `mpq-dm`, whose codes take a bit more, is next; at
-    8 level with `mpq-dm`, and without heavy channels with `smoothquant` (docs/results).
+    Expected: the least error of the recipes for UNets at 6 bits, where `mpq-dm`, whose codes take a bit more, is next;
+    at 8 level with `mpq-dm`, and without heavy channels with `smoothquant` (docs/results).
     Published: none.
     """
 
