@@ -11,7 +11,6 @@ model is one of the bench, or a folder with a pipeline.json.
 import argparse
 import dataclasses
 import json
-import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,19 +25,20 @@ from flax import nnx
 import models
 from experiments.calibrating import calibrate_folder, open_calibration
 from experiments.comparison.command import run
+from experiments.comparison.quantized.feature_measures import NAMES, feature_layers, finite_mean
 from experiments.comparison.results import RESULTS
 from experiments.moving_shapes.full_precision import CHECKPOINTS
+from qvdjax.calibration.steps import timesteps_of
 from qvdjax.errors import UserError
 from qvdjax.metrics import bootstrap_interval, relative_error
-from qvdjax.metrics.temporal_features import Discriminability, discriminability
+from qvdjax.metrics.temporal_features import discriminability
 from qvdjax.nn import Linear, TimestepTable, VideoModel, layers_of
-from qvdjax.numerics import FeatureGrid, Grid, to_levels
-from qvdjax.ptq.feature_grids import ROLE, ChooseGrid, Score, temporal_features
+from qvdjax.numerics import FeatureGrid, Quantizer, fake_quantize_dynamic, to_levels
+from qvdjax.ptq.feature_grids import ChooseGrid, Score, temporal_features
 from qvdjax.tabulation import tabulate
 
 KIND, FILE = "temporal-features", "features.json"
 BITS: Final = (8, 6, 5, 4, 3)
-MEASURES: Final = tuple(field.name for field in dataclasses.fields(Discriminability))
 
 Round = Callable[[jax.Array], jax.Array]
 """Features [timesteps, in] -> what they become."""
@@ -63,13 +63,8 @@ def on_grid(grid: FeatureGrid) -> Round:
 
 def on_timesteps(bits: int) -> Round:
     """Rounding to a uniform grid of each timestep's own range, as TFMQ-DM has it."""
-    grid = Grid(bits, symmetric=False)
-
-    def rounded(features):
-        ranges = grid.from_range(features.min(axis=1, keepdims=True), features.max(axis=1, keepdims=True))
-        return grid.decode(grid.encode(features, *ranges), *ranges)
-
-    return rounded
+    quantizer = Quantizer(bits, symmetric=False, granularity="token", dynamic=True)
+    return lambda features: fake_quantize_dynamic(features, quantizer)
 
 
 def roundings(bits: int) -> dict[str, tuple[int, Round]]:
@@ -103,15 +98,14 @@ class Bench:
     def of(cls, folder: Path, prompts: int) -> "Bench":
         """Sample a model folder; UserError where the model has no temporal features."""
         model = models.load(folder)
-        layers = {names[0]: layer for names, _, layer in layers_of(model, (Linear,)) if layer.role == ROLE}
+        layers = feature_layers(model)
         if not layers:
             raise UserError(f"{folder} has no layers that add the timestep to blocks", remedy="give a video UNet")
         with tempfile.TemporaryDirectory() as made:
             calibrate_folder(folder, Path(made) / "calibration", count=prompts)
             calibration = open_calibration(Path(made) / "calibration", folder)
             trajectories = list(calibration.batches(batch=len(calibration.trajectory(0).timestep)))
-        timesteps = sorted({float(t) for inputs in trajectories for t in inputs["timestep"]})
-        tabulated = tabulate(model, timesteps)
+        tabulated = tabulate(model, timesteps_of(trajectories))
         exact = [_predict(tabulated, inputs) for inputs in trajectories]
         return cls(temporal_features(model, trajectories), layers, tabulated, trajectories, prompts, exact)
 
@@ -119,10 +113,10 @@ class Bench:
         """What a rounding does, fitted to each layer's features.
 
         Returns:
-            Means over layers of `MEASURES`; "after", the centred ratio behind each layer's weight, in decibels; and
+            Means over layers of `NAMES`; "after", the centred ratio behind each layer's weight, in decibels; and
             "error", the relative squared error of predictions, with its interval over prompts.
         """
-        rows: dict[str, list[float]] = {name: [] for name in (*MEASURES, "after")}
+        rows: dict[str, list[float]] = {name: [] for name in (*NAMES, "after")}
         outputs = {}
         for name, values in self.features.items():
             exact, layer = jnp.asarray(values), self.layers[name]
@@ -131,9 +125,8 @@ class Bench:
                 rows[measure].append(value)
             outputs[name] = layer(found)
             rows["after"].append(discriminability(layer(exact), outputs[name]).centred_sqnr_db)
-        means = {name: float(np.mean(values)) for name, values in rows.items()}
-        return {**{name: value if math.isfinite(value) else None for name, value in means.items()},
-                "error": dataclasses.asdict(bootstrap_interval(self.errors(outputs)))}  # fmt: skip
+        means = {name: finite_mean(values) for name, values in rows.items()}
+        return {**means, "error": bootstrap_interval(self.errors(outputs)).to_dict()}
 
     def errors(self, outputs: Mapping[str, jax.Array]) -> np.ndarray:
         """What layers' outputs [timesteps, out] in the place of their own do to predictions, (prompts,)."""

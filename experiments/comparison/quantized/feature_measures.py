@@ -33,23 +33,26 @@ def feature_measures(
     features = temporal_features(model, batches)
     if not features or len(next(iter(features.values()))) < 2:
         return None
-    exact = _by_name(model)
+    exact = feature_layers(model)
     rows: dict[str, list[Discriminability]] = {"input": [], "output": []}
-    for name, layer in _by_name(quantized).items():
+    for name, layer in feature_layers(quantized).items():
         x = jnp.asarray(features[name])
         rounded = layer.rounded_input(x) if isinstance(layer, QuantizedLinear) else x
         rows["input"].append(discriminability(x, rounded))
         rows["output"].append(discriminability(exact[name](x), layer(x)))
-    return {side: {name: _mean(getattr(one, name) for one in found) for name in NAMES} for side, found in rows.items()}
+    return {
+        side: {name: finite_mean(getattr(one, name) for one in found) for name in NAMES} for side, found in rows.items()
+    }
 
 
-def _by_name(model: VideoModel) -> dict[str, nnx.Module]:
+def feature_layers(model: VideoModel) -> dict[str, nnx.Module]:
     """Layers of the role; those of UNets stand alone, not in stacks with a layer axis."""
     layers = layers_of(model, (Linear, QuantizedLinear))
     return {names[0]: layer for names, _, layer in layers if layer.role == ROLE}
 
 
-def _mean(values: Iterable[float]) -> float | None:
+def finite_mean(values: Iterable[float]) -> float | None:
+    """The mean, None where it is not finite."""
     values = list(values)
     mean = sum(values) / len(values)
     return mean if math.isfinite(mean) else None
