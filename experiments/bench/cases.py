@@ -17,6 +17,7 @@ from models.scheduler import PUBLISHED
 from qvdjax import kernels, recipes
 from qvdjax.diffusion import initial_noise, sample
 from qvdjax.nn import AttentionScheme, Codes, Linear, VideoModel, dot_product_attention, quantized_attention
+from qvdjax.numerics import QTensor
 from qvdjax.numerics.float8 import FLOAT8
 from qvdjax.ptq.layers import quantize_layer
 from qvdjax.recipes import Recipe
@@ -37,7 +38,7 @@ class Variant:
     Attributes:
         label: "bfloat16", "rtn-w8a8", "int8-qk", ...
         function: What is jitted, and `arguments` what it is called with.
-        quantized: Kinds of product that are quantized, for the ceiling: of "linear", "qk", "pv".
+        quantized: Kinds of product that are of integers, for the ceiling: of "linear", "qk", "pv", "convolution".
         weight_bytes: Its weights by their logical bits.
         choice: What computes it, and why, where that is one kernel's choice.
     """
@@ -223,11 +224,22 @@ def logical_bytes(tree: Any) -> int:
 def _recipes(names: Sequence[str]) -> list[tuple[str, Recipe, tuple[str, ...]]]:
     """Every recipe, and the first with attention quantized too where a kernel may pay: (label, recipe, what it
     quantizes)."""
-    chosen = [(name, recipes.get(name), ("linear",)) for name in names]
+    kinds = ("linear", "convolution") if _convolves_integers() else ("linear",)
+    chosen = [(name, recipes.get(name), kinds) for name in names]
     if names and jax.default_backend() != "cpu":
         both = recipes.get(names[0], attention_qk_bits=8, attention_pv_bits=8)
-        chosen.append((names[0] + ATTENTION, both, ("linear", "qk", "pv")))
+        chosen.append((names[0] + ATTENTION, both, (*kinds, "qk", "pv")))
     return chosen
+
+
+def _convolves_integers() -> bool:
+    """Whether this device has convolutions of int8 that are worth it: else the same integers are floats."""
+    codes, scale = (jax.ShapeDtypeStruct((1,) * 4, dtype) for dtype in (jnp.int8, jnp.float32))
+    weight = QTensor(jax.ShapeDtypeStruct((1, 9), jnp.int8), jax.ShapeDtypeStruct((1, 1), jnp.float32), None, 8)
+    choice = kernels.quantized_convolution_choice(
+        QTensor(codes, scale, None, 8), weight, kernel=(3, 3), stride=(1, 1), padding=((1, 1),) * 2, dtype=jnp.float32
+    )
+    return choice.implementation == "xla"
 
 
 def _models(shape: Shape, names: Sequence[str], dtype, failed: Failed):

@@ -18,15 +18,16 @@ A video UNet's operations are in `experiments.bench.unet_work`.
 A ceiling is Amdahl's law over these shares: if every product took time in proportion to its operations and
 those that are quantized ran `factor` times as fast, the whole would run
 
-    1 / (float share + linear share / linear factor + QK share / QK factor + PV share / PV factor)
+    1 / (float share + linear share / linear factor + QK share / QK factor + PV share / PV factor),
 
-times as fast. The factor is what the device's own int8 and bf16 matrix rates, measured in the same run, give
-(for four-bit codes too: they are widened to int8 before the product). The ceiling ignores everything that is
-no matrix product, so a measured ratio below it is expected; a ratio above it means that the reference was not
-at its best.
+the share of convolutions likewise, times as fast. The factor is what the device's own int8 and bf16 matrix rates,
+measured in the same run, give (for four-bit codes too: they are widened to int8 before the product; of convolutions
+where the device multiplies their codes as int8, else 1). The ceiling ignores everything that is no matrix product, so a
+measured ratio below it is expected; a ratio above it means that the reference was not at its best.
 """
 
 import dataclasses
+import operator
 from collections.abc import Collection, Mapping
 
 from experiments.bench.shapes import Shape
@@ -41,17 +42,18 @@ class Work:
     linear: float = 0.0
     qk: float = 0.0
     pv: float = 0.0
+    convolution: float = 0.0
 
     @property
     def total(self) -> float:
         """All of them."""
-        return self.linear + self.qk + self.pv
+        return sum(dataclasses.astuple(self))
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.linear + other.linear, self.qk + other.qk, self.pv + other.pv)
+        return Work(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
 
     def __mul__(self, times: float) -> "Work":
-        return Work(self.linear * times, self.qk * times, self.pv * times)
+        return Work(*(operations * times for operations in dataclasses.astuple(self)))
 
 
 def linear_work(rows: int, inputs: int, outputs: int) -> Work:
@@ -78,8 +80,8 @@ def block_work(shape: Shape) -> Work:
 def step_work(shape: Shape) -> Work:
     """One forward pass; embedders and the output projection (below 1 %) are left out."""
     if isinstance(shape.parsed, UNetMotionConfig):
-        linear, products = unet_operations(shape.parsed, shape.latents[:3], shape.text_tokens)
-        return Work(linear, products, products)
+        convolutions, linear, products = unet_operations(shape.parsed, shape.latents[:3], shape.text_tokens)
+        return Work(linear, products, products, convolutions)
     return block_work(shape) * shape.layers
 
 
@@ -92,17 +94,20 @@ def training_work(forward: Work, *, teacher: bool) -> Work:
     return forward * (4 if teacher else 3)
 
 
-def ceiling(work: Work, *, linear_factor: float = 1.0, qk_factor: float = 1.0, pv_factor: float = 1.0) -> float:
+def ceiling(
+    work: Work, *, linear_factor: float = 1.0, qk_factor: float = 1.0, pv_factor: float = 1.0,
+    convolution_factor: float = 1.0,
+) -> float:  # fmt: skip
     """Largest ratio of reference time to quantized time, each kind of product `factor` times as fast."""
-    quantized = work.linear / linear_factor + work.qk / qk_factor + work.pv / pv_factor
-    return work.total / quantized
+    factors = (linear_factor, qk_factor, pv_factor, convolution_factor)
+    return work.total / sum(map(operator.truediv, dataclasses.astuple(work), factors))
 
 
 def least_seconds(work: Work, rates: Mapping[str, float], quantized: Collection[str] = ()) -> float:
     """What the products take at the measured rates, `float_tera_ops` or, of the kinds that are quantized,
     `int8_tera_ops`."""
     seconds = 0.0
-    for kind in ("linear", "qk", "pv"):
+    for kind, operations in dataclasses.asdict(work).items():
         rate = rates["int8_tera_ops" if kind in quantized else "float_tera_ops"]
-        seconds += getattr(work, kind) / (1e12 * rate)
+        seconds += operations / (1e12 * rate)
     return seconds

@@ -8,7 +8,8 @@ channels i of what comes in, one layer takes
     motion module         2 P c c x 22; of attention, QK products 2 P F c x 2
 
 and PV products as much as QK products. 20 are two projections, six layers of attention and a feed-forward of 8 + 4; a
-motion module has eight layers of attention. The text's keys and values are computed once a video.
+motion module has eight layers of attention. The text's keys and values are computed once a video. Convolutions are the
+ResNets', those that change the resolution, and the spatial transformers' projections unless these are linear layers.
 """
 
 from collections.abc import Iterator
@@ -16,24 +17,29 @@ from collections.abc import Iterator
 from models.unet_motion_config import UNetMotionConfig
 
 
-def unet_operations(config: UNetMotionConfig, size: tuple[int, int, int], text_tokens: int) -> tuple[float, float]:
-    """Operations of (convolutions and linear layers, QK products) for latents of (frames, height, width).
+def unet_operations(
+    config: UNetMotionConfig, size: tuple[int, int, int], text_tokens: int
+) -> tuple[float, float, float]:
+    """Operations of (convolutions, linear layers, QK products) for latents of (frames, height, width).
 
     The first and last convolution and the layers of the timestep (below 1 %) are left out.
     """
     frames, height, width = size
-    linear = products = 0.0
+    convolutions = linear = products = 0.0
+    projections = 0 if config.use_linear_projection else 2
     for level, incoming, channels, attends, moves, resamples in _layers(config):
         positions = frames * height * width / 4**level
         square = 2.0 * positions * channels * channels
-        linear += 2.0 * positions * 9 * (incoming + channels) * channels
-        linear += 2.0 * positions * incoming * channels * (incoming != channels)
-        linear += 22 * square * moves + 9 * square * resamples
+        convolutions += 2.0 * positions * 9 * (incoming + channels) * channels
+        convolutions += 2.0 * positions * incoming * channels * (incoming != channels)
+        convolutions += 9 * square * resamples
+        linear += 22 * square * moves
         products += 2 * 2.0 * positions * frames * channels * moves
         if attends:
-            linear += 20 * square + 2 * 2.0 * text_tokens * config.cross_attention_dim * channels
+            convolutions += projections * square
+            linear += (20 - projections) * square + 2 * 2.0 * text_tokens * config.cross_attention_dim * channels
             products += 2.0 * positions * (positions / frames + text_tokens) * channels
-    return linear, products
+    return convolutions, linear, products
 
 
 def _layers(config: UNetMotionConfig) -> Iterator[tuple[int, int, int, bool, bool, float]]:

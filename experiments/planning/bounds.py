@@ -63,10 +63,10 @@ def bound(
 
 
 def _seconds(work: Work, peak: Peak, recipe: Recipe | None) -> float:
-    """Of matrix products at the peak of one chip; linear layers at the int8 rate where a recipe multiplies integers."""
+    """Of matrix products at the peak of one chip; with weights at the int8 rate where a recipe multiplies integers."""
     integer = recipe is not None and _multiplies_integers(recipe)
-    linear = work.linear / (peak.int8_operations if integer else peak.float_operations)
-    return linear + (work.qk + work.pv) / peak.float_operations
+    weights = (work.linear + work.convolution) / (peak.int8_operations if integer else peak.float_operations)
+    return weights + (work.qk + work.pv) / peak.float_operations
 
 
 def _multiplies_integers(recipe: Recipe) -> bool:

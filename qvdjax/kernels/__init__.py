@@ -3,6 +3,7 @@
 from qvdjax.kernels.attention import attention_choice, dot_product_attention
 from qvdjax.kernels.dispatch import Choice, Device, Implementation, target
 from qvdjax.kernels.quantized_attention import quantized_attention, quantized_attention_choice
+from qvdjax.kernels.quantized_convolution import quantized_convolution, quantized_convolution_choice
 from qvdjax.kernels.quantized_linear import quantized_linear, quantized_linear_choice
 from qvdjax.kernels.quantized_matmul import quantized_matmul, quantized_matmul_choice
 
@@ -14,6 +15,8 @@ __all__ = [
     "dot_product_attention",
     "quantized_attention",
     "quantized_attention_choice",
+    "quantized_convolution",
+    "quantized_convolution_choice",
     "quantized_linear",
     "quantized_linear_choice",
     "quantized_matmul",

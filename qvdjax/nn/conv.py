@@ -12,7 +12,8 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from qvdjax.nn.convolve import Padding, convolve, mixes_first_axis_alone
+from qvdjax.kernels import quantized_convolution
+from qvdjax.kernels.convolve import Padding, convolve
 from qvdjax.nn.quantized_layer import QuantizedLayer
 from qvdjax.nn.scheme import LayerScheme, Role
 from qvdjax.nn.transforms import InputTransform
@@ -98,13 +99,13 @@ class QuantizedConv(QuantizedLayer):
 
     A product here sums over positions too, so activations can have no finer range than "tensor" (dynamic: one a
     sample; static: one in all, or one for each frame where samples are frames, or for each timestep). Integer execution
-    is for one and two axes away from GPUs; int8 convolution over three axes is slower than bf16 on TPU and unreliable
-    on GPU, so there the same integers are multiplied as floats. A kernel of three axes that mixes the first alone
-    (frames) counts as one of two.
+    is what `qvdjax.kernels.quantized_convolution_choice` says: where a device has no convolution of int8, or a slow
+    one, the same integers are multiplied as floats.
 
     Attributes, beside those of every quantized layer (`in` is in * kernel here):
         kernel, stride, padding: One entry a spatial axis.
         transform: A shift or a scale of the input's channels, or None.
+        implementation: What computes integer execution (`qvdjax.kernels.Implementation`), None for the best.
         shifted: [out, positions of the kernel] float32, what a shift takes off the product at each position, of each
             timestep [timesteps, out, positions] where it has shifts, or None. Positions over a zero-padded border lose
             nothing, so it cannot be part of the bias.
@@ -117,6 +118,7 @@ class QuantizedConv(QuantizedLayer):
         """`shared` as `QuantizedLayer` takes it."""
         super().__init__(weight=weight, **shared)
         self.kernel, self.stride, self.padding, self.transform = kernel, stride, padding, transform
+        self.implementation = None
         steps = () if self.scheme.shift_timesteps is None else (None,)
         self.shifted = None if shifted is None else Scale(shifted, axes=(*steps, self.axes[0], None))
 
@@ -133,9 +135,8 @@ class QuantizedConv(QuantizedLayer):
             x = x.astype(dtype)
             y = convolve(x, self._unflatten(self.qweight.dequantize()).astype(dtype), self.stride, self.padding)
         else:
-            few = len(self.kernel) < 3 or mixes_first_axis_alone(self.kernel, self.stride, self.padding)
-            integer = self.execution == "integer" and few and jax.default_backend() != "gpu"
-            multiply = self._integer if integer else self._simulated
+            integer = functools.partial(self._integer, dtype=dtype)
+            multiply = integer if self.execution == "integer" else self._simulated
             # One product a part of the input; without parts, one.
             y = functools.reduce(operator.add, (multiply(*part) for part in self._operands(x)))
         if self.shifted is not None:
@@ -185,27 +186,14 @@ class QuantizedConv(QuantizedLayer):
         weight = self._unflatten(weight.dequantize())
         return convolve(x, weight, self.stride, self.padding, precision=jax.lax.Precision.HIGHEST)
 
-    def _integer(self, x, rows, scale, zero_point, weight):
-        """int8 codes, padded with the code of zero, into int32; zero points are taken off exactly."""
-        codes = encode(rows, self.scheme.activation.grid, scale, zero_point, jnp.int8).codes.reshape(x.shape)
-        no_padding = ((0, 0),) * len(self.kernel)
-        spread = lambda a: a.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731  [batch or 1, 1, 1] -> per sample
-        fill = jnp.zeros((1,) * x.ndim, jnp.int8) if zero_point is None else spread(zero_point).astype(jnp.int8)
-        codes = self._pad(codes, fill)
-        total = convolve(codes, self._unflatten(weight.codes.astype(jnp.int8)), self.stride, no_padding, into=jnp.int32)
-        weight_zero = 0 if weight.zero_point is None else weight.zero_point[..., 0].astype(jnp.int32)  # [out or 1]
-        if zero_point is not None:
-            rows_sum = weight.codes.astype(jnp.int32).sum(axis=-1) - weight.codes.shape[-1] * weight_zero  # [out]
-            total = total - spread(zero_point).astype(jnp.int32) * rows_sum
-        if weight.zero_point is not None:
-            ones = jnp.ones((1, x.shape[-1], *self.kernel), jnp.int8)
-            total = total - weight_zero * convolve(codes, ones, self.stride, no_padding, into=jnp.int32)
-        return total.astype(scale.dtype) * spread(scale) * weight.scale[..., 0]
-
-    def _pad(self, codes, fill):
-        """Pad the spatial axes of codes [batch, *space, in] with `fill` [batch or 1, 1, ...]."""
-        for axis, ends in enumerate(self.padding, start=1):
-            shapes = [(*codes.shape[:axis], n, *codes.shape[axis + 1 :]) for n in ends]
-            before, after = (jnp.broadcast_to(fill, shape) for shape in shapes)
-            codes = jnp.concatenate([before, codes, after], axis=axis)
-        return codes
+    def _integer(self, x, rows, scale, zero_point, weight, *, dtype):
+        spread = lambda a: a.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731  [batch or 1, 1, 1] -> [batch or 1, 1, ...]
+        codes = encode(rows, self.scheme.activation.grid, scale, zero_point, jnp.int8)
+        codes = QTensor(
+            codes.codes.reshape(x.shape), spread(scale), None if zero_point is None else spread(zero_point),
+            codes.bits, codes.codebook,
+        )  # fmt: skip
+        return quantized_convolution(
+            codes, weight, kernel=self.kernel, stride=self.stride, padding=self.padding, dtype=dtype,
+            implementation=self.implementation,
+        )  # fmt: skip

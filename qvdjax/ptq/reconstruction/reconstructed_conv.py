@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from qvdjax.kernels.convolve import convolve
 from qvdjax.nn.conv import given_back
-from qvdjax.nn.convolve import convolve
 from qvdjax.numerics import fake_quantize, fake_quantize_dynamic
 from qvdjax.ptq.reconstruction.reconstructed_layer import ReconstructedLayer
 

@@ -1,5 +1,8 @@
 """Convolutions against PyTorch, and their quantized forms."""
 
+import contextlib
+import importlib
+
 import chex
 import jax
 import jax.extend
@@ -9,8 +12,10 @@ import pytest
 import torch
 
 from qvdjax.errors import UserError
+from qvdjax.kernels import Device
 from qvdjax.nn import Conv, LayerScheme, Rotation
 from qvdjax.numerics import Quantizer
+from qvdjax.parallel import topology_mesh
 from qvdjax.ptq import quantize_layer
 
 CASES = {
@@ -50,8 +55,12 @@ def test_against_pytorch(case):
 def test_integer_and_simulated_execution_agree_at_every_border(case, symmetric):
     conv, x = make(case)
     scheme = LayerScheme(Quantizer(4, symmetric), Quantizer(8, symmetric, "tensor", dynamic=True))
-    integer, simulated = (quantize_layer(conv, scheme, execution=e)(x) for e in ("integer", "simulate"))
-    chex.assert_trees_all_close(integer, simulated, rtol=1e-5, atol=2e-5)  # float32 sums of up to 108 terms near 1
+    simulated, integer = (quantize_layer(conv, scheme, execution=e) for e in ("simulate", "integer"))
+    expected = simulated(x)
+    for implementation in (None, "bfloat16") if case in ("3d", "patches") else (None, "bfloat16", "xla"):
+        integer.implementation = implementation
+        # float32 sums of up to 108 terms near 1
+        chex.assert_trees_all_close(integer(x), expected, rtol=1e-5, atol=2e-5)
 
 
 def equations(jaxpr):
@@ -63,14 +72,50 @@ def equations(jaxpr):
                 yield from equations(value.jaxpr)
 
 
-@pytest.mark.parametrize(("case", "multiplies"), [("2d", "int8"), ("3d over frames", "int8"), ("3d", "float32")])
-def test_which_convolutions_multiply_codes(case, multiplies):
+def multiplied(case, implementation=None, dtype=jnp.float32, slice_name=None):
+    """The types of what a quantized convolution multiplies and adds up to, and the axes of its input."""
     conv, x = make(case)
     scheme = LayerScheme(Quantizer(8), Quantizer(8, True, "tensor", dynamic=True))
-    program = jax.make_jaxpr(quantize_layer(conv, scheme, execution="integer"))(x)
+    layer = quantize_layer(conv, scheme, execution="integer")
+    layer.implementation = implementation
+    x = x.astype(dtype)
+    with contextlib.nullcontext() if slice_name is None else jax.set_mesh(topology_mesh(slice_name)):
+        program = jax.make_jaxpr(layer)(x)
     (product,) = [eqn for eqn in equations(program.jaxpr) if eqn.primitive.name == "conv_general_dilated"]
-    assert {str(operand.aval.dtype) for operand in product.invars} == {multiplies}
-    assert product.invars[0].aval.ndim == (5 if case == "3d" else 4)
+    (left, right), total = (str(operand.aval.dtype) for operand in product.invars), product.outvars[0].aval.dtype
+    assert left == right
+    return left, str(total), product.invars[0].aval.ndim
+
+
+@pytest.mark.parametrize("case", ["2d", "3d over frames"])
+def test_what_convolutions_multiply(case):
+    assert multiplied(case) == ("float32", "float32", 4)
+    assert multiplied(case, "xla") == ("int8", "int32", 4)
+    assert multiplied(case, "bfloat16") == ("bfloat16", "float32", 4)
+
+
+@pytest.mark.tpu_compile
+def test_what_convolutions_multiply_on_a_tpu():
+    assert multiplied("2d", slice_name="v5e:2x4") == ("int8", "int32", 4)
+    assert multiplied("3d over frames", slice_name="v5e:2x4") == ("int8", "int32", 4)
+    assert multiplied("3d", slice_name="v5e:2x4") == ("bfloat16", "float32", 5)
+    assert multiplied("2d", slice_name="tpu7x:2x2x1") == ("bfloat16", "float32", 4)
+
+
+def test_what_convolutions_multiply_on_a_gpu(monkeypatch):
+    module = importlib.import_module("qvdjax.kernels.quantized_convolution")  # the function has its name
+    monkeypatch.setattr(module, "target", lambda: Device("gpu", "NVIDIA H200"))
+    assert multiplied("2d", dtype=jnp.bfloat16) == ("bfloat16", "bfloat16", 4)
+    assert multiplied("2d") == ("float32", "float32", 4)
+    with pytest.raises(UserError, match="xla cannot be run: convolutions of int8 are unreliable on GPU"):
+        multiplied("2d", "xla")
+
+
+def test_what_a_convolution_cannot_be_computed_by_is_said():
+    with pytest.raises(UserError, match="xla cannot be run: convolutions of int8 over three axes"):
+        multiplied("3d", "xla")
+    with pytest.raises(UserError, match="pallas_tpu cannot be run: no such kernel was written"):
+        multiplied("2d", "pallas_tpu")
 
 
 def test_quantized_convolution_approaches_the_float_one():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvdjax.nn.convolve import convolve
+from qvdjax.kernels.convolve import convolve
 
 
 def reference(x, weight, stride, padding):
