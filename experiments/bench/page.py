@@ -22,7 +22,8 @@ one run of `qvdjax bench` (or `python -m experiments.bench`) on one machine, wit
   faster.
 - **ceiling** is the best that ratio could be (Amdahl's law): every matrix product takes time in proportion to
   its operations, the quantized ones run faster by the device's own measured int8 rate over its float rate,
-  and nothing but matrix products takes time. Formulas: `experiments/bench/ceilings.py`.
+  and nothing but matrix products takes time. Convolutions count as quantized where the device multiplies their
+  codes as int8 ([where not](../speed.md#devices)). Formulas: `experiments/bench/ceilings.py`.
 - **spread** is the interquartile range over the rounds.
 - **error** is ‖output − reference‖ / ‖reference‖ before timing; against a float32 computation for linear and
   attention, against the full-precision output for block and step. Random weights and inputs: it shows that
@@ -35,8 +36,8 @@ one run of `qvdjax bench` (or `python -m experiments.bench`) on one machine, wit
 - Rows in *italics* are other programs in the same run, against our full precision. Those that were not installed are
   listed below the table.
 - `step` is one forward pass of the whole model, without guidance; `sample` two guided steps from noise to latents,
-  `+one-batch` with both branches of the guidance in one batch. A recipe quantizes the linear layers; `+int8-attention`
-  also both products of attention.
+  `+one-batch` with both branches of the guidance in one batch. A recipe quantizes the linear layers and convolutions;
+  `+int8-attention` also both products of attention.
 """
 
 PENDING = """\
