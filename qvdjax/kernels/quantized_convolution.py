@@ -59,18 +59,18 @@ def quantized_convolution_choice(
     products = tuning.settings("quantized_matmul", device) or {}
     row = tuning.settings("quantized_convolution", device) or {}
     no_codes = "codes of float8 have no convolution" if x.grid.floating or weight.grid.floating else None
-    no_integers = no_codes
+    no_int8 = None
     if device.platform == "gpu":
-        no_integers = no_codes or "convolutions of int8 are unreliable on GPU"
+        no_int8 = "convolutions of int8 are unreliable on GPU"
     elif len(kernel) > 2 and not mixes_first_axis_alone(kernel, stride, padding):
-        no_integers = no_codes or "convolutions of int8 over three axes are slow or fail"
+        no_int8 = "convolutions of int8 over three axes are slow or fail"
     floats = row.get("reason") or products.get("reason")
     integers = None if floats else f"{device.kind} multiplies int8 codes into int32"
     # On GPU what a layer in full precision is: that of a float32 model would be rounded to bfloat16.
     fast = device.platform == "tpu" or (device.platform == "gpu" and jnp.dtype(dtype) == jnp.bfloat16)
     emulated = floats or "the codes are multiplied as bfloat16, which holds them exactly (emulated)"
     return choose("quantized convolution", [
-        Option("xla", no_integers, integers),
+        Option("xla", no_codes or no_int8, integers),
         Option("bfloat16", no_codes, emulated if fast else None),
         Option("simulate", None, floats or "the same integers are multiplied as floats (emulated)"),
         Option("pallas_tpu", "no such kernel was written for convolutions"),

@@ -94,6 +94,10 @@ def test_what_convolutions_multiply(case):
     assert multiplied(case, "bfloat16") == ("bfloat16", "float32", 4)
 
 
+def test_convolutions_that_mix_three_axes_multiply_floats():
+    assert multiplied("3d") == ("float32", "float32", 5)
+
+
 @pytest.mark.tpu_compile
 def test_what_convolutions_multiply_on_a_tpu():
     assert multiplied("2d", slice_name="v5e:2x4") == ("int8", "int32", 4)
